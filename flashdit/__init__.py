@@ -1,0 +1,5 @@
+"""FlashDiT: class-conditional latent diffusion with Iwin attention, trained by flow matching."""
+
+from flashdit.models.dit import FlashDiT
+
+__all__ = ["FlashDiT"]

@@ -1,0 +1,1 @@
+"""Where latents and labels come from."""

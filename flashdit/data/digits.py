@@ -1,0 +1,46 @@
+"""The embedded default data: scikit-learn's digits as 32×32 images, with one fixed split."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+IMAGE_SIZE = 32
+CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+HELD_OUT_SHARE = 0.2
+SPLIT_SEED = 0
+
+
+@cache
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Returns the images and labels of one split.
+
+    The 1,797 grey 8×8 images (0–16) are enlarged bicubically to 32×32 and repeated over three channels.
+
+    Args:
+        split: `train` (1,437 images) or `held-out` (360 images), stratified by class.
+
+    Returns:
+        Images uint8 (N, 3, 32, 32) and labels int64 (N,).
+
+    Raises:
+        ValueError: If the split is neither.
+    """
+    if split not in ("train", "held-out"):
+        raise ValueError(f"digits have the splits 'train' and 'held-out', got {split=}")
+    flat, target = map(np.asarray, load_digits(return_X_y=True))
+    small = torch.from_numpy(flat / 16 * 255).float().reshape(-1, 1, 8, 8)
+    large = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
+    images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(target).long()
+    train, held_out = train_test_split(
+        range(len(labels)), test_size=HELD_OUT_SHARE, random_state=SPLIT_SEED, stratify=target
+    )
+    rows = torch.tensor(sorted(train if split == "train" else held_out))
+    return images[rows], labels[rows]

@@ -1,0 +1,162 @@
+"""Data sets by name: latent shards, image folders, and the embedded digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from flashdit.data.digits import CLASS_NAMES, digits
+from flashdit.data.shards import LatentShards
+from flashdit.registry import Registry
+
+DATASETS = Registry("data")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class PixelSource(Protocol):
+    """Images and labels; the trainer encodes them by the VAE before the first step."""
+
+    labels: Tensor
+    class_names: list[str]
+    mirrors: bool
+
+    def image(self, index: int) -> Tensor:
+        """Returns one image, uint8 (3, H, W)."""
+        ...
+
+
+class MemoryLatents:
+    """Latents held in memory, as (N, C, H, W) and, where mirrored ones exist, as much again.
+
+    Args:
+        latents: VAE latents (N, C, H, W).
+        mirrored: Latents of the mirrored images, or None.
+        labels: (N,) int64.
+        class_names: One per class.
+    """
+
+    def __init__(self, latents: Tensor, mirrored: Tensor | None, labels: Tensor, class_names: list[str]):
+        self.latents, self.mirrored, self.labels = latents, mirrored, labels
+        self.class_names: list[str] | None = class_names
+        self.num_classes = len(class_names)
+        self.mirrors = mirrored is not None
+        self.shape = tuple(latents.shape[1:])
+
+    def latent(self, index: int, mirrored: bool = False) -> Tensor:
+        """Returns one VAE latent (C, H, W)."""
+        chosen = self.mirrored if mirrored and self.mirrored is not None else self.latents
+        return chosen[index]
+
+
+@dataclass(kw_only=True)
+class ShardsOptions:
+    """Options of latent shards."""
+
+    path: str
+    """Folder of `latents_rankRR_shardSSS.safetensors`."""
+    mirrors: bool = True
+    """Whether a mirrored latent is taken half the time."""
+
+
+@DATASETS.register("shards", ShardsOptions)
+class Shards(LatentShards):
+    """Latent shards in LightningDiT's layout."""
+
+    def __init__(self, options: ShardsOptions):
+        super().__init__(Path(options.path))
+        self.mirrors = options.mirrors
+
+
+@dataclass(kw_only=True)
+class ImagesOptions:
+    """Options of an image folder."""
+
+    path: str
+    """Folder whose sub-folders are the classes; a folder without sub-folders is one class."""
+    image_size: int = 256
+    """Images are cropped to a square of this side, in pixels."""
+    mirrors: bool = True
+    """Whether images are mirrored half the time."""
+
+
+@DATASETS.register("images", ImagesOptions)
+class ImageFolder:
+    """Images in class sub-folders.
+
+    Args:
+        options: Folder, side and mirroring.
+
+    Raises:
+        ValueError: If the folder holds no image.
+    """
+
+    def __init__(self, options: ImagesOptions):
+        root = Path(options.path)
+        if not root.is_dir():
+            raise ValueError(f"data.path must be a folder of images, got {root}")
+        folders = sorted(child for child in root.iterdir() if child.is_dir()) or [root]
+        files = {folder.name: _images_in(folder) for folder in folders}
+        files = {name: paths for name, paths in files.items() if paths}
+        if not files:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"data.path must hold images ({suffixes}), got none in {root}")
+        self.image_size = options.image_size
+        self.mirrors = options.mirrors
+        self.class_names = list(files)
+        self.paths = [path for paths in files.values() for path in paths]
+        self.labels = torch.tensor([i for i, paths in enumerate(files.values()) for _ in paths])
+
+    def image(self, index: int) -> Tensor:
+        """Returns one centre-cropped image, uint8 (3, S, S)."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                image = centre_crop(file.convert("RGB"), self.image_size)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"every image must be readable, {path} is not: {error}") from error
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@dataclass(kw_only=True)
+class DigitsOptions:
+    """The embedded digits have no options."""
+
+
+@DATASETS.register("digits", DigitsOptions)
+class Digits:
+    """The training split of scikit-learn's digits as 32×32 images."""
+
+    def __init__(self, options: DigitsOptions):
+        self.images, self.labels = digits("train")
+        self.class_names = list(CLASS_NAMES)
+        self.mirrors = False
+
+    def image(self, index: int) -> Tensor:
+        """Returns one image, uint8 (3, 32, 32)."""
+        return self.images[index]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Returns the image files below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Returns the central square of an image at the given side.
+
+    Halves with a box filter while the short side is at least twice the target, then bicubic, then crops.
+
+    Source: ADM's `center_crop_arr` (Dhariwal & Nichol 2021), which ImageNet figures are made with.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

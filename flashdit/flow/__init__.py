@@ -1,0 +1,1 @@
+"""Flow matching: path, times, loss, guidance, samplers. Knows no network."""

@@ -1,0 +1,167 @@
+"""Pixels ⇄ VAE latents ⇄ normalised latents; the sole owner of mean, std and multiplier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+DIGITS_VAE = Path(__file__).parent / "assets" / "digits_vae"
+
+
+@dataclass(kw_only=True)
+class LatentOptions:
+    """Options of the latent space."""
+
+    vae: str | None = None
+    """`digits`, or folder or hub name of a diffusers AutoencoderKL; None leaves pixels out of reach."""
+    multiplier: float = 1.0
+    """Factor on normalised latents."""
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """Returns a frozen AutoencoderKL in evaluation mode.
+
+    Args:
+        name: `digits` for the embedded one, a folder of `save_pretrained`, or a hub name.
+
+    Raises:
+        ValueError: If there is none under this name.
+    """
+    path = DIGITS_VAE if name == "digits" else Path(name)
+    try:
+        vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
+    except Exception as error:
+        raise ValueError(
+            f"vae must be 'digits', a folder or a hub name of a diffusers AutoencoderKL, got '{name}': {error}"
+        ) from error
+    return vae.eval().requires_grad_(False)
+
+
+def vae_identity(vae: AutoencoderKL) -> str:
+    """Returns the SHA-256 of a VAE's configuration and weights: what tells VAEs apart."""
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and standard deviation of each channel: (N, C, H, W) → (1, C, 1, 1) twice.
+
+    Raises:
+        ValueError: If a channel is constant, which no standard deviation can normalise.
+    """
+    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), keepdim=True)
+    if not (std > 0).all():
+        raise ValueError(f"every latent channel must vary over the data, got std {std.flatten().tolist()}")
+    return mean.float(), std.float()
+
+
+class LatentSpace:
+    """Where the model lives: (z − mean) / std · multiplier of a VAE's latents z, per channel.
+
+    Args:
+        mean: (1, C, 1, 1).
+        std: (1, C, 1, 1), positive.
+        options: The VAE's name and the multiplier.
+        vae: The VAE itself; None where only normalisation is needed.
+        identity: The VAE's identity where `vae` is None.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        options: LatentOptions,
+        vae: AutoencoderKL | None = None,
+        identity: str | None = None,
+    ):
+        self.mean, self.std = mean, std
+        self.options = options
+        self.vae = vae
+        self.identity = vae_identity(vae) if vae is not None else identity
+
+    def to(self, device: torch.device | str) -> LatentSpace:
+        """Moves the statistics and the VAE to a device and returns the space."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        if self.vae is not None:
+            nn.Module.to(self.vae, device)  # diffusers' own `to` hides its types
+        return self
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Returns the model's latents of VAE latents (B, C, H, W)."""
+        return (latents - self.mean) / self.std * self.options.multiplier
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Returns the VAE latents of the model's latents (B, C, H, W)."""
+        return latents / self.options.multiplier * self.std + self.mean
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the images of the model's latents: (B, C, H, W) → uint8 (B, 3, H·f, W·f).
+
+        Raises:
+            ValueError: If the space has no VAE.
+        """
+        vae = self._need_vae()
+        pixels = vae.decode(self.denormalise(latents).to(vae.dtype)).sample  # type: ignore[union-attr]
+        return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    def _need_vae(self) -> AutoencoderKL:
+        """Returns the VAE, or says how to give one."""
+        if self.vae is None:
+            raise ValueError(
+                f"pixels need the VAE these latents come from ({self.options.vae}): give its folder"
+            )
+        return self.vae
+
+    def save(self, path: Path) -> None:
+        """Writes mean, std, the VAE's name and identity as one safetensors file."""
+        about = {
+            "vae": self.options.vae or "",
+            "identity": self.identity or "",
+            "multiplier": repr(self.options.multiplier),
+        }
+        save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, path, metadata=about)
+
+    @classmethod
+    def load(cls, path: Path, vae: str | None = None) -> LatentSpace:
+        """Returns a saved space with its VAE.
+
+        Args:
+            path: A file of `save`.
+            vae: Folder of the VAE, where it is no longer where it was in training.
+
+        Raises:
+            ValueError: If the VAE is not the one the latents were made with.
+        """
+        with safe_open(path, "pt") as file:
+            mean, std, about = file.get_tensor("mean"), file.get_tensor("std"), file.metadata()
+        options = LatentOptions(vae=vae or about["vae"] or None, multiplier=float(about["multiplier"]))
+        identity = about["identity"] or None
+        if options.vae is None:
+            return cls(mean, std, options, identity=identity)
+        space = cls(mean, std, options, load_vae(options.vae))
+        if identity and space.identity != identity:
+            raise ValueError(
+                f"the VAE must be the one of the training latents ({identity[:12]}), "
+                f"got {space.options.vae} ({str(space.identity)[:12]})"
+            )
+        return space
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Returns the VAE latents (posterior means) of images: uint8 (B, 3, H, W) → (B, C, H/f, W/f)."""
+    pixels = images.to(vae.device, vae.dtype) / 127.5 - 1
+    return vae.encode(pixels).latent_dist.mode().float()  # type: ignore[union-attr]

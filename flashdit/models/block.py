@@ -1,0 +1,71 @@
+"""The transformer block and the final layer, both modulated by time and class (adaLN-zero)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashdit.models.attention import ATTENTIONS, Place
+from flashdit.models.layers import make_mlp, make_norm, modulate
+
+
+class FlashDiTBlock(nn.Module):
+    """(b, h, w, c), (b, c) → (b, h, w, c): attention, then an MLP, each normed, modulated and gated.
+
+    Args:
+        place: Width, heads, grid and query-key norm for the attention.
+        attention: Spec of the attention kind, `{"name": ..., **options}`.
+        mlp: `swiglu` or `gelu`.
+        mlp_ratio: Hidden width of the MLP over c.
+        norm: `rmsnorm` or `layernorm`.
+        shift_modulation: Whether the modulation shifts as well as scales.
+
+    Source: DiT's adaLN-zero block as LightningDiT has it; Iwin paper section IV-D for the attention.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        attention: Mapping[str, Any],
+        mlp: str,
+        mlp_ratio: float,
+        norm: str,
+        shift_modulation: bool,
+    ):
+        super().__init__()
+        dim = place.dim
+        self.norm1 = make_norm(norm, dim)
+        self.attn = ATTENTIONS.build(attention, place)
+        self.norm2 = make_norm(norm, dim)
+        self.mlp = make_mlp(mlp, dim, mlp_ratio)
+        self.shift_modulation = shift_modulation
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if shift_modulation else 4) * dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Returns the block's output."""
+        chunks = self.adaLN_modulation(cond)
+        if self.shift_modulation:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunks.chunk(6, dim=-1)
+        else:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = chunks.chunk(4, dim=-1)
+            shift_msa = shift_mlp = None
+        attended = self.attn(modulate(self.norm1(x), scale_msa, shift_msa))
+        x = x + gate_msa[:, None, None] * attended
+        return x + gate_mlp[:, None, None] * self.mlp(modulate(self.norm2(x), scale_mlp, shift_mlp))
+
+
+class FinalLayer(nn.Module):
+    """(b, h, w, c), (b, c) → (b, h, w, out): norm, shift and scale, Linear."""
+
+    def __init__(self, dim: int, out_dim: int, norm: str):
+        super().__init__()
+        self.norm_final = make_norm(norm, dim)
+        self.linear = nn.Linear(dim, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Returns the prediction for every patch."""
+        shift, scale = self.adaLN_modulation(cond).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), scale, shift))

@@ -1,0 +1,215 @@
+"""FlashDiT: the class-conditional velocity model, a diffusers ModelMixin, and its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from flashdit.models.attention import Place
+from flashdit.models.block import FinalLayer, FlashDiTBlock
+from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
+from flashdit.models.layers import RMSNorm
+from flashdit.registry import unknown
+
+SIZES = {
+    "nano": {"depth": 4, "hidden_size": 64, "num_heads": 2},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "1p0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
+    "1p6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
+}
+IWIN = {"name": "iwin", "window": 4, "kernel": 3}
+
+
+class FlashDiT(ModelMixin, ConfigMixin):
+    """x (B, C, H, W), t (B,), y (B,) → v of the shape of x: LightningDiT with Iwin attention.
+
+    Args:
+        sample_size: Side of the latents it is trained on.
+        in_channels: Latent channels C.
+        patch_size: Side of a patch in latent pixels; H and W must be multiples of it.
+        hidden_size: Width of the transformer.
+        depth: Number of blocks.
+        num_heads: Attention heads; must divide `hidden_size`.
+        num_classes: Classes; the null label is `num_classes`.
+        class_dropout_prob: Share of labels that become null in training mode.
+        mlp_ratio: Hidden width of the MLP over `hidden_size`.
+        qk_norm: Whether queries and keys are normed per head.
+        shift_modulation: Whether blocks are shifted as well as scaled by time and class.
+        attention: `{"name": "iwin" | "window" | "global", **options}`.
+        position_embedding: `none`, or `sincos` for DiT's fixed table.
+        norm: `rmsnorm`, or DiT's `layernorm`.
+        mlp: `swiglu`, or DiT's `gelu`.
+        time_scale: Factor on t before its sinusoids; 1 is LightningDiT's.
+        label_init_std: Standard deviation of a new label table; 0.02 is DiT's.
+
+    Raises:
+        ValueError: If an option cannot be.
+
+    Source: Iwin paper section IV-D and LightningDiT's released code.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FlashDiTBlock"]  # noqa: RUF012 - diffusers' protocol
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 32,
+        patch_size: int = 1,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        shift_modulation: bool = True,
+        attention: Mapping[str, Any] = IWIN,
+        position_embedding: str = "none",
+        norm: str = "rmsnorm",
+        mlp: str = "swiglu",
+        time_scale: float = 1.0,
+        label_init_std: float = 0.02,
+    ):
+        super().__init__()
+        _check(sample_size, patch_size, hidden_size, depth, num_heads, num_classes, class_dropout_prob)
+        grid = (sample_size // patch_size, sample_size // patch_size)
+        qk_norm_type = None if not qk_norm else RMSNorm if norm == "rmsnorm" else nn.LayerNorm
+        place = Place(dim=hidden_size, num_heads=num_heads, grid=grid, qk_norm=qk_norm_type)
+        self.patch_size = patch_size
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, time_scale)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.native_grid = grid
+        self.pos_embed = None
+        if position_embedding == "sincos":  # a frozen parameter, as in DiT's checkpoints and counts
+            self.pos_embed = nn.Parameter(sincos_table(grid, hidden_size), requires_grad=False)
+        elif position_embedding != "none":
+            raise unknown("position_embedding", position_embedding, ("none", "sincos"))
+        self.blocks = nn.ModuleList(
+            FlashDiTBlock(place, attention, mlp, mlp_ratio, norm, shift_modulation) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, norm)
+        self._initialise(label_init_std)
+
+    @classmethod
+    def from_size(cls, size: str, **options: Any) -> FlashDiT:
+        """Returns a new model of a named size; `options` are further arguments.
+
+        Args:
+            size: One of `nano`, `S`, `B`, `L`, `XL`, `1p0B`, `1p6B`.
+            **options: Arguments of FlashDiT.
+        """
+        if size not in SIZES:
+            raise unknown("size", size, SIZES)
+        arguments: dict[str, Any] = SIZES[size] | options
+        return cls(**arguments)
+
+    @classmethod
+    def from_lightningdit(cls, source: str | Path | Mapping[str, Tensor], **overrides: Any) -> FlashDiT:
+        """Returns a model with a LightningDiT checkpoint's weights; see `flashdit.models.lightningdit`."""
+        from flashdit.models.lightningdit import load_lightningdit
+
+        return load_lightningdit(cls, source, overrides)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        """Returns the velocity at x_t.
+
+        Args:
+            x: Noisy latents (B, C, H, W).
+            t: Times (B,) in [0, 1], 0 noise and 1 data.
+            y: Labels (B,) int64; `num_classes` is the null label, None means null for all.
+            drop: Which labels become null, bool (B,); None draws them in training mode, else none.
+
+        Returns:
+            v (B, C, H, W).
+
+        Raises:
+            ValueError: If the channels or the size of x cannot be.
+        """
+        self._check_input(x)
+        if y is None:
+            y = torch.full((x.shape[0],), self.num_classes, device=x.device)
+        if drop is None and self.training and self.class_dropout_prob > 0:
+            drop = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
+        tokens = self.x_embedder(x)  # (b, h, w, c)
+        if self.pos_embed is not None:
+            tokens = tokens + self._positions(tokens)
+        cond = self.t_embedder(t) + self.y_embedder(y, drop)  # (b, c)
+        checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
+        for block in self.blocks:
+            if self.gradient_checkpointing and checkpoint is not None:
+                tokens = checkpoint(block, tokens, cond)
+            else:
+                tokens = block(tokens, cond)
+        patches = self.final_layer(tokens, cond)
+        p = self.patch_size
+        return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raises ValueError unless x has this model's channels and a size that patches divide."""
+        channels, p = self.config["in_channels"], self.patch_size
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"the model takes latents (B, {channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"height and width must be multiples of the patch size {p}, got {tuple(x.shape)}"
+            )
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """Returns the sin-cos table of this grid (1, h, w, c): the stored one at the native size."""
+        assert self.pos_embed is not None
+        grid = (tokens.shape[1], tokens.shape[2])
+        table = self.pos_embed
+        if grid != self.native_grid:
+            table = sincos_table(grid, tokens.shape[-1]).to(table)
+        return rearrange(table, "1 (h w) c -> 1 h w c", h=grid[0])
+
+    def _initialise(self, label_init_std: float) -> None:
+        """Initialises as DiT does: Xavier for every Linear, zeros for each modulation and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=label_init_std)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer.linear" in name or name == "x_embedder.proj.bias":
+                nn.init.zeros_(parameter)
+            elif name.startswith("t_embedder") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+
+
+def _check(
+    sample_size: int,
+    patch_size: int,
+    hidden_size: int,
+    depth: int,
+    num_heads: int,
+    num_classes: int,
+    class_dropout_prob: float,
+) -> None:
+    """Raises ValueError for sizes that cannot be."""
+    if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
+        raise ValueError(f"patch_size must divide sample_size, got {patch_size=} for {sample_size=}")
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"num_heads must divide hidden_size, got {num_heads=} for {hidden_size=}")
+    if depth < 1 or num_classes < 0:
+        raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth=}, {num_classes=}")
+    if not 0 <= class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob=}")

@@ -1,0 +1,127 @@
+"""Embeddings: patches, time, labels, and the fixed position tables (2-D sin-cos, rotary)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+TIME_CHANNELS = 256
+MAX_PERIOD = 10_000.0
+
+
+def timestep_embedding(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
+    """Returns [cos | sin] of t at `channels / 2` frequencies from 1 to 1 / 10,000.
+
+    Args:
+        t: Times (B,).
+        channels: Width of the embedding, even.
+
+    Returns:
+        float32 (B, channels).
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device).float() / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
+    """Returns the fixed 2-D sin-cos position table.
+
+    Args:
+        grid: Rows and columns of tokens.
+        dim: Channels, a multiple of 4.
+
+    Returns:
+        float32 (1, h·w, dim): the first half from the column, the second from the row, each [sin | cos].
+
+    Source: DiT, as LightningDiT uses it (SEMANTICS: the column comes first).
+    """
+    if dim % 4:
+        raise ValueError(f"hidden_size must be a multiple of 4 for sin-cos positions, got {dim}")
+    frequencies = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = (torch.arange(side, dtype=torch.float64)[:, None] * frequencies for side in grid)
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))
+    table = torch.cat(
+        [repeat(columns, "w d -> h w d", h=grid[0]), repeat(rows, "h d -> h w d", w=grid[1])], dim=-1
+    )
+    return rearrange(table, "h w d -> 1 (h w) d").float()
+
+
+def rope_tables(grid: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of the rotary embedding of every token.
+
+    Args:
+        grid: Rows and columns of tokens; positions are unscaled.
+        head_dim: Width d of a head, a multiple of 4: d/4 frequencies an axis, each twice; rows first.
+
+    Returns:
+        Two float32 (h·w, head_dim).
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary positions need a head width that 4 divides, got {head_dim}")
+    count = head_dim // 4
+    frequencies = MAX_PERIOD ** -(torch.arange(count).float() / count)
+    rows, columns = (
+        repeat(torch.arange(side).float()[:, None] * frequencies, "n f -> n (f two)", two=2) for side in grid
+    )
+    angles = torch.cat(
+        [repeat(rows, "h d -> h w d", w=grid[1]), repeat(columns, "w d -> h w d", h=grid[0])], dim=-1
+    )
+    angles = rearrange(angles, "h w d -> (h w) d")
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (…, n, d) turned by position: each pair (x0, x1) becomes (x0, x1)·cos + (−x1, x0)·sin."""
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) → (B, h, w, dim): one Linear per p×p patch, written as a convolution."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the tokens in a channels-last grid."""
+        return rearrange(self.proj(x), "b c h w -> b h w c")
+
+
+class TimestepEmbedder(nn.Module):
+    """(B,) → (B, dim): sinusoids of scale · t, Linear, SiLU, Linear.
+
+    Args:
+        dim: Width of the embedding.
+        scale: Factor on t; 1 is LightningDiT's, 1000 spreads [0, 1] over DiT's range.
+    """
+
+    def __init__(self, dim: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Returns the embedding of each time."""
+        return self.mlp(timestep_embedding(t * self.scale).to(next(self.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(B,) int64 → (B, dim): one row per class, and the last for the null label `num_classes`."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Returns the embedding of each label, the null one where `drop` (B,) is true."""
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)

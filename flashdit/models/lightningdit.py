@@ -1,0 +1,142 @@
+"""LightningDiT's checkpoints as FlashDiT models: what configuration they hold, and a strict load."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flashdit.models.dit import FlashDiT
+
+logger = logging.getLogger(__name__)
+WRAPPERS = ("ema", "model", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
+
+
+def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the state dict of a LightningDiT file, its EMA where it has one, without wrapper prefixes.
+
+    Args:
+        source: A .safetensors file, a file of torch.save, or what such a file holds.
+
+    Raises:
+        ValueError: If the file cannot be read as one.
+    """
+    state = source if isinstance(source, Mapping) else _read_file(Path(source))
+    for name in WRAPPERS:
+        if isinstance(state.get(name), Mapping):
+            state = state[name]
+            break
+    return {_bare(key): value for key, value in state.items()}
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    """Returns what a .safetensors file or a file of torch.save holds, or raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"LightningDiT weights must be a file, got {path}")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu")
+    except Exception as error:
+        rule = "LightningDiT weights must load with weights_only=True"
+        raise ValueError(f"{rule}, {path} does not: {error}") from error
+
+
+def _bare(key: str) -> str:
+    """Returns the key without the prefixes that DDP and torch.compile add."""
+    while key.startswith(PREFIXES):
+        key = key.partition(".")[2]
+    return key
+
+
+def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Returns the FlashDiT arguments that a LightningDiT state dict shows, `num_heads` only if known.
+
+    Args:
+        state: Official keys and tensors.
+        sizes: Known sizes, to look the head count up in.
+
+    Raises:
+        ValueError: If it is not a LightningDiT state dict.
+    """
+    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise ValueError(f"this is no LightningDiT state dict: it lacks {', '.join(missing)}")
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    config: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "in_channels": in_channels,
+        "patch_size": patch_size,
+        "depth": depth,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "norm": "rmsnorm" if "blocks.0.norm1.weight" in state else "layernorm",
+        "mlp": "swiglu" if "blocks.0.mlp.w12.weight" in state else "gelu",
+        "shift_modulation": state["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * hidden_size,
+        "position_embedding": "sincos",
+        "attention": {"name": "global", "rope": True},
+    }
+    if "pos_embed" in state:
+        config["sample_size"] = math.isqrt(state["pos_embed"].shape[1]) * patch_size
+        config["attention"]["rope"] = ROPE_KEYS[0] in state
+    head_dim = next(
+        (state[k].shape[-1] for k in ("blocks.0.attn.q_norm.weight", ROPE_KEYS[0]) if k in state), 0
+    )
+    if head_dim:
+        config["num_heads"] = hidden_size // head_dim
+    for size in sizes.values():
+        if not head_dim and (size["hidden_size"], size["depth"]) == (hidden_size, depth):
+            config["num_heads"] = size["num_heads"]
+    return config
+
+
+def load_lightningdit(
+    model_type: type[FlashDiT], source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> FlashDiT:
+    """Returns a FlashDiT with the weights of a LightningDiT checkpoint, in evaluation mode.
+
+    Without overrides it is LightningDiT: global attention with RoPE and the sin-cos table. With
+    `attention={"name": "iwin", ...}` the projections are kept and the new convolutions start at zero.
+
+    Args:
+        model_type: FlashDiT.
+        source: A checkpoint file, or its state dict.
+        overrides: FlashDiT arguments that replace the inferred ones.
+
+    Raises:
+        ValueError: If weights are missing, left over or of another shape, or `num_heads` cannot be inferred.
+    """
+    from flashdit.models.dit import SIZES
+
+    state = read_state(source)
+    config = infer_config(state, SIZES) | dict(overrides)
+    if "num_heads" not in config:
+        raise ValueError("num_heads cannot be inferred from these weights: give num_heads=...")
+    model = model_type(**config)
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key not in ROPE_KEYS}
+    if model.pos_embed is None:
+        state.pop("pos_embed", None)
+    if "pos_embed" not in state and model.pos_embed is not None:
+        state["pos_embed"] = own["pos_embed"]
+    new = [key for key in own if ".dwconv." in key and key not in state]
+    state |= {key: torch.zeros_like(own[key]) for key in new}
+    missing, left_over = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or left_over:
+        raise ValueError(f"the weights do not fit the configuration: {missing=}, {left_over=}")
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(f"weights of another shape than the configuration's: {', '.join(wrong)}")
+    model.load_state_dict(state)
+    if new:
+        logger.info("new and zero-initialised: %s", ", ".join(new))
+    return model.eval()

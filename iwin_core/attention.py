@@ -1,0 +1,118 @@
+"""Iwin attention: attention in interleaved windows beside a depthwise convolution, on grids of any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from iwin_core.windows import Window, merge, partition, per_axis
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class DepthwiseConv(nn.Module):
+    """(B, *grid, C) → the same: a depthwise convolution with bias; zeros surround the true border of the map.
+
+    That zero padding is where a FlashDiT without position embedding learns positions from, so the map comes
+    here unpadded. There is no pointwise convolution, as in the authors' code.
+    """
+
+    def __init__(self, dim: int, kernel: Sequence[int]):
+        super().__init__()
+        padding = tuple(k // 2 for k in kernel)
+        self.depthwise = CONVS[len(kernel)](dim, dim, tuple(kernel), padding=padding, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the convolved map (B, *grid, C)."""
+        return self.depthwise(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class IwinAttention(nn.Module):
+    """(B, *grid, C) → the same: window attention plus a parallel depthwise convolution, added.
+
+    A grid that the window does not divide is padded at its far ends for attention alone, and the padding is
+    masked out: a token's output does not depend on it. An axis shorter than the window takes the whole axis.
+
+    Args:
+        dim: Channels C, a multiple of `num_heads`.
+        num_heads: Attention heads.
+        window: Window side M, or one per axis.
+        kernel: Side of the depthwise kernel, odd, or one per axis; 0 or None leaves the convolution out.
+        interleaved: Interleaved windows (the paper's IW-MSA) or contiguous ones (W-MSA).
+        rank: Axes of the grid: 1, 2 or 3.
+        qkv_bias: Whether the q, k, v projection has a bias.
+        qk_norm: Builds the norm of queries and keys from the head width; None leaves both as they are.
+
+    Raises:
+        ValueError: If the head count, window or kernel cannot be.
+
+    Source: Iwin paper (arXiv 2507.18405), section III and eqs (1)–(5).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: Window,
+        kernel: Window | None = 3,
+        *,
+        interleaved: bool = True,
+        rank: int = 2,
+        qkv_bias: bool = True,
+        qk_norm: type[nn.Module] | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got {num_heads=} for {dim=}")
+        if rank not in CONVS:
+            raise ValueError(f"rank must be 1, 2 or 3, got {rank=}")
+        self.num_heads = num_heads
+        self.window = per_axis(window, rank, "window")
+        self.interleaved = interleaved
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.dwconv = None
+        if kernel:
+            kernel = per_axis(kernel, rank, "kernel")
+            if not all(k % 2 for k in kernel):
+                raise ValueError(f"kernel must be odd along every axis, got {kernel=}")
+            self.dwconv = DepthwiseConv(dim, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns IWA(x) + DWConv(x), of the shape of x."""
+        attended = self.attend(x)
+        return attended if self.dwconv is None else attended + self.dwconv(x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Returns the window attention of x alone, of the shape of x."""
+        grid = x.shape[1:-1]
+        window = [min(m, side) for m, side in zip(self.window, grid, strict=True)]
+        padded = [-(-side // m) * m for side, m in zip(grid, window, strict=True)]
+        mask = None
+        if padded != list(grid):
+            real = pad_grid(x.new_ones(1, *grid, 1), padded)
+            mask = partition(real, window, self.interleaved)[:, None, None, :, 0] > 0  # (windows, 1, 1, m)
+            mask = mask.repeat(x.shape[0], 1, 1, 1)
+            x = pad_grid(x, padded)
+        windows = self.attend_windows(partition(x, window, self.interleaved), mask)
+        merged = merge(windows, window, padded, self.interleaved)
+        return merged if mask is None else merged[(slice(None), *(slice(side) for side in grid))]
+
+    def attend_windows(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns multi-head attention inside each window (windows, m, C), keys where `mask` is true."""
+        q, k, v = rearrange(
+            self.qkv(windows), "g m (three heads d) -> three g heads m d", three=3, heads=self.num_heads
+        )
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
+        return self.proj(rearrange(out, "g heads m d -> g m (heads d)"))
+
+
+def pad_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Returns the map (B, *grid, C) with zeros after the end of each axis, up to the given sides."""
+    missing = [side - old for side, old in zip(grid, x.shape[1:-1], strict=True)]
+    return F.pad(x, [0, 0, *(amount for end in reversed(missing) for amount in (0, end))])

@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+from golden_rule import assert_golden, golden_input, golden_state, load_json, load_npz
+from scipy.stats import norm
+
+from flashdit import FlashDiT
+from flashdit.flow.guidance import guide
+from flashdit.flow.loss import LossOptions, flow_loss
+from flashdit.flow.path import interpolate, velocity
+from flashdit.flow.samplers import SAMPLERS, get_sampler, time_grid
+from flashdit.flow.times import TIMES
+
+GOLDEN = load_npz("transport.npz")
+META = load_json("transport_meta.json")
+X_1, X_0 = golden_input(11, (3, 4, 4, 4)), golden_input(12, (3, 4, 4, 4))
+T = torch.tensor([0.1, 0.5, 0.85])
+ORDERS = {"euler": 1, "heun": 2}
+
+
+def test_path_and_velocity_equal_the_released_transport():
+    assert_golden(interpolate(X_0, X_1, T), GOLDEN["loss/linear_velocity/xt"])
+    assert_golden(velocity(X_0, X_1), GOLDEN["loss/linear_velocity/ut"])
+
+
+@pytest.mark.parametrize(("case", "weight"), [("linear_velocity_cos", 1.0), ("linear_velocity", 0.0)])
+def test_loss_equals_the_released_transport(case, weight):
+    x_t = interpolate(X_0, X_1, T)
+    v_t = torch.tanh(x_t) * (1 + T[:, None, None, None])
+    loss, terms = flow_loss(v_t, velocity(X_0, X_1), LossOptions(cosine_weight=weight))
+    expected = META[f"loss/{case}"]
+    assert terms["mse"].tolist() == pytest.approx(expected["loss"], rel=1e-5)
+    assert loss.mean().item() == pytest.approx(expected["total"], rel=1e-5)
+    if weight:
+        assert terms["cosine"].tolist() == pytest.approx(expected["cos_loss"], rel=1e-5)
+
+
+def test_loss_of_the_released_model_equals_its_golden_loss():
+    meta, case = load_json("dit_small_meta.json")["best"], META["loss/dit_small_best"]
+    model = FlashDiT.from_lightningdit(golden_state(meta["keys"]), num_heads=4)
+    x_1, x_0 = golden_input(21, (2, 32, 16, 16)), golden_input(22, (2, 32, 16, 16))
+    t = torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        v_t = model(interpolate(x_0, x_1, t), t, torch.tensor([1, 10]))
+    _, terms = flow_loss(v_t, velocity(x_0, x_1), LossOptions())
+    assert terms["mse"].tolist() == pytest.approx(case["loss"], rel=2e-5)
+    assert terms["cosine"].tolist() == pytest.approx(case["cos_loss"], rel=2e-5)
+
+
+@pytest.mark.parametrize(("case", "shift"), [("euler10_noshift", 1.0), ("euler10_shift0.3", 0.3)])
+def test_euler_equals_the_released_ode(case, shift):
+    times = time_grid(META[case]["n_points"] - 1, shift)
+    assert_golden(torch.tensor(times), GOLDEN[f"{case}/t_grid"])
+    evaluations = []
+
+    def v(x_t, t):
+        evaluations.append(t)
+        return -x_t + t
+
+    x = SAMPLERS["euler"](v, golden_input(7, (2, 3, 4, 4)), times)
+    assert_golden(x, GOLDEN[f"{case}/final"])
+    assert len(evaluations) == META[case]["model_evals"]
+    assert evaluations[-1] == pytest.approx(META[case]["t_last_eval"], rel=1e-6)
+
+
+def error(name, steps, shift=1.0):
+    """Returns the error at t = 1 on dx/dt = −x + t, whose solution is x0·e^−t + t − 1 + e^−t."""
+    x_0 = torch.tensor([[0.7], [-1.3]], dtype=torch.float64)
+    x_1 = get_sampler(name)(lambda x_t, t: -x_t + t, x_0, time_grid(steps, shift))
+    return (x_1 - (x_0 * math.exp(-1) + math.exp(-1))).abs().max().item()
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.3])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(name, shift):
+    orders = [math.log2(error(name, n, shift) / error(name, 2 * n, shift)) for n in (16, 32, 64)]
+    assert orders[-1] == pytest.approx(ORDERS[name], abs=0.1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_straight_flow_is_exact_in_one_step(name):
+    x_0, u = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(SAMPLERS[name](lambda _x, _t: u, x_0, time_grid(1)), x_0 + u)
+
+
+def test_heun_integrates_a_quadratic_flow_as_the_trapezoid_rule():
+    x = SAMPLERS["heun"](lambda x, t: torch.full_like(x, 3 * t**2), torch.zeros(1), time_grid(100))
+    assert x.item() == pytest.approx(1 + 0.5 * 1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "message"),
+    [(0, 1.0, "steps must be at least 1, got 0"), (5, 0.0, "shift must be positive")],
+)
+def test_time_grids_that_cannot_be_are_named(steps, shift, message):
+    with pytest.raises(ValueError, match=message):
+        time_grid(steps, shift)
+
+
+def test_unknown_sampler_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown sampler 'eulr'; did you mean 'euler'"):
+        get_sampler("eulr")
+
+
+class CountingModel:
+    """v = (1 + label) · x, counting how many samples each forward has."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, t, y):
+        self.batches.append(len(x))
+        return (1 + y.float()).reshape(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize(
+    ("scale", "t", "batch"), [(1.0, 0.5, 2), (3.0, 0.5, 4), (3.0, 0.1, 2), (0.0, 0.5, 4)]
+)
+def test_guidance_costs_a_second_forward_only_where_it_acts(scale, t, batch):
+    model, labels, x = CountingModel(), torch.tensor([0, 1]), torch.ones(2, 3, 4, 4)
+    v = guide(model, labels, null_label=9, scale=scale, interval=(0.3, 0.8))(x, t)
+    assert model.batches == [batch]
+    effective = scale if batch == 4 else 1.0
+    expected = 10 + effective * ((1 + labels) - 10)
+    torch.testing.assert_close(v, expected.float().reshape(2, 1, 1, 1).expand_as(x))
+
+
+def test_guidance_interval_includes_its_ends():
+    model = CountingModel()
+    v = guide(model, torch.tensor([0]), null_label=1, scale=2.0, interval=(0.25, 0.75))
+    for t in (0.25, 0.75, 0.2499, 0.7501):
+        v(torch.ones(1, 3, 2, 2), t)
+    assert model.batches == [2, 2, 1, 1]
+
+
+def test_legacy_guidance_touches_the_first_channels_alone():
+    x = torch.ones(1, 5, 2, 2)
+    v = guide(CountingModel(), torch.tensor([0]), null_label=1, scale=3.0, channels=3)(x, 0.5)
+    assert v[0, :, 0, 0].tolist() == [-1, -1, -1, 1, 1]
+
+
+@pytest.mark.parametrize("interval", [(0.8, 0.3), (-0.1, 0.5), (0.5, 1.2)])
+def test_interval_that_cannot_be_is_named(interval):
+    with pytest.raises(ValueError, match="guidance interval must be 0 ≤ low ≤ high ≤ 1"):
+        guide(CountingModel(), torch.tensor([0]), 1, 2.0, interval)
+
+
+def test_logit_normal_times_have_the_quantiles_of_their_distribution():
+    uniform = torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64)
+    times = TIMES.build({"name": "logit_normal", "mean": -0.7, "std": 1.3})(uniform)
+    expected = 1 / (1 + torch.exp(-torch.from_numpy(-0.7 + 1.3 * norm.ppf(uniform.numpy()))))
+    torch.testing.assert_close(times, expected)
+
+
+@pytest.mark.parametrize("name", TIMES.names())
+def test_times_stay_inside_zero_and_one(name):
+    times = TIMES.build(name)(torch.tensor([0.0, 0.3, 1.0]))
+    assert torch.isfinite(times).all()
+    assert ((times >= 0) & (times <= 1)).all()
+
+
+def test_time_distributions_that_cannot_be_are_named():
+    with pytest.raises(
+        ValueError, match="unknown time distribution 'lognormal'; did you mean 'logit_normal'"
+    ):
+        TIMES.build("lognormal")
+    with pytest.raises(ValueError, match="std of logit-normal times must be positive, got -1"):
+        TIMES.build({"name": "logit_normal", "std": -1})
