@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 DIGITS_VAE = Path(__file__).parent / "assets" / "digits_vae"
 
@@ -40,7 +40,7 @@ def load_vae(name: str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            f"vae must be 'digits', a folder or a hub name of a diffusers AutoencoderKL, got '{name}': {error}"
+            """Returns the SHA-256 of a VAE's configuration and weights: what tells one from another."""
         ) from error
     return vae.eval().requires_grad_(False)
 
@@ -95,7 +95,7 @@ class LatentSpace:
         """Moves the statistics and the VAE to a device and returns the space."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         if self.vae is not None:
-            nn.Module.to(self.vae, device)  # diffusers' own `to` hides its types
+            self.vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return self
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -127,12 +127,8 @@ class LatentSpace:
 
     def save(self, path: Path) -> None:
         """Writes mean, std, the VAE's name and identity as one safetensors file."""
-        about = {
-            "vae": self.options.vae or "",
-            "identity": self.identity or "",
-            "multiplier": repr(self.options.multiplier),
-        }
-        save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, path, metadata=about)
+        about = json.dumps(asdict(self.options) | {"identity": self.identity})
+        save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, path, metadata={"space": about})
 
     @classmethod
     def load(cls, path: Path, vae: str | None = None) -> LatentSpace:
@@ -146,9 +142,10 @@ class LatentSpace:
             ValueError: If the VAE is not the one the latents were made with.
         """
         with safe_open(path, "pt") as file:
-            mean, std, about = file.get_tensor("mean"), file.get_tensor("std"), file.metadata()
-        options = LatentOptions(vae=vae or about["vae"] or None, multiplier=float(about["multiplier"]))
-        identity = about["identity"] or None
+            mean, std = file.get_tensor("mean"), file.get_tensor("std")
+            about = json.loads(file.metadata()["space"])
+        identity = about.pop("identity")
+        options = LatentOptions(**(about | {"vae": vae or about["vae"]}))
         if options.vae is None:
             return cls(mean, std, options, identity=identity)
         space = cls(mean, std, options, load_vae(options.vae))

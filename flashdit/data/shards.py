@@ -62,6 +62,8 @@ class LatentShards:
         ValueError: If there is no shard, or one cannot be read.
     """
 
+    mirrors = True
+
     def __init__(self, folder: Path):
         self.paths = sorted(folder.glob("latents_rank*_shard*.safetensors"))
         if not self.paths:

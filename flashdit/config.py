@@ -1,0 +1,198 @@
+"""The whole configuration of a run: the rooms' options composed, loaded from YAML and key=value, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashdit.data.sources import DATASETS
+from flashdit.flow.loss import LossOptions
+from flashdit.flow.times import TIMES
+from flashdit.generate import SamplingOptions
+from flashdit.latents import LatentOptions
+from flashdit.models.attention import ATTENTIONS
+from flashdit.models.dit import FlashDiT
+from flashdit.registry import unknown
+from flashdit.training.ema import EmaOptions
+from flashdit.training.optim import OptimizerOptions
+from flashdit.training.tracking import TrackingOptions
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "digits.yaml"
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where a run lies."""
+
+    dir: str = ""
+    """The run's folder; the same folder resumes the run."""
+
+
+@dataclass(kw_only=True)
+class FlowOptions:
+    """Options of flow matching."""
+
+    times: dict[str, Any] = field(default_factory=lambda: {"name": "logit_normal"})
+    """Distribution of training times, `{name, **options}`."""
+    loss: LossOptions = field(default_factory=LossOptions)
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """Options of the training loop; all counts are optimiser steps."""
+
+    steps: int = 80_000
+    """When training ends; may grow on resume."""
+    global_batch_size: int = 1024
+    """Images an optimiser step sees, over all processes and accumulated batches."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before an optimiser step."""
+    mixed_precision: str = "no"
+    """`no`, `bf16` or `fp16`."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass to save memory."""
+    workers: int = 0
+    """Processes that read data, for each training process."""
+    log_every: int = 100
+    save_every: int = 5_000
+    preview_every: int = 5_000
+    """Steps between grids of the EMA's samples; 0 makes none."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run is made from."""
+
+    seed: int = 0
+    run: RunOptions = field(default_factory=RunOptions)
+    data: dict[str, Any] = field(default_factory=dict)
+    """`{name, **options}`."""
+    latents: LatentOptions = field(default_factory=LatentOptions)
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of FlashDiT."""
+    flow: FlowOptions = field(default_factory=FlowOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    preview: SamplingOptions = field(default_factory=SamplingOptions)
+    """How previews are sampled."""
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+
+def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the checked configuration of a YAML file and what the command line says otherwise.
+
+    Args:
+        path: YAML that states what differs from the defaults; None means configs/digits.yaml.
+        overrides: `key=value` texts with dotted keys.
+
+    Raises:
+        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+    """
+    path = Path(path or DEFAULT)
+    if not path.is_file():
+        raise ValueError(f"--config must be a YAML file, got {path}")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"an override must be key=value, got '{override}'")
+    try:
+        stated = _plain(OmegaConf.load(path))
+        merged = merge(stated, _plain(OmegaConf.from_dotlist(list(overrides))))
+        check_keys(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg or error}") from error
+    config = cast(RunConfig, config)
+    check(config)
+    return config
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Returns an OmegaConf mapping as plain dictionaries and lists."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict):
+        raise ValueError(f"a configuration must be a mapping of keys, got {type(plain).__name__}")
+    return cast(dict[str, Any], plain)
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns base with the changes; a part that gets another `name` loses the old one's options."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        renamed = isinstance(old, dict) and isinstance(value, dict) and "name" in value
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and not (renamed and value["name"] != old.get("name"))
+        ):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def check_keys(given: Mapping[str, Any], options_type: type = RunConfig, prefix: str = "") -> None:
+    """Raises ValueError for a key that no options dataclass has, naming the nearest one."""
+    known = {f.name: f for f in fields(options_type)}
+    for key, value in given.items():
+        if key not in known:
+            raise unknown("configuration key", prefix + str(key), [prefix + name for name in known])
+        default = known[key].default_factory
+        if isinstance(default, type) and is_dataclass(default):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{prefix}{key} must be a mapping of keys, got {value!r}")
+            check_keys(value, default, f"{prefix}{key}.")
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    if not config.run.dir:
+        raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
+    if config.seed < 0:
+        raise ValueError(f"seed must not be negative, got {config.seed}")
+    arguments = list(inspect.signature(FlashDiT.__init__).parameters)[1:]
+    for key in config.model:
+        if key not in arguments:
+            raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in arguments])
+    if "attention" in config.model:
+        ATTENTIONS.options(config.model["attention"])
+    DATASETS.options(config.data)
+    TIMES.options(config.flow.times)
+    config.preview.check()
+    _check_training(config.training)
+
+
+def _check_training(training: TrainingOptions) -> None:
+    """Raises ValueError for counts that are not positive and for an unknown precision."""
+    if training.mixed_precision not in PRECISIONS:
+        raise unknown("training.mixed_precision", training.mixed_precision, PRECISIONS)
+    for name in ("steps", "global_batch_size", "accumulation", "log_every", "save_every"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {getattr(training, name)}")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the resolved configuration as YAML, which `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns the dotted keys in which two plain configurations differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[prefix + key] = (before, after)
+    return found

@@ -1,0 +1,54 @@
+"""AdamW and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """Options of AdamW and its schedule; the defaults are LightningDiT's recipe."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which a cosine from the peak ends at `min_lr`; None keeps the peak. It is not
+    `training.steps`, so that a run which is lengthened keeps the past it had."""
+    min_lr: float = 0.0
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; None leaves them."""
+
+
+def learning_rate(step: int, options: OptimizerOptions) -> float:
+    """Returns the learning rate of the update that makes step `step` (the first is 1)."""
+    if step <= options.warmup_steps:
+        return options.lr * step / options.warmup_steps
+    if options.decay_steps is None:
+        return options.lr
+    progress = (step - options.warmup_steps) / max(1, options.decay_steps - options.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return options.min_lr + (options.lr - options.min_lr) * cosine
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
+    """Returns fused AdamW over the parameters that train.
+
+    Raises:
+        ValueError: If the learning rate or the clipping norm is not positive.
+    """
+    if options.lr <= 0 or (options.max_grad_norm is not None and options.max_grad_norm <= 0):
+        raise ValueError(f"lr and max_grad_norm must be positive, got {options.lr}, {options.max_grad_norm}")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    betas = (options.betas[0], options.betas[1])
+    return torch.optim.AdamW(
+        trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True
+    )
