@@ -25,7 +25,7 @@ from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "digits.yaml"
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +55,8 @@ class TrainingOptions:
     """Images an optimiser step sees, over all processes and accumulated batches."""
     accumulation: int = 1
     """Batches whose gradients are added up before an optimiser step."""
-    mixed_precision: str = "no"
-    """`no`, `bf16` or `fp16`."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` or `fp16` for the forward and backward pass alone."""
     gradient_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass to save memory."""
     workers: int = 0
@@ -111,7 +111,8 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     except yaml.YAMLError as error:
         raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {error.msg or error}") from error
+        sentence = str(error.msg or error).partition("\n")[0]
+        raise ValueError(f"{error.full_key}: {sentence}") from error
     config = cast(RunConfig, config)
     check(config)
     return config
@@ -174,8 +175,8 @@ def check(config: RunConfig) -> None:
 
 def _check_training(training: TrainingOptions) -> None:
     """Raises ValueError for counts that are not positive and for an unknown precision."""
-    if training.mixed_precision not in PRECISIONS:
-        raise unknown("training.mixed_precision", training.mixed_precision, PRECISIONS)
+    if training.precision not in PRECISIONS:
+        raise unknown("training.precision", training.precision, PRECISIONS)
     for name in ("steps", "global_batch_size", "accumulation", "log_every", "save_every"):
         if getattr(training, name) < 1:
             raise ValueError(f"training.{name} must be at least 1, got {getattr(training, name)}")

@@ -136,7 +136,7 @@ class ImageGenerator:
 
 
 class CheckpointGenerator(ImageGenerator):
-    """An ImageGenerator read from a checkpoint: EMA weights, latent space and class names; no data set needed.
+    """An ImageGenerator read from a checkpoint: EMA weights, latent space, class names; no data set needed.
 
     Args:
         checkpoint: A checkpoint folder.

@@ -40,7 +40,7 @@ def load_vae(name: str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            """Returns the SHA-256 of a VAE's configuration and weights: what tells one from another."""
+            f"vae must be 'digits', a folder or a hub name of a diffusers AutoencoderKL, got '{name}': {error}"
         ) from error
     return vae.eval().requires_grad_(False)
 

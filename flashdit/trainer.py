@@ -59,8 +59,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig):
         self.config, training = config, config.training
+        precision = "no" if training.precision == "fp32" else training.precision
         self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, gradient_accumulation_steps=training.accumulation
+            mixed_precision=precision, gradient_accumulation_steps=training.accumulation
         )
         self.main = self.accelerator.is_main_process
         self.run_dir = Path(config.run.dir)

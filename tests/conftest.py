@@ -1,0 +1,66 @@
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def tiny_shards(tmp_path):
+    """Returns a folder of two latent shards: 3 × 8 × 8 latents of 20 + 17 images in 3 classes, and statistics."""
+    from flashdit.data.shards import write_shard, write_statistics
+
+    folder = tmp_path / "shards"
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(3, 3, 1, 8, generator=generator).expand(-1, -1, 8, -1)
+    for number, rows in enumerate((20, 17)):
+        labels = torch.arange(rows) % 3
+        latents = 2 + 3 * patterns[labels] + 0.1 * torch.randn(rows, 3, 8, 8, generator=generator)
+        write_shard(folder, 0, number, latents, latents.flip(-1), labels)
+    write_statistics(folder, torch.full((1, 3, 1, 1), 2.0), torch.full((1, 3, 1, 1), 3.0))
+    return folder
+
+
+@pytest.fixture
+def tiny_overrides(tiny_shards, tmp_path):
+    """Returns the command-line overrides of a tiny run on the tiny shards."""
+    return [
+        f"run.dir={tmp_path / 'run'}",
+        "data.name=shards",
+        f"data.path={tiny_shards}",
+        "latents.vae=null",
+        "model.sample_size=8",
+        "model.in_channels=3",
+        "model.num_classes=3",
+        "model.hidden_size=16",
+        "model.depth=1",
+        "training.steps=6",
+        "training.global_batch_size=8",
+        "training.save_every=2",
+        "training.log_every=1",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Forgets Accelerate's shared state, which would leak one test's precision into the next."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def exit_message(capsys):
+    """Returns a function that runs a script's main and gives its one line on stderr, at exit status 2."""
+    from flashdit.cli import run_script
+
+    def run(script, *argv):
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(lambda: script.main([str(argument) for argument in argv]))
+        printed = capsys.readouterr().err
+        assert exit_info.value.code == 2
+        assert printed.count("\n") == 1, printed
+        return printed
+
+    return run

@@ -1,0 +1,71 @@
+import pytest
+import yaml
+
+from flashdit import config
+
+
+def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
+    loaded = config.load()
+    assert loaded.data == {"name": "digits"}
+    (tmp_path / "saved.yaml").write_text(config.to_yaml(loaded))
+    assert config.load(tmp_path / "saved.yaml") == loaded
+
+
+@pytest.mark.parametrize("path", sorted(config.DEFAULT.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    given = yaml.safe_load(path.read_text())
+    needs_path = given["data"]["name"] != "digits"
+    loaded = config.load(path, ["data.path=somewhere"] if needs_path else [])
+    assert loaded.run.dir
+    opening = path.read_text().splitlines()[:4]
+    assert any("train.py" in line for line in opening), "a YAML opens with its command"
+
+
+def test_overrides_win_and_keep_their_types():
+    loaded = config.load(None, ["training.steps=7", "optimizer.lr=1e-3", "model.qk_norm=true", "seed=3"])
+    assert (loaded.training.steps, loaded.optimizer.lr, loaded.seed) == (7, 1e-3, 3)
+    assert loaded.model["qk_norm"] is True
+
+
+def test_a_part_that_changes_its_name_loses_the_old_options():
+    assert config.load(None, ["model.attention.name=global"]).model["attention"] == {"name": "global"}
+    kept = config.load(None, ["model.attention.window=2"]).model["attention"]
+    assert kept == {"name": "iwin", "window": 2, "kernel": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stps=5", r"unknown configuration key 'training.stps'; did you mean 'training.steps'"),
+        ("trainig.steps=5", r"unknown configuration key 'trainig'; did you mean 'training'"),
+        ("model.dept=5", r"unknown configuration key 'model.dept'; did you mean 'model.depth'"),
+        ("data.nme=digits", r"unknown option of data 'digits' 'nme'"),
+        ("data.name=digit", r"unknown data 'digit'; did you mean 'digits'"),
+        ("data.name=shards", r"data 'shards' needs the option 'path'"),
+        ("flow.times.name=uniforn", r"unknown time distribution 'uniforn'; did you mean 'uniform'"),
+        ("model.attention.windw=4", r"unknown option of attention 'iwin' 'windw'; did you mean 'window'"),
+        ("preview.sampler=huen", r"unknown sampler 'huen'; did you mean 'heun'"),
+        ("training.precision=fp64", r"unknown training.precision 'fp64'"),
+        ("training.steps=0", r"training.steps must be at least 1, got 0"),
+        ("training.steps=many", r"Value 'many' .* could not be converted to Integer"),
+        ("training=5", r"training must be a mapping of keys, got 5"),
+        ("training.steps", r"an override must be key=value, got 'training.steps'"),
+        ("run.dir=", r"run.dir: Incompatible value 'None'"),
+        ("run.dir=''", r"run.dir must name the run's folder"),
+        ("seed=-1", r"seed must not be negative, got -1"),
+    ],
+)
+def test_configurations_that_cannot_be_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(None, [override])
+
+
+def test_files_that_cannot_be_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--config must be a YAML file, got .*absent.yaml"):
+        config.load(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must be a mapping of keys, got list"):
+        config.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"broken.yaml and the overrides must be YAML"):
+        config.load(tmp_path / "broken.yaml")

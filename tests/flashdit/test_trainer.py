@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flashdit import FlashDiT, config
+from flashdit.generate import SamplingOptions, load_generator
+from flashdit.trainer import Trainer
+
+
+def train(overrides, *more):
+    trainer = Trainer(config.load(None, [*overrides, *more]))
+    trainer.fit()
+    return trainer
+
+
+def tensors(run_dir, step):
+    """Returns every tensor of a checkpoint by name."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(folder)}/{name}": value for name, value in load_file(path).items()}
+    states = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    found |= {f"optimizer/{i}/{name}": value for i, state in states.items() for name, value in state.items()}
+    return found | {"rng": torch.load(folder / "rng.pt", weights_only=True)[0]}
+
+
+def records(run_dir):
+    """Returns the run's records without their speed."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def assert_same_runs(one, other, step):
+    mine, theirs = tensors(one, step), tensors(other, step)
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not mine[name].equal(theirs[name])]
+    assert different == []
+    assert records(one) == records(other)
+
+
+@pytest.mark.parametrize("pause", [2, 4])
+def test_a_paused_run_ends_as_an_uninterrupted_one(tiny_overrides, tmp_path, pause):
+    train(tiny_overrides)  # 6 steps of 8 images: epochs of 37 end within a batch
+    paused = [*tiny_overrides, f"run.dir={tmp_path / 'paused'}"]
+    train(paused, f"training.steps={pause}")
+    torch.manual_seed(99)
+    train(paused)
+    assert_same_runs(tmp_path / "run", tmp_path / "paused", 6)
+
+
+def test_accumulation_and_batch_layout_change_no_update(tiny_overrides, tmp_path):
+    train(tiny_overrides)
+    train(tiny_overrides, f"run.dir={tmp_path / 'split'}", "training.accumulation=4")
+    whole, split = tensors(tmp_path / "run", 6), tensors(tmp_path / "split", 6)
+    for name in whole:
+        if name.startswith(("model/", "ema/")):
+            torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_worker_processes_change_nothing(tiny_overrides, tmp_path):
+    train(tiny_overrides)
+    train(tiny_overrides, f"run.dir={tmp_path / 'workers'}", "training.workers=2")
+    assert_same_runs(tmp_path / "run", tmp_path / "workers", 6)
+
+
+def test_training_learns(tiny_overrides, tmp_path):
+    train(tiny_overrides, "training.steps=60", "optimizer.decay_steps=null", "training.save_every=60")
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_checkpoint_holds_everything_and_loads_safely(tiny_overrides, tmp_path):
+    trainer = train(tiny_overrides)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000006"
+    state = json.loads((folder / "state.json").read_text())
+    assert state == {
+        "format": 1,
+        "step": 6,
+        "images_seen": 48,
+        "ema_updates": 6,
+        "class_names": ["0", "1", "2"],
+        "data_name": "shards",
+    }
+    assert config.load(folder / "config.yaml") == trainer.config
+    raw, ema = (FlashDiT.from_pretrained(folder / name).state_dict() for name in ("model", "ema"))
+    for name, value in trainer.model.state_dict().items():
+        assert raw[name].equal(value)
+        assert ema[name].equal(trainer.ema.average[name])
+    assert not any(path.name.startswith(".") for path in (tmp_path / "run").rglob("*"))
+
+
+def test_statistics_of_the_data_travel_with_the_checkpoint(tiny_overrides, tmp_path):
+    train(tiny_overrides)
+    generator = load_generator(tmp_path / "run")
+    assert generator.space.mean.flatten().tolist() == [2.0] * 3
+    assert generator.space.std.flatten().tolist() == [3.0] * 3
+    with pytest.raises(ValueError, match="pixels need the VAE"):
+        next(iter(generator.generate(torch.tensor([0]), SamplingOptions(steps=1))))
+
+
+def test_a_finished_run_is_left_alone(tiny_overrides, tmp_path):
+    train(tiny_overrides)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(tiny_overrides).step == 6
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bfloat16_and_activation_checkpointing_train(tiny_overrides, tmp_path, precision):
+    trainer = train(
+        tiny_overrides, f"training.precision={precision}", "training.gradient_checkpointing=true"
+    )
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records(tmp_path / "run"))
+
+
+def test_activation_checkpointing_changes_no_result(tiny_overrides, tmp_path):
+    train(tiny_overrides)
+    train(tiny_overrides, f"run.dir={tmp_path / 'saving'}", "training.gradient_checkpointing=true")
+    assert_same_runs(tmp_path / "run", tmp_path / "saving", 6)
+
+
+def test_wandb_gets_the_same_run_after_a_resume(tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tiny_overrides, "tracking.wandb=true", "training.steps=2")
+    first = (tmp_path / "run" / "wandb_id.txt").read_text()
+    train(tiny_overrides, "tracking.wandb=true")
+    folders = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert all(name.endswith(first) for name in folders)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.in_channels=4", r"model.in_channels=4 and model.sample_size=8, got 3 × 8 × 8"),
+        ("model.sample_size=16", r"model.in_channels=3 and model.sample_size=16, got 3 × 8 × 8"),
+        ("model.num_classes=2", r"labels must be from 0 to below model.num_classes=2, got 0 to 2"),
+        ("training.accumulation=3", r"global_batch_size must be a multiple .* got 8 for 1 × 3"),
+        ("data.path=absent", r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in absent"),
+        ("latents.vae=absent", r"vae must be 'digits', a folder or a hub name .* got 'absent'"),
+        ("model.attention.window=0", r"window must be between 1 and the side of the token grid, got window=0"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_the_first_step(tiny_overrides, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_overrides, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_shards):
+    (tiny_shards / "class_names.json").write_text('["cat", "dog", "cow", "hen"]')
+    with pytest.raises(ValueError, match="model.num_classes must be the data's 4 classes, got 3"):
+        train(tiny_overrides)
+
+
+def test_images_without_a_vae_are_refused():
+    with pytest.raises(ValueError, match="images need a VAE: give latents.vae"):
+        Trainer(config.load(None, ["latents.vae=null"]))
+
+
+def test_another_model_in_the_same_run_folder_is_refused(tiny_overrides, tmp_path, caplog):
+    train(tiny_overrides, "training.steps=2")
+    with pytest.raises(ValueError, match=r"run holds a run whose model.depth is 1, not 2: give another run.dir"):
+        train(tiny_overrides, "model.depth=2")
+    with caplog.at_level("INFO"):
+        train(tiny_overrides, "optimizer.lr=0.01")
+    assert "resumed with another optimizer.lr: 0.01, was 0.003" in caplog.text
+    assert "resumed with another training.steps: 6, was 2" in caplog.text
