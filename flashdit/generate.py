@@ -24,7 +24,7 @@ from flashdit.training.checkpoint import find_checkpoint, read_state
 class SamplingOptions:
     """Options of sampling: the whole recipe beside the model and the labels."""
 
-    sampler: str = "heun"
+    sampler: str = "euler"
     steps: int = 50
     """Updates of the sampler."""
     cfg_scale: float = 1.0

@@ -2,7 +2,14 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from flashdit.latents import LatentOptions, LatentSpace, channel_statistics, encode_images, load_vae, vae_identity
+from flashdit.latents import (
+    LatentOptions,
+    LatentSpace,
+    channel_statistics,
+    encode_images,
+    load_vae,
+    vae_identity,
+)
 
 
 @pytest.fixture

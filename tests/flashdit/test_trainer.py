@@ -66,7 +66,8 @@ def test_worker_processes_change_nothing(tiny_overrides, tmp_path):
 
 
 def test_training_learns(tiny_overrides, tmp_path):
-    train(tiny_overrides, "training.steps=60", "optimizer.decay_steps=null", "training.save_every=60")
+    steady = ("optimizer.decay_steps=null", "optimizer.warmup_steps=0", "training.save_every=120")
+    train(tiny_overrides, "training.steps=120", *steady)
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
@@ -109,9 +110,7 @@ def test_a_finished_run_is_left_alone(tiny_overrides, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_bfloat16_and_activation_checkpointing_train(tiny_overrides, tmp_path, precision):
-    trainer = train(
-        tiny_overrides, f"training.precision={precision}", "training.gradient_checkpointing=true"
-    )
+    trainer = train(tiny_overrides, f"training.precision={precision}", "training.gradient_checkpointing=true")
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records(tmp_path / "run"))
 
@@ -142,7 +141,10 @@ def test_wandb_gets_the_same_run_after_a_resume(tiny_overrides, tmp_path, monkey
         ("training.accumulation=3", r"global_batch_size must be a multiple .* got 8 for 1 × 3"),
         ("data.path=absent", r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in absent"),
         ("latents.vae=absent", r"vae must be 'digits', a folder or a hub name .* got 'absent'"),
-        ("model.attention.window=0", r"window must be between 1 and the side of the token grid, got window=0"),
+        (
+            "model.attention.window=0",
+            r"window must be between 1 and the side of the token grid, got window=0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_before_the_first_step(tiny_overrides, tmp_path, override, message):
@@ -164,7 +166,9 @@ def test_images_without_a_vae_are_refused():
 
 def test_another_model_in_the_same_run_folder_is_refused(tiny_overrides, tmp_path, caplog):
     train(tiny_overrides, "training.steps=2")
-    with pytest.raises(ValueError, match=r"run holds a run whose model.depth is 1, not 2: give another run.dir"):
+    with pytest.raises(
+        ValueError, match=r"run holds a run whose model.depth is 1, not 2: give another run.dir"
+    ):
         train(tiny_overrides, "model.depth=2")
     with caplog.at_level("INFO"):
         train(tiny_overrides, "optimizer.lr=0.01")

@@ -21,7 +21,10 @@ def test_layout_is_lightningdits(tiny_shards):
         "labels": (20,),
     }
     stats = torch.load(tiny_shards / "latents_stats.pt", weights_only=True)
-    assert {key: tuple(value.shape) for key, value in stats.items()} == {"mean": (1, 3, 1, 1), "std": (1, 3, 1, 1)}
+    assert {key: tuple(value.shape) for key, value in stats.items()} == {
+        "mean": (1, 3, 1, 1),
+        "std": (1, 3, 1, 1),
+    }
 
 
 def test_every_row_comes_back_across_shards(tiny_shards):
@@ -58,7 +61,9 @@ def test_class_names_beside_the_shards_are_read(tiny_shards):
 
 
 def test_what_cannot_be_read_is_named(tiny_shards, tmp_path):
-    with pytest.raises(ValueError, match=r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in"):
+    with pytest.raises(
+        ValueError, match=r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in"
+    ):
         LatentShards(tmp_path / "absent")
     path = tiny_shards / "latents_rank00_shard001.safetensors"
     path.write_bytes(path.read_bytes()[:200])

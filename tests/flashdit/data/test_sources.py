@@ -63,7 +63,9 @@ def test_digits_are_the_real_ones_in_a_fixed_split():
     held_out, held_out_labels = digits("held-out")
     assert (len(images), len(held_out)) == (1437, 360)
     assert images.shape[1:] == (3, 32, 32)
-    assert torch.cat([labels, held_out_labels]).bincount().tolist() == np.bincount(load_digits().target).tolist()
+    assert (
+        torch.cat([labels, held_out_labels]).bincount().tolist() == np.bincount(load_digits().target).tolist()
+    )
     assert held_out_labels.bincount().min() >= 35
     distinct = {image.numpy().tobytes() for image in torch.cat([images, held_out])}
     assert len(distinct) == len({row.tobytes() for row in load_digits().data})

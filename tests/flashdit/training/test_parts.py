@@ -20,6 +20,7 @@ from flashdit.training.examples import Examples, positions
 from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer
 from flashdit.training.tracking import Tracker, TrackingOptions
 
+
 def test_learning_rate_warms_up_holds_and_decays():
     options = OptimizerOptions(lr=1.0, warmup_steps=10, decay_steps=110, min_lr=0.1)
     assert [learning_rate(step, options) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
@@ -157,7 +158,9 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch):
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint must be a run or a folder step_XXXXXXXX .* got .*absent"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint must be a run or a folder step_XXXXXXXX .* got .*absent"
+    ):
         find_checkpoint(tmp_path / "absent")
     folder = make_checkpoint(tmp_path, 1)
     write_json(folder / "state.json", {"format": 99})

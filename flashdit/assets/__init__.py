@@ -1,0 +1,1 @@
+"""Small weights committed with the package, for the digits default."""

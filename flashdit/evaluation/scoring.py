@@ -1,0 +1,176 @@
+"""Which score reads which statistics: the table of metrics, by the names of `--metrics`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from flashdit.evaluation.features import Extractor
+from flashdit.evaluation.metrics import NEIGHBOURS, frechet_distance, inception_score, precision, recall
+from flashdit.evaluation.statistics import ImageStatistics
+from flashdit.registry import unknown
+
+Value = TypeVar("Value")
+
+
+class Unavailable(Exception):
+    """Says why a score cannot be had from these statistics."""
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """Numbers by key; None where there is none, with the reason.
+
+    Attributes:
+        values: Keys of the metrics, in their order.
+        reasons: Why a value is None.
+    """
+
+    values: dict[str, float | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def renamed(self, names: Mapping[str, tuple[str, str]]) -> Scores:
+        """Returns the same scores under the first of the two names of each key."""
+        return Scores(
+            values={names[key][0]: value for key, value in self.values.items()},
+            reasons={names[key][0]: reason for key, reason in self.reasons.items()},
+        )
+
+
+class Metric(NamedTuple):
+    """A score: the parts of `collect` it reads, the keys it reports, (samples, reference) → their numbers."""
+
+    needs: tuple[str, ...]
+    keys: tuple[str, ...]
+    compute: Callable[[ImageStatistics, ImageStatistics], tuple[float, ...]]
+
+
+def present(value: Value | None, statistics: ImageStatistics, what: str) -> Value:
+    """Returns the value, or says what the statistics lack."""
+    if value is None:
+        raise Unavailable(f"'{statistics.name}' has no {what}")
+    return value
+
+
+def pool_rows(statistics: ImageStatistics) -> Tensor:
+    """Returns the pool features of every image."""
+    return present(statistics.pool, statistics, "images, only statistics")
+
+
+def pool_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the Fréchet distance of the pool features."""
+    mu, sample_mu = (present(side.mu, side, "pool statistics") for side in (reference, samples))
+    sigma, sample_sigma = (present(side.sigma, side, "pool statistics") for side in (reference, samples))
+    return (frechet_distance(mu, sigma, sample_mu, sample_sigma, reference.count, samples.count),)
+
+
+def spatial_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the Fréchet distance of the spatial features."""
+    mu, sample_mu = (present(side.mu_s, side, "spatial statistics") for side in (reference, samples))
+    sigma, sample_sigma = (present(side.sigma_s, side, "spatial statistics") for side in (reference, samples))
+    return (frechet_distance(mu, sigma, sample_mu, sample_sigma, reference.count, samples.count),)
+
+
+def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns mean and standard deviation of the inception score of the samples."""
+    return inception_score(present(samples.logits, samples, "logits"))
+
+
+def sample_precision(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the share of samples inside the reference's manifold."""
+    return (precision(pool_rows(reference), pool_rows(samples)),)
+
+
+def sample_recall(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the share of the reference inside the samples' manifold."""
+    return (recall(pool_rows(reference), pool_rows(samples)),)
+
+
+def class_accuracy(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the share of samples that the extractor takes for the class they were made as."""
+    labels = present(samples.labels, samples, "labels")
+    return ((present(samples.logits, samples, "logits").argmax(1) == labels).double().mean().item(),)
+
+
+METRICS = {
+    "fid": Metric(("moments",), ("fid",), pool_distance),
+    "sfid": Metric(("spatial",), ("sfid",), spatial_distance),
+    "is": Metric(("logits",), ("is_mean", "is_std"), class_score),
+    "precision": Metric(("pool",), ("precision",), sample_precision),
+    "recall": Metric(("pool",), ("recall",), sample_recall),
+    "accuracy": Metric(("logits",), ("accuracy",), class_accuracy),
+}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses an unknown metric, naming the nearest."""
+    for name in names:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+
+
+def check_accuracy(names: Collection[str], extractor: Extractor, classes: Sequence[str] | None) -> None:
+    """Refuses accuracy where the extractor's logits are not over the classes of the samples."""
+    if "accuracy" in names and (extractor.class_names is None or extractor.class_names != classes):
+        raise ValueError(
+            f"accuracy needs an extractor of the samples' own classes, got extractor '{extractor.name}'"
+        )
+
+
+def parts_needed(names: Iterable[str]) -> set[str]:
+    """Returns which parts of `collect` the metrics read."""
+    return {part for name in names for part in METRICS[name].needs}
+
+
+def compute_scores(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> Scores:
+    """Returns every score that the statistics allow, and the reason for every other one.
+
+    Args:
+        names: Keys of `METRICS`.
+        samples: What is scored.
+        reference: What it is held against.
+
+    Raises:
+        ValueError: If a metric refuses its input, such as fewer images than neighbours.
+    """
+    scores = Scores()
+    for name in names:
+        metric = METRICS[name]
+        try:
+            values: tuple[float | None, ...] = metric.compute(samples, reference)
+        except Unavailable as reason:
+            values = (None,) * len(metric.keys)
+            scores.reasons |= dict.fromkeys(metric.keys, str(reason))
+        for key, value in zip(metric.keys, values, strict=True):
+            if value is not None and not math.isfinite(value):
+                value, scores.reasons[key] = None, f"it came out as {value}"
+            scores.values[key] = value
+    return scores
+
+
+def check_counts(names: Iterable[str], num_samples: int, reference: ImageStatistics) -> None:
+    """Refuses too few images for the metrics, before any sample is drawn."""
+    reads_neighbours = "pool" in parts_needed(names)
+    least = NEIGHBOURS + 1 if reads_neighbours else 2
+    counts = {"samples": num_samples}
+    if reads_neighbours and reference.pool is not None:
+        counts["reference"] = len(reference.pool)
+    if min(counts.values()) < least:
+        raise ValueError(f"these metrics need at least {least} images on each side, got {counts}")
+
+
+def cautions(names: Collection[str], samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
+    """Returns what makes Fréchet distances hard to compare: covariances of fewer images than dimensions."""
+    notes = []
+    for metric, mu in (("fid", samples.mu), ("sfid", samples.mu_s)):
+        for side in (samples, reference):
+            if metric in names and mu is not None and side.count is not None and side.count <= mu.numel():
+                notes.append(
+                    f"the covariance of {side.count} images of '{side.name}' is rank-deficient in "
+                    f"{mu.numel()} dimensions: compare its Fréchet distance only at the same number of images"
+                )
+    return notes

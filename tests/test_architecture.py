@@ -1,0 +1,51 @@
+"""The direction of imports, DESIGN.md: each room may import only what stands before it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [  # of flashdit; rooms in one set never import each other
+    {"registry", "seeds"},
+    {"models", "flow", "latents", "data", "training"},
+    {"encode", "generate", "pictures"},
+    {"pipeline", "evaluation"},
+    {"config"},
+    {"trainer", "cli", "assets"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+FILES = sorted((ROOT / "flashdit").rglob("*.py"))
+
+
+def imported(path):
+    """Returns the full names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def room_of(path):
+    """Returns the room of a file of flashdit: its folder, or its own name at the top."""
+    return path.relative_to(ROOT / "flashdit").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_what_stands_before_them(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in LEVEL, f"{room} is not in LAYERS"
+    others = {name.split(".")[1] for name in imported(path) if name.startswith("flashdit.")} - {room}
+    allowed = {other for other in LEVEL if LEVEL[other] < LEVEL[room]}
+    assert others <= allowed, f"{room} may not import {sorted(others - allowed)}"
+
+
+def test_iwin_core_imports_neither_flashdit_nor_more_than_torch_and_einops():
+    outside = set()
+    for path in (ROOT / "iwin_core").rglob("*.py"):
+        outside |= {name.split(".")[0] for name in imported(path)}
+    standard = {"__future__", "collections", "itertools", "math", "typing", "dataclasses"}
+    assert outside - standard <= {"torch", "einops", "iwin_core"}
