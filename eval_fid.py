@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
-from flashdit.cli import run_script
+from flashdit.cli import SAMPLING, add_device, add_sampling, run_script, sampling_options
 from flashdit.evaluation.evaluate import Plan, evaluate
 from flashdit.evaluation.features import EXTRACTORS, Extractor
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.report import print_table, write_report
 from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names
 from flashdit.evaluation.sources import GeneratedSource, open_source
-from flashdit.registry import make_options
-
-SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")  # SamplingOptions, as typed
+from flashdit.generate import CheckpointGenerator, balanced_labels, load_generator
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,18 +44,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)"
     )
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument(
         "--output", type=Path, help="folder or .json file (default: the run's eval/, or beside --samples)"
     )
-    sampling = parser.add_argument_group("sampling from a checkpoint (defaults as in sample.py)")
-    sampling.add_argument("--sampler", help="euler or heun")
-    sampling.add_argument("--steps", type=int)
-    sampling.add_argument("--cfg-scale", type=float)
-    sampling.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    sampling.add_argument("--shift", type=float)
-    sampling.add_argument("--seed", type=int)
-    sampling.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add_device(how)
+    add_sampling(parser)
     return parser.parse_args(argv)
 
 
@@ -84,12 +73,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Opens samples or generator, extractor and reference; returns them and the file to write."""
     check_arguments(arguments)
-    generator = None if arguments.samples else open_generator(arguments)
+    here = arguments.device
+    generator = None if arguments.samples else load_generator(arguments.checkpoint, here, arguments.vae)
     is_digits = generator is not None and generator.data_name == "digits"
     reference_name = arguments.reference or ("digits" if is_digits else None)
     if reference_name is None:
         raise ValueError("this needs a --reference: an ADM npz, a folder of images, or 'digits'")
-    extractor = make_extractor(arguments, reference_name).to(arguments.device).eval()
+    extractor = make_extractor(arguments, reference_name).to(here).eval()
     classes = extractor.class_names if generator is None else generator.class_names
     metrics = arguments.metrics or default_metrics(extractor, classes)
     check_accuracy(metrics, extractor, classes)
@@ -101,13 +91,6 @@ def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
         default_output = generator.run_dir / "eval" / "metrics.json"
     output = output_file(arguments.output, default_output)
     return Plan(samples, extractor, Reference(reference_name, extractor), metrics), output
-
-
-def open_generator(arguments: argparse.Namespace) -> Any:
-    """Returns the generator of the checkpoint, or of the newest run's."""
-    from flashdit.generate import load_generator  # the models are needed for a checkpoint alone
-
-    return load_generator(arguments.checkpoint, arguments.device, arguments.vae)
 
 
 def make_extractor(arguments: argparse.Namespace, reference_name: str) -> Extractor:
@@ -123,15 +106,11 @@ def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list
     return [name for name in METRICS if name != "accuracy" or knows]
 
 
-def generated_source(arguments: argparse.Namespace, generator: Any, default_count: int) -> GeneratedSource:
+def generated_source(
+    arguments: argparse.Namespace, generator: CheckpointGenerator, default_count: int
+) -> GeneratedSource:
     """Returns the source that samples from a generator, its options checked."""
-    from flashdit.generate import SamplingOptions, balanced_labels
-
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
-    if "cfg_interval" in given:
-        given["cfg_interval"] = tuple(given["cfg_interval"])
-    options = make_options(SamplingOptions, {**given, "batch_size": arguments.batch_size}, "sampling")
-    options.check()
+    options = sampling_options(arguments, generator)
     count = default_count if arguments.num_images is None else arguments.num_images
     if count < 1:
         raise ValueError(f"--num-images must be positive, got {count}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flashdit.cli import run_script
+from flashdit.cli import add_device, add_sampling, run_script, sampling_options
 from flashdit.generate import CheckpointGenerator, SamplingOptions, class_ids, load_generator
 from flashdit.pictures import labelled_grid, rows_by_class, save_png
 from flashdit.training.checkpoint import write_atomically, write_json
@@ -25,33 +25,15 @@ RECIPE = "recipe.json"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    default = SamplingOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder or run (default: the newest run)")
     add("--class", dest="classes", nargs="+", help="class ids or names (default: the first ten classes)")
-    add(
-        "--num-images",
-        type=int,
-        help=f"images in all, shared among the classes (default: {PER_CLASS} a class)",
-    )
-    add(
-        "--cfg-scale",
-        type=float,
-        default=default.cfg_scale,
-        help="guidance scale; 1 is the conditional model",
-    )
-    add("--cfg-interval", type=float, nargs=2, default=default.cfg_interval, metavar=("LOW", "HIGH"))
-    add("--sampler", default=default.sampler, help="euler or heun")
-    add("--steps", type=int, default=default.steps, help="updates of the sampler")
-    add("--shift", type=float, default=default.shift, help="below 1, finer steps near noise")
-    add("--seed", type=int, default=default.seed)
-    add("--batch-size", type=int, default=default.batch_size, help="changes no image")
-    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--num-images", type=int, help=f"in all, shared among the classes (default: {PER_CLASS} a class)")
+    add("--batch-size", type=int, help="images at a time; changes no image")
     add("--output", type=Path, help="folder for the images (default: in the run's samples/)")
+    add_device(parser)
+    add_sampling(parser)
     return parser.parse_args(argv)
 
 
@@ -94,17 +76,8 @@ def write_images(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, checks it, samples, and says where the grid lies."""
     arguments = parse(argv)
-    options = SamplingOptions(
-        sampler=arguments.sampler,
-        steps=arguments.steps,
-        cfg_scale=arguments.cfg_scale,
-        cfg_interval=tuple(arguments.cfg_interval),
-        shift=arguments.shift,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
-    options.check()
     generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae)
+    options = sampling_options(arguments, generator)
     labels = make_labels(arguments, generator.class_names)
     classes = "-".join(arguments.classes or ["all"])
     name = f"class_{classes}_cfg_{options.cfg_scale:g}_seed_{options.seed}"

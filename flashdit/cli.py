@@ -1,13 +1,22 @@
-"""What the scripts share: a user's mistake becomes one line on stderr and exit status 2."""
+"""What the scripts share: sampling options, and a user's mistake as one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf.errors import OmegaConfBaseException
+
+from flashdit.flow.samplers import SAMPLERS
+from flashdit.generate import CheckpointGenerator, SamplingOptions
+
+SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -23,3 +32,33 @@ def run_script(main: Callable[[], None]) -> None:
         sentence = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Adds `--device`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"where to run (default here: {device})")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sampling from a checkpoint; what is not given stays None."""
+    group = parser.add_argument_group(
+        "sampling (what is not given is as the checkpoint's configuration has it)"
+    )
+    group.add_argument("--sampler", help=" or ".join(SAMPLERS))
+    group.add_argument("--steps", type=int, help="updates of the sampler")
+    group.add_argument("--cfg-scale", type=float, help="guidance scale; 1 is the conditional model")
+    group.add_argument(
+        "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts"
+    )
+    group.add_argument("--shift", type=float, help="below 1, finer steps near noise")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
+
+
+def sampling_options(arguments: argparse.Namespace, generator: CheckpointGenerator) -> SamplingOptions:
+    """Returns the checkpoint's sampling options with what the command line says otherwise, checked."""
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")}
+    options = replace(generator.sampling, **{k: v for k, v in given.items() if v is not None})
+    options.check()
+    return options

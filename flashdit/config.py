@@ -82,8 +82,8 @@ class RunConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    preview: SamplingOptions = field(default_factory=SamplingOptions)
-    """How previews are sampled."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How previews are sampled, and what sample.py and eval_fid.py do unless told otherwise."""
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
 
@@ -169,7 +169,7 @@ def check(config: RunConfig) -> None:
         ATTENTIONS.options(config.model["attention"])
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
-    config.preview.check()
+    config.sampling.check()
     _check_training(config.training)
 
 

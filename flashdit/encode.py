@@ -28,7 +28,7 @@ def open_latents(
         data: Spec of the data set, `{name, **options}`.
         options: The VAE and the multiplier.
         device: Where the VAE encodes.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar, where somebody watches.
 
     Raises:
         ValueError: If the data cannot be read, or images come without a VAE.
@@ -50,9 +50,8 @@ def open_latents(
 def encode(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bool = True) -> Tensor:
     """Returns the VAE latents (N, C, H, W) of all images of a source, on the CPU."""
     encoded = []
-    for rows in tqdm(
-        torch.arange(len(source.labels)).split(BATCH), "encode", unit="batch", disable=not progress
-    ):
+    batches = torch.arange(len(source.labels)).split(BATCH)
+    for rows in tqdm(batches, "encode", unit="batch", leave=False, disable=None if progress else True):
         images = torch.stack([source.image(int(row)) for row in rows])
         encoded.append(encode_images(vae, images.flip(-1) if mirrored else images).cpu())
     return torch.cat(encoded)

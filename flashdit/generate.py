@@ -127,6 +127,7 @@ class ImageGenerator:
     def generate(self, labels: Tensor, options: SamplingOptions) -> Iterator[Batch]:
         """Yields the images of labels (N,) in order; sample i has labels[i] and noise (seed, i)."""
         times, sampler = options.check(), get_sampler(options.sampler)
+        self.space.need_vae()
         device = self.space.mean.device
         for ids in torch.arange(len(labels)).split(options.batch_size):
             y = labels[ids].to(device)
@@ -154,6 +155,7 @@ class CheckpointGenerator(ImageGenerator):
         self.run_dir = checkpoint.parent.parent
         self.data_name: str = state["data_name"]
         self.step: int = state["step"]
+        self.sampling = SamplingOptions(**state["sampling"])
 
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model: checkpoint, step, weight hash, VAE."""

@@ -40,7 +40,7 @@ def load_vae(name: str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            f"vae must be 'digits', a folder or a hub name of a diffusers AutoencoderKL, got '{name}': {error}"
+            f"vae must be 'digits', a folder or a hub name of an AutoencoderKL, got '{name}': {error}"
         ) from error
     return vae.eval().requires_grad_(False)
 
@@ -113,11 +113,11 @@ class LatentSpace:
         Raises:
             ValueError: If the space has no VAE.
         """
-        vae = self._need_vae()
+        vae = self.need_vae()
         pixels = vae.decode(self.denormalise(latents).to(vae.dtype)).sample  # type: ignore[union-attr]
         return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
-    def _need_vae(self) -> AutoencoderKL:
+    def need_vae(self) -> AutoencoderKL:
         """Returns the VAE, or says how to give one."""
         if self.vae is None:
             raise ValueError(

@@ -263,8 +263,8 @@ class Trainer:
         classes = torch.arange(min(PREVIEW_CLASSES, len(self.class_names)))
         labels = classes.repeat_interleave(PREVIEW_PER_CLASS)
         generator = ImageGenerator(self._ema_model(), self.space, self.class_names)
-        images = torch.cat([batch.images for batch in generator.generate(labels, self.config.preview)])
-        title = f"step {self.step}, EMA, guidance {self.config.preview.cfg_scale:g}"
+        images = torch.cat([batch.images for batch in generator.generate(labels, self.config.sampling)])
+        title = f"step {self.step}, EMA, guidance {self.config.sampling.cfg_scale:g}"
         grid = labelled_grid(rows_by_class(images, labels, self.class_names, PREVIEW_PER_CLASS), title)
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
@@ -298,6 +298,7 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "class_names": self.class_names,
             "data_name": self.config.data["name"],
+            "sampling": asdict(self.config.sampling),
         }
         write_json(folder / "state.json", state)
 

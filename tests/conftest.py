@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def tiny_shards(tmp_path):
-    """Returns a folder of two latent shards: 3 × 8 × 8 latents of 20 + 17 images in 3 classes, and statistics."""
+    """Returns a folder of two shards, 3 × 8 × 8 latents of 20 + 17 images in 3 classes, and statistics."""
     from flashdit.data.shards import write_shard, write_statistics
 
     folder = tmp_path / "shards"

@@ -4,7 +4,7 @@ runs/<name>/checkpoints/step_XXXXXXXX/
     model/ ema/           FlashDiT.save_pretrained, so that from_pretrained reads either
     latents.safetensors   mean, std, VAE name and identity
     optimizer.pt rng.pt   loaded with weights_only=True
-    state.json            step, images seen, EMA updates, class names, data name
+    state.json            step, images seen, EMA updates, class names, data name, sampling options
     config.yaml           the resolved configuration
 """
 

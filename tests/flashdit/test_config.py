@@ -44,7 +44,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("data.name=shards", r"data 'shards' needs the option 'path'"),
         ("flow.times.name=uniforn", r"unknown time distribution 'uniforn'; did you mean 'uniform'"),
         ("model.attention.windw=4", r"unknown option of attention 'iwin' 'windw'; did you mean 'window'"),
-        ("preview.sampler=huen", r"unknown sampler 'huen'; did you mean 'heun'"),
+        ("sampling.sampler=huen", r"unknown sampler 'huen'; did you mean 'heun'"),
         ("training.precision=fp64", r"unknown training.precision 'fp64'"),
         ("training.steps=0", r"training.steps must be at least 1, got 0"),
         ("training.steps=many", r"Value 'many' .* could not be converted to Integer"),

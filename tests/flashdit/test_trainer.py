@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_a_checkpoint_holds_everything_and_loads_safely(tiny_overrides, tmp_path
         "ema_updates": 6,
         "class_names": ["0", "1", "2"],
         "data_name": "shards",
+        "sampling": asdict(trainer.config.sampling) | {"cfg_interval": [0.0, 1.0]},
     }
     assert config.load(folder / "config.yaml") == trainer.config
     raw, ema = (FlashDiT.from_pretrained(folder / name).state_dict() for name in ("model", "ema"))
@@ -97,7 +99,7 @@ def test_statistics_of_the_data_travel_with_the_checkpoint(tiny_overrides, tmp_p
     generator = load_generator(tmp_path / "run")
     assert generator.space.mean.flatten().tolist() == [2.0] * 3
     assert generator.space.std.flatten().tolist() == [3.0] * 3
-    with pytest.raises(ValueError, match="pixels need the VAE"):
+    with pytest.raises(ValueError, match=r"pixels need the VAE"):
         next(iter(generator.generate(torch.tensor([0]), SamplingOptions(steps=1))))
 
 
@@ -155,12 +157,12 @@ def test_what_does_not_fit_is_named_before_the_first_step(tiny_overrides, tmp_pa
 
 def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_shards):
     (tiny_shards / "class_names.json").write_text('["cat", "dog", "cow", "hen"]')
-    with pytest.raises(ValueError, match="model.num_classes must be the data's 4 classes, got 3"):
+    with pytest.raises(ValueError, match=r"model.num_classes must be the data's 4 classes, got 3"):
         train(tiny_overrides)
 
 
 def test_images_without_a_vae_are_refused():
-    with pytest.raises(ValueError, match="images need a VAE: give latents.vae"):
+    with pytest.raises(ValueError, match=r"images need a VAE: give latents.vae"):
         Trainer(config.load(None, ["latents.vae=null"]))
 
 

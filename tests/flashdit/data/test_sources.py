@@ -48,7 +48,7 @@ def test_centre_crop_is_a_square_around_the_centre(size):
 
 
 def test_image_folders_that_cannot_be_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="data.path must be a folder of images, got .*absent"):
+    with pytest.raises(ValueError, match=r"data.path must be a folder of images, got .*absent"):
         open_images(tmp_path / "absent")
     (tmp_path / "empty" / "class").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"data.path must hold images \(.bmp.*\), got none in .*empty"):
@@ -69,7 +69,7 @@ def test_digits_are_the_real_ones_in_a_fixed_split():
     assert held_out_labels.bincount().min() >= 35
     distinct = {image.numpy().tobytes() for image in torch.cat([images, held_out])}
     assert len(distinct) == len({row.tobytes() for row in load_digits().data})
-    with pytest.raises(ValueError, match="splits 'train' and 'held-out', got split='test'"):
+    with pytest.raises(ValueError, match=r"splits 'train' and 'held-out', got split='test'"):
         digits("test")
 
 

@@ -1,31 +1,26 @@
 """eval_fid.py as a user runs it; in this process but where the exit status matters."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import eval_fid
 from flashdit.data.digits import CLASS_NAMES, digits
 from flashdit.evaluation.features import EXTRACTORS
+from flashdit.generate import SamplingOptions
 
 SCRIPT = Path(__file__).parents[3] / "eval_fid.py"
 
 
 @pytest.fixture(scope="module")
 def main():
-    specification = importlib.util.spec_from_file_location("eval_fid", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    return script.main
+    return eval_fid.main
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +32,11 @@ def samples(tmp_path_factory) -> Path:
     return path
 
 
-@dataclass(kw_only=True)
-class StandInOptions:
-    sampler: str = "euler"
-    steps: int = 50
-    cfg_scale: float = 1.0
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = 1.0
-    seed: int = 0
-    batch_size: int = 100
-
-    def check(self) -> None:
-        if self.sampler not in ("euler", "heun"):
-            raise ValueError(f"unknown sampler '{self.sampler}'")
-
-
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
     num_classes, class_names, data_name = 10, CLASS_NAMES, "digits"
+    sampling = SamplingOptions()
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.drawn = run_dir, 0
@@ -77,13 +58,7 @@ class StandInGenerator:
 @pytest.fixture
 def generator(tmp_path, monkeypatch) -> StandInGenerator:
     stand_in = StandInGenerator(tmp_path / "run")
-    module = ModuleType("flashdit.generate")
-    vars(module).update(
-        SamplingOptions=StandInOptions,
-        load_generator=lambda checkpoint, device, vae: stand_in,
-        balanced_labels=lambda count, classes, seed: torch.arange(count) % classes,
-    )
-    monkeypatch.setitem(sys.modules, "flashdit.generate", module)
+    monkeypatch.setattr(eval_fid, "load_generator", lambda checkpoint, device, vae: stand_in)
     return stand_in
 
 

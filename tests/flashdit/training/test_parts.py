@@ -33,7 +33,7 @@ def test_frozen_parameters_are_left_out_and_bad_rates_named():
     frozen, trained = nn.Parameter(torch.zeros(1), requires_grad=False), nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer([frozen, trained], OptimizerOptions())
     assert optimizer.param_groups[0]["params"] == [trained]
-    with pytest.raises(ValueError, match="lr and max_grad_norm must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"lr and max_grad_norm must be positive, got 0"):
         make_optimizer([trained], OptimizerOptions(lr=0))
 
 
@@ -79,7 +79,7 @@ def test_ema_round_trips_and_leaves_the_model_alone():
     again.copy_to(other)
     assert again.updates == 7
     assert other.weight.equal(ema.average["weight"])
-    with pytest.raises(ValueError, match="ema.decay must be at least 0 and below 1, got 1"):
+    with pytest.raises(ValueError, match=r"ema.decay must be at least 0 and below 1, got 1"):
         Ema(model, EmaOptions(decay=1))
 
 
@@ -164,7 +164,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         find_checkpoint(tmp_path / "absent")
     folder = make_checkpoint(tmp_path, 1)
     write_json(folder / "state.json", {"format": 99})
-    with pytest.raises(ValueError, match="unknown checkpoint format of .* '99'"):
+    with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '99'"):
         read_state(folder)
 
 
@@ -182,7 +182,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, old):
         (path / "half").write_text("new")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"no space"):
         write_atomically(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ([] if old is None else ["target"])
     if old == "folder":

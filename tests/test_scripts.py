@@ -1,0 +1,182 @@
+"""The scripts as a user runs them: processes, kills, exit statuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import eval_fid
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+NANO = [  # a nano model on the embedded digits: the smallest run of the real default
+    "training.steps=12",
+    "training.save_every=3",
+    "training.log_every=1",
+    "training.preview_every=12",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "sampling.steps=2",
+]
+
+
+def run(*command, **options):
+    """Returns a finished process, which must have succeeded."""
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def last_checkpoint(run_dir):
+    return max((run_dir / "checkpoints").glob("step_*"))
+
+
+def tensors(checkpoint):
+    """Returns every tensor of a checkpoint, and its state."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(checkpoint)}/{name}": value for name, value in load_file(path).items()}
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    for i, state in optimizer.items():
+        found |= {f"optimizer/{i}/{name}": value for name, value in state.items()}
+    return found, json.loads((checkpoint / "state.json").read_text())
+
+
+def records(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns the folder of an uninterrupted nano run on digits, made by the script."""
+    run_dir = tmp_path_factory.mktemp("runs") / "nano"
+    run(sys.executable, "train.py", f"run.dir={run_dir}", *NANO)
+    return run_dir
+
+
+def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
+    command = [sys.executable, "train.py", f"run.dir={tmp_path}", *NANO]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "checkpoints" / "step_00000003").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert last_checkpoint(tmp_path).name < "step_00000012"
+    run(*command)
+    mine, theirs = tensors(last_checkpoint(tmp_path)), tensors(last_checkpoint(trained))
+    assert mine[1] == theirs[1]
+    assert mine[0].keys() == theirs[0].keys()
+    assert [name for name in mine[0] if not mine[0][name].equal(theirs[0][name])] == []
+    assert records(tmp_path) == records(trained)
+
+
+def test_two_processes_train_and_one_resumes(trained, tmp_path):
+    run(*LAUNCH, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
+    assert last_checkpoint(tmp_path).name == "step_00000006"
+    run(sys.executable, "train.py", f"run.dir={tmp_path}", *NANO)
+    one, two = tensors(last_checkpoint(trained))[0], tensors(last_checkpoint(tmp_path))[0]
+    for name, value in one.items():
+        if name.startswith(("model/", "ema/")):
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 13)]
+
+
+def test_training_leaves_a_preview_of_ten_classes(trained):
+    with Image.open(trained / "samples" / "step_00000012.png") as grid:
+        assert grid.width > 4 * 64
+        assert grid.height > 10 * 64
+
+
+def test_sampling_writes_pictures_grid_arrays_and_recipe(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--checkpoint", trained, "--class", "seven", "3", "--num-images", "5", "--cfg-scale", "1.5"]
+    sample.main([str(word) for word in [*argv, "--steps", "2", "--output", out]])
+    assert f"5 images, 4 model evaluations each: {out / 'grid.png'}" in capsys.readouterr().out
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [*(f"{i:06d}.png" for i in range(5)), "grid.png", "recipe.json", "samples.npz"]
+    with np.load(out / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 32, 32, 3)
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [7, 7, 7, 3, 3]
+        with Image.open(out / "000003.png") as picture:
+            assert np.array_equal(np.asarray(picture), arrays["arr_0"][3])
+            assert json.loads(picture.text["recipe"])["sampling"]["cfg_scale"] == 1.5
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert {"checkpoint", "step", "weights_sha256", "vae_identity", "sampling", "nfe"} <= recipe.keys()
+
+
+def test_the_newest_run_is_sampled_and_earlier_samples_are_replaced(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(trained.parent)
+    for seed in ("1", "2"):
+        sample.main(["--num-images", "3", "--steps", "1", "--seed", seed, "--output", "out"])
+    assert json.loads(Path("out/recipe.json").read_text())["sampling"]["seed"] == 2
+
+
+def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path):
+    argv = ["--checkpoint", trained, "--num-images", "30", "--steps", "2", "--output", tmp_path]
+    eval_fid.main([str(word) for word in argv])
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["metrics"].keys() == result["floor"].keys()
+    assert result["floor"]["accuracy"] >= 0.98
+    assert result["metrics"]["fd"] > 3 * result["floor"]["fd"], "twelve steps make no digits"
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        (train, ["trainig.steps=3"], "train.py: error: unknown configuration key 'trainig'"),
+        (train, ["model.attention.window=99"], "window must be between 1 and the side of the token grid"),
+        (train, ["model.in_channels=3"], "the data's latents must be what the model takes"),
+        (train, ["data.name=images", "data.path=absent"], "data.path must be a folder of images, got absent"),
+        (train, ["--config", "absent.yaml"], "--config must be a YAML file, got absent.yaml"),
+        (sample, ["--class", "207"], "class 207 is out of range for this 10-class model (0–9)"),
+        (sample, ["--class", "sevn"], "unknown class 'sevn'; did you mean 'seven'"),
+        (sample, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (sample, ["--cfg-interval", "0.9", "0.1"], "the guidance interval must be 0 ≤ low ≤ high ≤ 1"),
+        (sample, ["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (sample, ["--output", "kept"], "--output must be a new folder or one of earlier samples, got kept"),
+        (eval_fid, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    script, argv, message, trained, tmp_path, monkeypatch, exit_message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    (tmp_path / "kept").mkdir()
+    if script is sample and "--checkpoint" not in argv:
+        argv = ["--checkpoint", trained, *argv]
+    before = sorted(trained.rglob("*"))
+    if script is train:
+        argv = [*argv, f"run.dir={tmp_path / 'run'}"]
+    assert message in exit_message(script, *argv)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_an_unreadable_image_ends_the_script_with_status_2(tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"not a picture")
+    overrides = [f"run.dir={tmp_path / 'run'}", "data.name=images", f"data.path={tmp_path / 'images'}"]
+    command = [sys.executable, "train.py", *overrides, "model.num_classes=1"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: every image must be readable")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
