@@ -68,7 +68,7 @@ def write_images(
     first = torch.cat(
         [(labels == label).nonzero()[:PER_CLASS, 0] for label in labels.unique()[:GRID_CLASSES]]
     )
-    title = f"step {generator.step}, {options.sampler} {options.steps}, guidance {options.cfg_scale:g}"
+    title = f"step {generator.step}, {options}"
     rows = rows_by_class(pictures[first], labels[first], generator.class_names, PER_CLASS)
     labelled_grid(rows, title).save(folder / "grid.png")
 

@@ -37,6 +37,12 @@ class SamplingOptions:
     batch_size: int = 100
     """Images generated at once; changes no image."""
 
+    def __str__(self) -> str:
+        """Returns what a picture's title says of the sampling."""
+        low, high = self.cfg_interval
+        times = "" if (low, high) == (0, 1) or self.cfg_scale == 1 else f" for t in {low:g}–{high:g}"
+        return f"{self.sampler} {self.steps}, guidance {self.cfg_scale:g}{times}"
+
     def check(self) -> list[float]:
         """Returns the time grid, or raises ValueError for an option that cannot be."""
         get_sampler(self.sampler)

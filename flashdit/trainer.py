@@ -264,7 +264,7 @@ class Trainer:
         labels = classes.repeat_interleave(PREVIEW_PER_CLASS)
         generator = ImageGenerator(self._ema_model(), self.space, self.class_names)
         images = torch.cat([batch.images for batch in generator.generate(labels, self.config.sampling)])
-        title = f"step {self.step}, EMA, guidance {self.config.sampling.cfg_scale:g}"
+        title = f"step {self.step}, EMA, {self.config.sampling}"
         grid = labelled_grid(rows_by_class(images, labels, self.class_names, PREVIEW_PER_CLASS), title)
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))

@@ -59,9 +59,9 @@ def autoencoder_loss(autoencoder: AutoencoderKL, images: Tensor, generator: torc
     (posterior,) = autoencoder.encode(images, return_dict=False)
     reconstruction = decode(autoencoder, posterior.sample(generator))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    # Without an anchor a small encoder hides the picture in high-frequency patterns: good PSNR, but latents
-    # that a flow learns slowly. So the posterior mean is held to the grey picture at half size, which is
-    # smooth; the KL keeps noise on the latents, so that the decoder forgives the flow's small errors.
+    # The anchor holds the posterior mean to the grey picture at half size: it fixes the sign and scale of the
+    # latents, and they can be looked at. It is not what makes them learnable: without it (one seed, the same
+    # recipe) the flow scored about the same, and the PSNR was 1.2 dB higher.
     anchor = F.mse_loss(posterior.mean, F.avg_pool2d(images.mean(1, keepdim=True), 2))
     return F.mse_loss(reconstruction, images) + KL_WEIGHT * kl + ANCHOR_WEIGHT * anchor
 

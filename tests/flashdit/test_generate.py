@@ -82,6 +82,18 @@ def test_nfe_counts_what_the_model_is_asked(generator, options, expected):
     assert sum(asked) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "euler 50, guidance 1"),
+        ({"sampler": "heun", "steps": 9, "cfg_scale": 1.5}, "heun 9, guidance 1.5"),
+        ({"cfg_scale": 4.0, "cfg_interval": (0.2, 1.0)}, "euler 50, guidance 4 for t in 0.2–1"),
+    ],
+)
+def test_a_title_says_how_pictures_were_sampled(options, title):
+    assert str(SamplingOptions(**options)) == title
+
+
 def test_balanced_labels_are_balanced_shuffled_and_seeded():
     labels = balanced_labels(1003, 10, seed=1)
     assert labels.bincount().tolist() == [101, 101, 101] + [100] * 7
