@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.cli import add_device, add_sampling, run_script, sampling_options
+from flashdit.files import write_atomically, write_json
 from flashdit.generate import CheckpointGenerator, SamplingOptions, class_ids, load_generator
 from flashdit.pictures import labelled_grid, rows_by_class, save_png
-from flashdit.training.checkpoint import write_atomically, write_json
 
 PER_CLASS = 10
 GRID_CLASSES = 10

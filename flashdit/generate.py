@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,23 @@ class ImageGenerator:
             yield Batch(ids=ids, labels=labels[ids], images=self.space.decode(latents).cpu())
 
 
+def load_model(folder: Path) -> FlashDiT:
+    """Returns the frozen FlashDiT of a `save_pretrained` folder.
+
+    Raises:
+        ValueError: If the folder holds no FlashDiT, or its weights cannot be read.
+    """
+    config = folder / "config.json"
+    name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
+    if name != "FlashDiT":
+        raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
+    try:
+        model = FlashDiT.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"the FlashDiT in {folder} must be readable: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
 class CheckpointGenerator(ImageGenerator):
     """An ImageGenerator read from a checkpoint: EMA weights, latent space, class names; no data set needed.
 
@@ -153,8 +171,12 @@ class CheckpointGenerator(ImageGenerator):
 
     def __init__(self, checkpoint: Path, device: torch.device | str, vae: str | None = None):
         state = read_state(checkpoint)
-        model = FlashDiT.from_pretrained(checkpoint / "ema").eval().requires_grad_(False)
+        model = load_model(checkpoint / "ema")
         space = LatentSpace.load(checkpoint / "latents.safetensors", vae)
+        channels = model.config["in_channels"]
+        if space.mean.shape[1] != channels:
+            given = space.mean.shape[1]
+            raise ValueError(f"{checkpoint} must hold one model, got {channels} and {given} latent channels")
         model.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         super().__init__(model, space.to(device), state["class_names"])
         self.checkpoint = checkpoint

@@ -13,27 +13,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashdit.config import RunConfig, changes, to_yaml
 from flashdit.encode import open_latents
+from flashdit.files import write_atomically, write_json
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.generate import ImageGenerator
 from flashdit.models.dit import FlashDiT
 from flashdit.pictures import labelled_grid, rows_by_class
-from flashdit.training.checkpoint import (
-    FORMAT,
-    list_checkpoints,
-    read_state,
-    step_folder,
-    write_atomically,
-    write_json,
-)
+from flashdit.training.checkpoint import FORMAT, list_checkpoints, read_state, read_weights, step_folder
 from flashdit.training.ema import Ema
 from flashdit.training.examples import Examples, positions
 from flashdit.training.optim import learning_rate, make_optimizer
@@ -67,28 +60,22 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.batch_size = self._batch_size()
         checkpoints = list_checkpoints(self.run_dir)
-        checkpoint = checkpoints[-1] if checkpoints else None
-        state = read_state(checkpoint) if checkpoint else {}
-        self.step: int = state.get("step", 0)
-        self.images_seen: int = state.get("images_seen", 0)
-        if checkpoint:
-            self._check_unchanged(checkpoint)
+        if checkpoints:
+            self._check_unchanged(checkpoints[-1])
         torch.manual_seed(config.seed)
         self.model = FlashDiT(**config.model)
         self.data, self.space = open_latents(config.data, config.latents, self.accelerator.device, self.main)
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
-        if checkpoint:
-            self.model.load_state_dict(_weights(checkpoint / "model"))
         if training.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         optimizer = make_optimizer(self.model.parameters(), config.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.space.to(self.accelerator.device)
         self.ema = Ema(self.model, config.ema)
-        if checkpoint:
-            self.ema.load(_weights(checkpoint / "ema"), state["ema_updates"])
-            self._restore_optimizer(checkpoint)
+        self.step = self.images_seen = 0
+        if checkpoints:
+            self._resume(checkpoints[-1])
 
     def _batch_size(self) -> int:
         """Returns the batch of one process and one accumulated part."""
@@ -129,16 +116,20 @@ class Trainer:
             count = len(self.data.class_names)
             raise ValueError(f"model.num_classes must be the data's {count} classes, got {num_classes}")
 
-    def _restore_optimizer(self, checkpoint: Path) -> None:
-        """Continues the optimiser, the loss scaler and this process's torch generator."""
+    def _resume(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint: weights, EMA, optimiser, loss scaler, position and torch's generator."""
+        state = read_state(checkpoint)
+        self.step, self.images_seen = state["step"], state["images_seen"]
+        self.model.load_state_dict(read_weights(checkpoint / "model"))
+        self.ema.load(read_weights(checkpoint / "ema"), state["ema_updates"])
         device, scaler = self.accelerator.device, self.accelerator.scaler
         saved = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
-        states = torch.load(checkpoint / "rng.pt", weights_only=True)
-        if self.accelerator.process_index < len(states):
-            torch.set_rng_state(states[self.accelerator.process_index])
+        random_states = torch.load(checkpoint / "rng.pt", weights_only=True)
+        if self.accelerator.process_index < len(random_states):
+            torch.set_rng_state(random_states[self.accelerator.process_index])
 
     def fit(self) -> Path:
         """Trains to `training.steps` and returns the run's folder."""
@@ -301,11 +292,3 @@ class Trainer:
             "sampling": asdict(self.config.sampling),
         }
         write_json(folder / "state.json", state)
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a `save_pretrained` folder, which may be split over files."""
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(path)
-    return weights

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # of flashdit; rooms in one set never import each other
-    {"registry", "seeds"},
+    {"registry", "seeds", "files"},
     {"models", "flow", "latents", "data", "training"},
     {"encode", "generate", "pictures"},
     {"pipeline", "evaluation"},

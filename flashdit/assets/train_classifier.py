@@ -16,7 +16,7 @@ from flashdit.data.digits import digits
 from flashdit.evaluation.classifier import DIGITS_WEIGHTS, DigitsClassifier, accuracy_of
 from flashdit.evaluation.metrics import frechet_distance, precision_recall
 from flashdit.evaluation.moments import Moments
-from flashdit.training.checkpoint import write_atomically
+from flashdit.files import write_atomically
 
 SEED = 0
 EPOCHS = 60

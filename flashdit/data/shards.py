@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from flashdit.files import write_atomically
 
 STATISTICS = "latents_stats.pt"
 CLASS_NAMES = "class_names.json"
@@ -31,20 +32,17 @@ def write_shard(
         latents_flip: Latents of the mirrored images (N, C, H, W).
         labels: (N,) int64.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
     return path
 
 
 def write_statistics(folder: Path, mean: Tensor, std: Tensor) -> None:
     """Writes per-channel mean and std, (1, C, 1, 1) each, beside the shards."""
-    temporary = folder / f"{STATISTICS}.tmp"
-    torch.save({"mean": mean, "std": std}, temporary)
-    os.replace(temporary, folder / STATISTICS)
+    statistics = {"mean": mean, "std": std}
+    write_atomically(folder / STATISTICS, lambda temporary: torch.save(statistics, temporary))
 
 
 class LatentShards:

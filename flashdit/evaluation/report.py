@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flashdit.evaluation.features import Extractor
 from flashdit.evaluation.scoring import Scores
-from flashdit.training.checkpoint import write_atomically, write_json
+from flashdit.files import write_atomically, write_json
 
 SCHEMA = 1
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")

@@ -11,53 +11,18 @@ runs/<name>/checkpoints/step_XXXXXXXX/
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from flashdit.registry import unknown
 
 FORMAT = 1
 PREFIX = "step_"
 STATE = "state.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name beside `path` (a file or a folder), then renames.
-
-    A kill leaves what was there before; an existing target is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
-    try:
-        write(temporary)
-        if path.is_dir():
-            old = path.with_name(f".{path.name}.old")
-            _remove(old)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            _remove(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically; NaN is refused."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -100,6 +65,25 @@ def find_checkpoint(path: Path | str | None) -> Path:
             f"checkpoint must be a run or a folder {PREFIX}XXXXXXXX that holds {STATE}, got {path}"
         )
     return checkpoints[-1]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a `save_pretrained` folder, which may be split over files.
+
+    Raises:
+        ValueError: If a file is missing or cannot be read.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            weights |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"weights must be a readable safetensors file, {path} is not: {error}"
+            ) from error
+    if not weights:
+        raise ValueError(f"a checkpoint must hold weights, got none in {folder}")
+    return weights
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

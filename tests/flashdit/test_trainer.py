@@ -84,7 +84,7 @@ def test_a_checkpoint_holds_everything_and_loads_safely(tiny_overrides, tmp_path
         "ema_updates": 6,
         "class_names": ["0", "1", "2"],
         "data_name": "shards",
-        "sampling": asdict(trainer.config.sampling) | {"cfg_interval": [0.0, 1.0]},
+        "sampling": asdict(trainer.config.sampling) | {"cfg_interval": [0.22, 1.0]},
     }
     assert config.load(folder / "config.yaml") == trainer.config
     raw, ema = (FlashDiT.from_pretrained(folder / name).state_dict() for name in ("model", "ema"))
@@ -161,9 +161,26 @@ def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_sh
         train(tiny_overrides)
 
 
-def test_images_without_a_vae_are_refused():
+def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_overrides, tmp_path):
+    train(tiny_overrides, "training.steps=2")
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"FlashDiT in .*ema must be readable"):
+        load_generator(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"readable safetensors file, .*ema.* is not"):
+        train(tiny_overrides)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"a checkpoint must hold weights, got none in .*ema"):
+        train(tiny_overrides)
+    (folder / "ema" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    with pytest.raises(ValueError, match=r"must hold a FlashDiT, got DiTTransformer2DModel in .*ema"):
+        load_generator(folder)
+
+
+def test_images_without_a_vae_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"images need a VAE: give latents.vae"):
-        Trainer(config.load(None, ["latents.vae=null"]))
+        Trainer(config.load(None, ["latents.vae=null", f"run.dir={tmp_path}"]))
 
 
 def test_another_model_in_the_same_run_folder_is_refused(tiny_overrides, tmp_path, caplog):

@@ -6,14 +6,13 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from flashdit.files import write_json
 from flashdit.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     newest_run,
     read_state,
     step_folder,
-    write_atomically,
-    write_json,
 )
 from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.examples import Examples, positions
@@ -166,29 +165,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     write_json(folder / "state.json", {"format": 99})
     with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '99'"):
         read_state(folder)
-
-
-@pytest.mark.parametrize("old", [None, "file", "folder"])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, old):
-    target = tmp_path / "target"
-    if old == "file":
-        target.write_text("old")
-    elif old == "folder":
-        target.mkdir()
-        (target / "kept").write_text("old")
-
-    def fail(path):
-        path.mkdir()
-        (path / "half").write_text("new")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match=r"no space"):
-        write_atomically(target, fail)
-    assert [path.name for path in tmp_path.iterdir()] == ([] if old is None else ["target"])
-    if old == "folder":
-        assert [path.name for path in target.iterdir()] == ["kept"]
-        write_atomically(target, lambda path: path.mkdir())
-        assert list(target.iterdir()) == []
 
 
 def test_records_after_the_step_of_a_resume_are_dropped(tmp_path):
