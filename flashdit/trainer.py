@@ -117,7 +117,7 @@ class Trainer:
             raise ValueError(f"model.num_classes must be the data's {count} classes, got {num_classes}")
 
     def _resume(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint: weights, EMA, optimiser, loss scaler, position and torch's generator."""
+        """Continues from a checkpoint: weights, EMA, optimiser, loss scaler, position, random state."""
         state = read_state(checkpoint)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.model.load_state_dict(read_weights(checkpoint / "model"))

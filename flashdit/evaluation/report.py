@@ -104,7 +104,8 @@ def footnotes(result: EvalResult) -> list[str]:
         f"reference {result.reference['name']} ({'count unknown' if count is None else f'{count:,} images'})"
     )
     missing = [f"{result.labels[key]}: {reason}" for key, reason in result.scores.reasons.items()]
-    return [f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
+    how = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
+    return [*how, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
 
 
 def to_markdown(result: EvalResult) -> str:

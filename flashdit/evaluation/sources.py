@@ -184,11 +184,13 @@ class GeneratedSource:
 
     def recipe(self) -> dict[str, Any]:
         """Returns the checkpoint, the sampling options and the cost of a sample."""
+        nfe = self.generator.nfe(self.options)
         return {
             "source": "checkpoint",
             **self.generator.recipe(),
             "sampling": vars(self.options),
-            "forward_passes_per_image": self.generator.nfe(self.options),
+            "nfe": nfe,
+            "summary": f"{self.options}, {nfe} model evaluations each",
             "labels": "balanced, in seeded random order",
             "num_images": self.count,
         }

@@ -91,7 +91,7 @@ def test_checkpoint_is_sampled_and_its_recipe_recorded_in_the_run(main, generato
     content = json.loads((generator.run_dir / "eval" / "metrics.json").read_text())
     assert generator.drawn == content["num_images"] == 130
     assert content["samples"]["checkpoint"] == "stand-in"
-    assert content["samples"]["forward_passes_per_image"] == 18
+    assert content["samples"]["nfe"] == 18
     assert content["samples"]["sampling"]["cfg_interval"] == [0.1, 0.9]
     assert content["samples"]["sampling"]["cfg_scale"] == 1.5
     assert content["metrics"]["accuracy"] >= 0.98
