@@ -61,4 +61,5 @@ def sampling_options(arguments: argparse.Namespace, generator: CheckpointGenerat
     given: dict[str, Any] = {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")}
     options = replace(generator.sampling, **{k: v for k, v in given.items() if v is not None})
     options.check()
+    generator.space.need_vae()
     return options

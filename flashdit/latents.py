@@ -121,7 +121,7 @@ class LatentSpace:
         """Returns the VAE, or says how to give one."""
         if self.vae is None:
             raise ValueError(
-                f"pixels need the VAE these latents come from ({self.options.vae}): give its folder"
+                "pixels need the VAE that these latents come from: give its folder (--vae, latents.vae)"
             )
         return self.vae
 

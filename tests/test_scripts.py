@@ -105,7 +105,7 @@ def test_training_leaves_a_preview_of_ten_classes(trained):
 def test_sampling_writes_pictures_grid_arrays_and_recipe(trained, tmp_path, capsys):
     out = tmp_path / "out"
     argv = ["--checkpoint", trained, "--class", "seven", "3", "--num-images", "5", "--cfg-scale", "1.5"]
-    sample.main([str(word) for word in [*argv, "--steps", "2", "--output", out]])
+    sample.main([str(word) for word in [*argv, "--cfg-interval", 0, 1, "--steps", 2, "--output", out]])
     assert f"5 images, 4 model evaluations each: {out / 'grid.png'}" in capsys.readouterr().out
     names = sorted(path.name for path in out.iterdir())
     assert names == [*(f"{i:06d}.png" for i in range(5)), "grid.png", "recipe.json", "samples.npz"]

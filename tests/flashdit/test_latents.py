@@ -83,7 +83,7 @@ def test_identity_tells_weights_and_configurations_apart(vae):
 
 
 def test_what_cannot_be_is_named(tmp_path):
-    with pytest.raises(ValueError, match="pixels need the VAE these latents come from"):
+    with pytest.raises(ValueError, match="pixels need the VAE that these latents come from"):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"vae must be 'digits', a folder or a hub name .* got '.*empty'"):

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 from flashdit import FlashDiT, config
+from flashdit.data.digits import digits
 from flashdit.generate import SamplingOptions, load_generator
+from flashdit.pictures import to_pil
 from flashdit.trainer import Trainer
 
 
@@ -153,6 +155,22 @@ def test_what_does_not_fit_is_named_before_the_first_step(tiny_overrides, tmp_pa
     with pytest.raises(ValueError, match=message):
         train(tiny_overrides, override)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_image_folder_trains_and_its_classes_travel(tmp_path):
+    images, labels = digits("train")
+    for i in range(24):
+        folder = tmp_path / "images" / ("even" if labels[i] % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil(images[i]).save(folder / f"{i}.png")
+    train(
+        [f"run.dir={tmp_path / 'run'}", "data.name=images", f"data.path={tmp_path / 'images'}"],
+        *("data.image_size=32", "model.num_classes=2", "model.hidden_size=16", "model.depth=1"),
+        *("training.steps=4", "sampling.steps=2"),
+    )
+    generator = load_generator(tmp_path / "run")
+    assert generator.class_names == ["even", "odd"]
+    assert (tmp_path / "run" / "samples" / "step_00000004.png").exists()
 
 
 def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_shards):

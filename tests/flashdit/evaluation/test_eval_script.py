@@ -37,6 +37,7 @@ class StandInGenerator:
 
     num_classes, class_names, data_name = 10, CLASS_NAMES, "digits"
     sampling = SamplingOptions()
+    space = SimpleNamespace(need_vae=lambda: None)
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.drawn = run_dir, 0
