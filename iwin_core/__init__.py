@@ -1,7 +1,18 @@
 """Iwin attention and what the Iwin Transformer paper (arXiv 2507.18405) builds on it."""
 
 from iwin_core.attention import IwinAttention
+from iwin_core.backbone import IwinTransformer
 from iwin_core.block import IwinBlock
+from iwin_core.config import IwinConfig
 from iwin_core.windows import merge, partition, rearrange, restore
 
-__all__ = ["IwinAttention", "IwinBlock", "merge", "partition", "rearrange", "restore"]
+__all__ = [
+    "IwinAttention",
+    "IwinBlock",
+    "IwinConfig",
+    "IwinTransformer",
+    "merge",
+    "partition",
+    "rearrange",
+    "restore",
+]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ class IwinAttention(nn.Module):
         rank: Axes of the grid: 1, 2 or 3.
         qkv_bias: Whether the q, k, v projection has a bias.
         qk_norm: Builds the norm of queries and keys from the head width; None leaves both as they are.
+        relative_position: Whether a learned bias by head and offset between slots is added to the logits.
 
     Raises:
         ValueError: If the head count, window or kernel cannot be.
@@ -63,6 +66,7 @@ class IwinAttention(nn.Module):
         rank: int = 2,
         qkv_bias: bool = True,
         qk_norm: type[nn.Module] | None = None,
+        relative_position: bool = False,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -76,6 +80,10 @@ class IwinAttention(nn.Module):
         self.q_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = None
+        if relative_position:
+            offsets = math.prod(2 * m - 1 for m in self.window)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
         self.dwconv = None
         if kernel:
             kernel = per_axis(kernel, rank, "kernel")
@@ -93,23 +101,62 @@ class IwinAttention(nn.Module):
         grid = x.shape[1:-1]
         window = [min(m, side) for m, side in zip(self.window, grid, strict=True)]
         padded = [-(-side // m) * m for side, m in zip(grid, window, strict=True)]
-        mask = None
+        bias = self.position_bias(window)
         if padded != list(grid):
-            real = pad_grid(x.new_ones(1, *grid, 1), padded)
-            mask = partition(real, window, self.interleaved)[:, None, None, :, 0] > 0  # (windows, 1, 1, m)
-            mask = mask.repeat(x.shape[0], 1, 1, 1)
+            bias = self.mask_padding(grid, padded, window, x, bias)
             x = pad_grid(x, padded)
-        windows = self.attend_windows(partition(x, window, self.interleaved), mask)
+        windows = self.attend_windows(partition(x, window, self.interleaved), bias)
         merged = merge(windows, window, padded, self.interleaved)
-        return merged if mask is None else merged[(slice(None), *(slice(side) for side in grid))]
+        return merged[(slice(None), *(slice(side) for side in grid))] if padded != list(grid) else merged
 
-    def attend_windows(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns multi-head attention inside each window (windows, m, C), keys where `mask` is true."""
+    def position_bias(self, window: Sequence[int]) -> Tensor | None:
+        """Returns the bias of the logits (1, heads, m, m) in a window of these sides, if there is one."""
+        if self.relative_position_bias_table is None:
+            return None
+        index = relative_index(window, self.window).to(self.relative_position_bias_table.device)
+        return rearrange(self.relative_position_bias_table[index], "m n heads -> 1 heads m n")
+
+    def mask_padding(
+        self,
+        grid: Sequence[int],
+        padded: Sequence[int],
+        window: Sequence[int],
+        x: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Returns what is added to the logits (windows, 1 or heads, 1 or m, m): −∞ for padded keys."""
+        real = partition(pad_grid(x.new_ones(1, *grid, 1), padded), window, self.interleaved)
+        mask = rearrange(torch.zeros_like(real).masked_fill(real == 0, -math.inf), "g m 1 -> g 1 1 m")
+        mask = mask if bias is None else mask + bias
+        return mask.repeat(x.shape[0], 1, 1, 1)
+
+    def attend_windows(self, windows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns multi-head attention inside each window (windows, m, C), `bias` added to the logits."""
         q, k, v = rearrange(
             self.qkv(windows), "g m (three heads d) -> three g heads m d", three=3, heads=self.num_heads
         )
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=bias)
         return self.proj(rearrange(out, "g heads m d -> g m (heads d)"))
+
+
+def relative_index(window: Sequence[int], table_window: Sequence[int]) -> Tensor:
+    """Returns which row of a relative position table each pair of slots reads.
+
+    Args:
+        window: Sides of the window, at most the table's.
+        table_window: Sides M that the table's prod(2M − 1) offsets are for.
+
+    Returns:
+        int64 (m, m) with m = prod(window).
+
+    Source: Swin Transformer's relative position bias.
+    """
+    slots = torch.cartesian_prod(*(torch.arange(m) for m in window)).reshape(-1, len(window))
+    index = torch.zeros(len(slots), len(slots), dtype=torch.long)
+    for axis, m in enumerate(table_window):
+        offset = slots[:, None, axis] - slots[None, :, axis] + m - 1
+        index = index * (2 * m - 1) + offset
+    return index
 
 
 def pad_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
