@@ -4,9 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := flashdit iwin_core tests train.py sample.py eval_fid.py
 
-.PHONY: demo test lint type unit install assets clean
+.PHONY: demo test lint type unit install bench assets clean
 
 install: $(INSTALLED)
 
@@ -38,6 +37,12 @@ type: install
 
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: install  # side by side on this machine: benchmarks/results/
+	$(BIN)/python -m benchmarks.backbones
+	$(BIN)/python -m benchmarks.backbones --backward
+	$(BIN)/python -m benchmarks.backbones --size 384 --batch 2
+	$(BIN)/python -m benchmarks.backbones --compile --models Iwin-T Swin-T
 
 assets: install  # trains the committed digits autoencoder and classifier again
 	$(BIN)/python -m flashdit.assets.train_autoencoder

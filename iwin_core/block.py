@@ -116,9 +116,8 @@ class IwinBlock(nn.Module):
         if self.norm0 is not None and self.dwconv is not None:
             x = x + self.drop_path(self.dwconv(self.norm0(x)))
         normed = self.norm1(x)
-        branches = []
-        if self.attn is not None:
-            branches.append(self.attn(normed))
+        mixed = None if self.attn is None else self.attn(normed)
         if self.dwconv is not None and self.structure != "S3":
-            branches.append(self.dwconv(normed if self.structure == "S1" else x))
-        return x + self.drop_path(sum(branches)) if branches else x
+            local = self.dwconv(normed if self.structure == "S1" else x)
+            mixed = local if mixed is None else mixed + local
+        return x if mixed is None else x + self.drop_path(mixed)

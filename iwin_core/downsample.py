@@ -15,7 +15,7 @@ def even(x: Tensor) -> Tensor:
 
 def to_padded_nchw(x: Tensor) -> Tensor:
     """Returns (B, C, H + 1, W + 1): one zero row at the bottom and one zero column at the right."""
-    return F.pad(x.movedim(-1, 1), (0, 1, 0, 1))
+    return F.pad(x, (0, 0, 0, 1, 0, 1)).movedim(-1, 1)  # in this order it stays channels-last in memory
 
 
 class ConvDownsample(nn.Module):

@@ -1,0 +1,71 @@
+"""What the benchmarks share: interleaved runs, medians and ratios, the machine, and where results land."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Returns what the figures depend on: processor, threads, versions, and the load before the run."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_before": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
+    """Returns the seconds of each run, all taken in turn, `rounds` times after one warm-up.
+
+    Args:
+        runs: What to time, by name.
+        rounds: Counted rounds.
+        label: Of the progress bar.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in tqdm(range(rounds + 1), label, unit="round"):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def summary(seconds: list[float], baseline: list[float]) -> dict[str, float]:
+    """Returns median seconds with their spread, and the median of round-by-round ratios baseline / this."""
+    ratios = [theirs / ours for ours, theirs in zip(seconds, baseline, strict=True)]
+    return {
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "times_as_fast": statistics.median(ratios),
+    }
+
+
+def save(name: str, content: dict[str, Any], table: str) -> None:
+    """Writes results/NAME.json and results/NAME.md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(table)
+    print(table)

@@ -1,0 +1,119 @@
+"""How maps become one labelled picture: colours, panels in a grid, a legend. And how photographs are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+FONT_SIZE = 15
+GAP = 6
+STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, every quarter
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def colours(values: Tensor) -> Tensor:
+    """Returns uint8 (h, w, 3) for values (h, w) in [0, 1], from dark violet to yellow."""
+    stops = torch.tensor(STOPS, dtype=torch.float32)
+    place = values.float().clamp(0, 1) * (len(stops) - 1)
+    low = place.floor().long().clamp(max=len(stops) - 2)
+    share = (place - low)[..., None]
+    return (stops[low] * (1 - share) + stops[low + 1] * share).round().to(torch.uint8)
+
+
+def to_picture(pixels: Tensor, height: int) -> Image.Image:
+    """Returns uint8 (h, w, 3) enlarged to about `height` rows by whole pixels; never made smaller."""
+    rows, columns = pixels.shape[:2]
+    scale = max(1, round(height / rows))
+    picture = Image.frombytes("RGB", (columns, rows), bytes(pixels.flatten().tolist()))
+    return picture.resize((columns * scale, rows * scale), Image.Resampling.NEAREST)
+
+
+def panel_grid(
+    title: str,
+    heads: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    legend: Image.Image | None = None,
+) -> Image.Image:
+    """Returns panels of one size in rows, with a title, a head above each column and a label before each row.
+
+    Args:
+        title: The line at the top.
+        heads: One per column.
+        rows: (label, panels) for each row.
+        legend: Placed below.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    cell_width, cell_height = rows[0][1][0].size
+    cell_width = max([cell_width, *(math.ceil(font.getlength(head)) for head in heads)])
+    left = GAP + max(math.ceil(font.getlength(label)) + 2 * GAP if label else 0 for label, _ in rows)
+    top = GAP + 3 * FONT_SIZE + GAP
+    width = max(left + len(heads) * (cell_width + GAP), math.ceil(font.getlength(title)) + 2 * GAP)
+    height = top + len(rows) * (cell_height + GAP) + (legend.height + GAP if legend else 0)
+    canvas = Image.new("RGB", (max(width, legend.width + left if legend else 0), height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((GAP, GAP), title, "black", font)
+    for column, head in enumerate(heads):
+        draw.text((left + column * (cell_width + GAP), top - GAP), head, "black", font, anchor="lb")
+    for row, (label, panels) in enumerate(rows):
+        y = top + row * (cell_height + GAP)
+        draw.text((GAP, y + cell_height / 2), label, "black", font, anchor="lm")
+        for column, panel in enumerate(panels):
+            canvas.paste(panel, (left + column * (cell_width + GAP), y))
+    if legend:
+        canvas.paste(legend, (left, height - legend.height - GAP))
+    return canvas
+
+
+def colour_bar(low: str, middle: str, high: str, width: int = 240) -> Image.Image:
+    """Returns the scale of `colours` with the names of its two ends and its middle below."""
+    font = ImageFont.load_default(FONT_SIZE)
+    bar = to_picture(colours(torch.linspace(0, 1, width).expand(12, width)), 12)
+    canvas = Image.new("RGB", (width + 120, 16 + 2 * FONT_SIZE), "white")
+    canvas.paste(bar, (0, 4))
+    draw = ImageDraw.Draw(canvas)
+    for place, name, anchor in ((0, low, "lt"), (width / 2, middle, "mt"), (width, high, "mt")):
+        draw.text((place, 22), name, "black", font, anchor=anchor)
+    return canvas
+
+
+def colour_key(names: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:
+    """Returns a line of coloured squares, each with what it stands for."""
+    font = ImageFont.load_default(FONT_SIZE)
+    widths = [math.ceil(font.getlength(name)) + FONT_SIZE + 4 * GAP for _, name in names]
+    canvas = Image.new("RGB", (sum(widths), FONT_SIZE + 2 * GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    x = 0
+    for (colour, name), width in zip(names, widths, strict=True):
+        draw.rectangle((x, GAP, x + FONT_SIZE, GAP + FONT_SIZE), fill=colour)
+        draw.text((x + FONT_SIZE + GAP, GAP + FONT_SIZE / 2), name, "black", font, anchor="lm")
+        x += width
+    return canvas
+
+
+def read_photographs(folder: Path, size: tuple[int, int], at_most: int) -> Tensor:
+    """Returns the folder's first images in name order, cropped to the centre: float (N, 3, H, W) in [0, 1].
+
+    Args:
+        folder: Holds PNG, JPEG, WebP or BMP files.
+        size: H and W.
+        at_most: How many to read.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no image.
+    """
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES][:at_most]
+    if not paths:
+        raise ValueError(f"images must be a folder that holds {', '.join(sorted(SUFFIXES))}, got {folder}")
+    height, width = size
+    images = []
+    for path in paths:
+        with Image.open(path) as opened:
+            fitted = ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+        pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+        images.append(pixels.reshape(height, width, 3).permute(2, 0, 1) / 255)
+    return torch.stack(images)
