@@ -93,8 +93,8 @@ def write(seconds: dict[str, list[float]], about: dict, arguments: argparse.Name
     kind = "forward + backward" if arguments.backward else "forward"
     how = "compiled" if arguments.compile else "eager"
     lines = [
-        f"{kind}, {how}, {arguments.size} px, batch {arguments.batch}, float32, {about['threads']} thread(s) of "
-        f"{about['processor']}, load {about['load_before']:.1f} before; medians of {arguments.rounds} "
+        f"{kind}, {how}, {arguments.size} px, batch {arguments.batch}, float32, {about['threads']} thread(s) "
+        f"of {about['processor']}, load {about['load_before']:.1f} before; medians of {arguments.rounds} "
         "interleaved rounds",
         "",
         "| model | images/s | times as fast as Swin | spread | peak memory (eager) |",

@@ -171,6 +171,12 @@ def check(config: RunConfig) -> None:
     TIMES.options(config.flow.times)
     config.sampling.check()
     _check_training(config.training)
+    decay_steps, steps = config.optimizer.decay_steps, config.training.steps
+    if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
+        raise ValueError(
+            "training.steps must not pass optimizer.decay_steps, where the learning rate has come to 0, "
+            f"got {steps} and {decay_steps}"
+        )
 
 
 def _check_training(training: TrainingOptions) -> None:

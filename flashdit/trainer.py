@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
+# A (C, 1, 3, 3) gradient in channels-last order has other strides and the same memory: nothing is slower.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 PREVIEW_CLASSES, PREVIEW_PER_CLASS = 10, 4
 FIXED_ON_RESUME = ("seed", "data.", "latents.", "model.", "flow.")
 

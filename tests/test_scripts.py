@@ -19,8 +19,9 @@ import sample
 import train
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 NANO = [  # a nano model on the embedded digits: the smallest run of the real default
     "training.steps=12",
     "training.save_every=3",
@@ -86,14 +87,22 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
 
 
 def test_two_processes_train_and_one_resumes(trained, tmp_path):
-    run(*LAUNCH, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
+    run(*TORCHRUN, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
     assert last_checkpoint(tmp_path).name == "step_00000006"
+    assert len(torch.load(last_checkpoint(tmp_path) / "rng.pt", weights_only=True)) == 2
     run(sys.executable, "train.py", f"run.dir={tmp_path}", *NANO)
     one, two = tensors(last_checkpoint(trained))[0], tensors(last_checkpoint(tmp_path))[0]
     for name, value in one.items():
         if name.startswith(("model/", "ema/")):
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
     assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 13)]
+
+
+def test_accelerate_launch_trains_and_resumes(trained, tmp_path):
+    # accelerate starts one process for --cpu whatever --num_processes says; torchrun starts two
+    run(*ACCELERATE, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
+    run(sys.executable, "train.py", f"run.dir={tmp_path}", *NANO)
+    assert records(tmp_path) == records(trained)
 
 
 def test_training_leaves_a_preview_of_ten_classes(trained):

@@ -52,6 +52,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training.steps", r"an override must be key=value, got 'training.steps'"),
         ("run.dir=", r"run.dir: Incompatible value 'None'"),
         ("run.dir=''", r"run.dir must name the run's folder"),
+        ("training.steps=9000", r"must not pass optimizer.decay_steps, .* got 9000 and 4200"),
         ("seed=-1", r"seed must not be negative, got -1"),
     ],
 )
