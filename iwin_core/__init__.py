@@ -4,6 +4,8 @@ from iwin_core.attention import IwinAttention
 from iwin_core.backbone import IwinTransformer
 from iwin_core.block import IwinBlock
 from iwin_core.config import IwinConfig
+from iwin_core.timm_import import register_with_timm
+from iwin_core.weights import load_official_checkpoint
 from iwin_core.windows import merge, partition, rearrange, restore
 
 __all__ = [
@@ -11,8 +13,11 @@ __all__ = [
     "IwinBlock",
     "IwinConfig",
     "IwinTransformer",
+    "load_official_checkpoint",
     "merge",
     "partition",
     "rearrange",
     "restore",
 ]
+
+register_with_timm()

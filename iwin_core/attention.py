@@ -99,8 +99,9 @@ class IwinAttention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Returns the window attention of x alone, of the shape of x."""
         grid = x.shape[1:-1]
-        window = [min(m, side) for m, side in zip(self.window, grid, strict=True)]
-        padded = [-(-side // m) * m for side, m in zip(grid, window, strict=True)]
+        # No min() and no -(-a // b): torch.compile can then follow a second size without fixing it.
+        window = [m if m <= side else side for m, side in zip(self.window, grid, strict=True)]
+        padded = [(side + m - 1) // m * m for side, m in zip(grid, window, strict=True)]
         bias = self.position_bias(window)
         if padded != list(grid):
             bias = self.mask_padding(grid, padded, window, x, bias)

@@ -7,11 +7,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from iwin_core.attention import DepthwiseConv
 from iwin_core.block import IwinBlock
 from iwin_core.config import (
     IwinConfig,
@@ -23,43 +20,8 @@ from iwin_core.config import (
     stage_windows,
 )
 from iwin_core.downsample import DOWNSAMPLES
-
-
-class PatchEmbed(nn.Module):
-    """(B, C, H, W) → (B, ⌈H/p⌉, ⌈W/p⌉, dim): zeros at the far ends, convolution with stride p, LN."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the tokens in a channels-last grid."""
-        p = self.patch_size
-        rows, columns = -x.shape[2] % p, -x.shape[3] % p
-        if rows or columns:
-            x = F.pad(x, (0, columns, 0, rows))
-        return self.norm(self.proj(x).movedim(1, -1))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, and the downsample after them, None in the last stage."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the map (B, H, W, C) after the blocks, before the downsample."""
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+from iwin_core.resize import resize_bicubic, resize_block
+from iwin_core.stage import PatchEmbed, Stage
 
 
 class IwinTransformer(nn.Module):
@@ -97,7 +59,7 @@ class IwinTransformer(nn.Module):
         self.layers = nn.ModuleList(self._make_stage(stage, rates[stage]) for stage in range(stages))
         self.norm = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(config.drop_rate)
-        self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.head = make_head(self.num_features, config.num_classes)
         self.apply(initialise)
 
     def _make_stage(self, stage: int, drop_path_rates: Sequence[float]) -> Stage:
@@ -131,20 +93,55 @@ class IwinTransformer(nn.Module):
         """Returns the logits (B, num_classes), or with `num_classes=0` the pooled features (B, C)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """Returns each stage's map (B, H, W, C) after its blocks, before its downsample."""
+    def forward_stages(self, x: Tensor, count: int | None = None) -> list[Tensor]:
+        """Returns the map (B, H, W, C) of the first `count` stages, None for all, before each downsample."""
         if self.config.strict_img_size:
             check_img_size((x.shape[2], x.shape[3]), self.config)
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             x = x + self._positions((x.shape[1], x.shape[2]))
         maps = []
-        for stage in self.stages():
+        stages = self.stages()[:count]
+        for stage in stages:
             x = stage(x)
             maps.append(x)
-            if stage.downsample is not None:
+            if stage.downsample is not None and stage is not stages[-1]:
                 x = stage.downsample(x)
         return maps
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Returns the last map computed and those of chosen stages; with `intermediates_only` these alone.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Which stages, in the order wanted, negative from the end; an int means the last so many,
+                None all.
+            norm: Whether the last stage's map is normed; it alone has a norm.
+            stop_early: Whether stages after the last one wanted are left out.
+            output_fmt: `NCHW` or `NHWC`, of the chosen maps; the last map is always NHWC.
+            intermediates_only: Whether the last map is left out.
+
+        Raises:
+            ValueError: If an index is of no stage, or `output_fmt` is unknown.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        stages = len(self.layers)
+        wanted = take_indices(indices, stages)
+        maps = self.forward_stages(x, max(wanted) + 1 if stop_early else stages)
+        last = self.norm(maps[-1]) if len(maps) == stages else maps[-1]
+        chosen = [last if norm and index == stages - 1 else maps[index] for index in wanted]
+        if output_fmt == "NCHW":
+            chosen = [m.movedim(-1, 1).contiguous() for m in chosen]
+        return chosen if intermediates_only else (last, chosen)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Returns the absolute table (1, h, w, C) of a grid, bicubic where it is not the native one."""
@@ -163,6 +160,25 @@ class IwinTransformer(nn.Module):
             x = x.mean(dim=(1, 2))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Gives the model a fresh head.
+
+        Args:
+            num_classes: Classes; 0 leaves the pooled features.
+            global_pool: `avg`, or empty for the map itself; None keeps it.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        config = replace(self.config, num_classes=num_classes, global_pool=pool)
+        check(config)
+        self.config, self.num_classes, self.global_pool = config, num_classes, pool
+        self.head = make_head(self.num_features, num_classes).to(self.patch_embed.proj.weight)
+        self.head.apply(initialise)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Sets whether training keeps only each block's input and computes the block again backward."""
+        for stage in self.stages():
+            stage.grad_checkpointing = enable
 
     def set_input_size(
         self, img_size: int | Sequence[int] | None = None, window_size: int | None = None
@@ -197,34 +213,28 @@ class IwinTransformer(nn.Module):
         return sorted(set(self.state_dict()) - known)
 
 
+def make_head(dim: int, num_classes: int) -> nn.Module:
+    """Returns the classifier: a Linear, or with no classes nothing."""
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def take_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Returns which of `count` stages are meant, all counted from 0; an int means the last so many."""
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        wanted = list(range(count - last, count)) if 0 < last <= count else []
+    else:
+        wanted = [index + count if index < 0 else index for index in indices]
+    if not wanted or not all(0 <= index < count for index in wanted):
+        raise ValueError(
+            f"stage indices must be from {-count} to {count - 1}, or how many of the last, got {indices}"
+        )
+    return wanted
+
+
 def initialise(module: nn.Module) -> None:
     """Initialises a Linear as the released code does: weights truncated normal with std 0.02, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def resize_bicubic(table: Tensor, grid: Sequence[int]) -> Tensor:
-    """Returns a table (1, h, w, C) at another grid."""
-    size = [int(side) for side in grid]
-    resized = F.interpolate(table.movedim(-1, 1), size=size, mode="bicubic", align_corners=False)
-    return resized.movedim(1, -1)
-
-
-def resize_block(block: IwinBlock, window: int, kernel: int) -> None:
-    """Gives a block another window, and where it now needs a convolution, one of zeros: the identity."""
-    if block.attn is not None and block.attn.window != (window, window):
-        table = block.attn.relative_position_bias_table
-        if table is not None:
-            sides = [2 * m - 1 for m in block.attn.window]
-            resized = resize_bicubic(table.detach().unflatten(0, sides)[None], (2 * window - 1,) * 2)
-            block.attn.relative_position_bias_table = nn.Parameter(resized[0].flatten(0, 1))
-        block.attn.window = (window, window)
-    if kernel and block.dwconv is None:
-        weight = block.norm1.weight
-        block.dwconv = DepthwiseConv(len(weight), (kernel, kernel)).to(weight)
-        for parameter in block.dwconv.parameters():
-            nn.init.zeros_(parameter)
-        if block.structure == "S3":
-            block.norm0 = nn.LayerNorm(len(weight)).to(weight)

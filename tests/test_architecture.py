@@ -20,6 +20,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 IWIN_CORE_EXTRAS = {  # what iwin_core itself runs without
     "panels.py": {"PIL"},  # draws; loaded by the commands when there is something to draw
     "reach.py": {"PIL"},  # the type of what it returns
+    "timm_models.py": {"timm"},  # loaded when timm is
+    "weights.py": {"safetensors"},  # loaded for a file of that kind
     "visualise.py": {"PIL", "timm"},  # that type, and the models that the command builds by name
 }
 FILES = sorted((ROOT / "flashdit").rglob("*.py"))
