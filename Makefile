@@ -40,8 +40,8 @@ unit: install
 
 bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.backbones
-	$(BIN)/python -m benchmarks.backbones --backward
-	$(BIN)/python -m benchmarks.backbones --size 384 --batch 2
+	$(BIN)/python -m benchmarks.backbones --backward --batch 8
+	$(BIN)/python -m benchmarks.backbones --size 384 --batch 4
 	$(BIN)/python -m benchmarks.backbones --compile --models Iwin-T Swin-T
 
 assets: install  # trains the committed digits autoencoder and classifier again

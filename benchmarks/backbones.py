@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -80,7 +80,8 @@ def main() -> None:
     shape = (arguments.size, arguments.batch, arguments.backward)
     if arguments.memory_of:
         make_run(arguments.memory_of, *shape, compiled=False)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
+        print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
         return
     about = machine() | vars(arguments)
     runs = {name: make_run(name, *shape, arguments.compile) for name in arguments.models}

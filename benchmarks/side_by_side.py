@@ -35,6 +35,8 @@ def machine() -> dict[str, Any]:
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
     """Returns the seconds of each run, all taken in turn, `rounds` times after one warm-up.
 
+    Each turn runs twice and times the second, so that none pays for the memory that its neighbour left.
+
     Args:
         runs: What to time, by name.
         rounds: Counted rounds.
@@ -43,13 +45,20 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, label: st
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in tqdm(range(rounds + 1), label, unit="round"):
         for name, run in runs.items():
+            run()
+            synchronise()
             started = time.perf_counter()
             run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronise()
             if number:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def synchronise() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def summary(seconds: list[float], baseline: list[float]) -> dict[str, float]:
