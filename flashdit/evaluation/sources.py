@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.digits import digits
+from flashdit.data.sources import IMAGE_SUFFIXES
 
 SAMPLES_FILE = "samples.npz"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = tuple[Tensor, Tensor | None]  # images uint8 (b, 3, h, w), labels int64 (b,) or None
 
 
