@@ -23,10 +23,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 NANO = [  # a nano model on the embedded digits: the smallest run of the real default
-    "training.steps=12",
+    "training.steps=24",
     "training.save_every=3",
     "training.log_every=1",
-    "training.preview_every=12",
+    "training.preview_every=24",
     "model.hidden_size=16",
     "model.depth=1",
     "sampling.steps=2",
@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert last_checkpoint(tmp_path).name < "step_00000012"
+    assert last_checkpoint(tmp_path).name < "step_00000024"
     run(*command)
     mine, theirs = tensors(last_checkpoint(tmp_path)), tensors(last_checkpoint(trained))
     assert mine[1] == theirs[1]
@@ -95,7 +95,7 @@ def test_two_processes_train_and_one_resumes(trained, tmp_path):
     for name, value in one.items():
         if name.startswith(("model/", "ema/")):
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-    assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 13)]
+    assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 25)]
 
 
 def test_accelerate_launch_trains_and_resumes(trained, tmp_path):
@@ -106,7 +106,7 @@ def test_accelerate_launch_trains_and_resumes(trained, tmp_path):
 
 
 def test_training_leaves_a_preview_of_ten_classes(trained):
-    with Image.open(trained / "samples" / "step_00000012.png") as grid:
+    with Image.open(trained / "samples" / "step_00000024.png") as grid:
         assert grid.width > 4 * 64
         assert grid.height > 10 * 64
 
@@ -143,7 +143,7 @@ def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["metrics"].keys() == result["floor"].keys()
     assert result["floor"]["accuracy"] >= 0.98
-    assert result["metrics"]["fd"] > 3 * result["floor"]["fd"], "twelve steps make no digits"
+    assert result["metrics"]["fd"] > 3 * result["floor"]["fd"], "two dozen steps make no digits"
 
 
 @pytest.mark.parametrize(
