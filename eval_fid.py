@@ -13,7 +13,7 @@ from flashdit.evaluation.evaluate import Plan, evaluate
 from flashdit.evaluation.features import EXTRACTORS, Extractor
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.report import print_table, write_report
-from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names
+from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names, knows_classes
 from flashdit.evaluation.sources import GeneratedSource, open_source
 from flashdit.generate import CheckpointGenerator, balanced_labels, load_generator
 
@@ -102,7 +102,7 @@ def make_extractor(arguments: argparse.Namespace, reference_name: str) -> Extrac
 
 def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list[str]:
     """Returns every metric, accuracy only where the extractor knows the classes of the samples."""
-    knows = extractor.class_names is not None and extractor.class_names == classes
+    knows = knows_classes(extractor, classes)
     return [name for name in METRICS if name != "accuracy" or knows]
 
 

@@ -54,11 +54,12 @@ def write_images(
     folder.mkdir(parents=True)
     recipe = {**generator.recipe(), "sampling": asdict(options), "nfe": generator.nfe(options)}
     write_json(folder / RECIPE, recipe | {"num_images": len(labels), "classes": labels.unique().tolist()})
+    recipe_text = json.dumps(recipe)
     images = []
     with tqdm(total=len(labels), desc="sample", unit="image") as bar:
         for batch in generator.generate(labels, options):
             for i, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True):
-                about = {"class": generator.class_names[label], "recipe": json.dumps(recipe)}
+                about = {"class": generator.class_names[label], "recipe": recipe_text}
                 save_png(image, folder / f"{i:06d}.png", about)
             images.append(batch.images)
             bar.update(len(batch.images))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from flashdit import config
 from flashdit.cli import run_script
+from flashdit.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,8 +19,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = config.load(arguments.config, arguments.overrides)
-    from flashdit.trainer import Trainer
-
     trainer = Trainer(loaded)
     run_dir = trainer.fit()
     if trainer.accelerator.is_main_process:

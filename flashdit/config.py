@@ -131,13 +131,8 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        renamed = isinstance(old, dict) and isinstance(value, dict) and "name" in value
-        if (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and not (renamed and value["name"] != old.get("name"))
-        ):
-            value = merge(old, value)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = merge(old, value) if value.get("name", old.get("name")) == old.get("name") else value
         merged[key] = value
     return merged
 

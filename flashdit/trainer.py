@@ -150,11 +150,11 @@ class Trainer:
         while self.step < training.steps:
             self._update(batches)
             bar.update()
-            last, every = self.step == training.steps, self.config.training
-            save = last or self.step % every.save_every == 0
-            if save or self.step % every.log_every == 0:
+            last = self.step == training.steps
+            save = last or self.step % training.save_every == 0
+            if save or self.step % training.log_every == 0:
                 bar.set_postfix(self._log())
-            if every.preview_every and (last or self.step % every.preview_every == 0):
+            if training.preview_every and (last or self.step % training.preview_every == 0):
                 self._preview()
             if save:
                 self._save()

@@ -66,12 +66,13 @@ class IwinTransformer(nn.Module):
         """Returns one stage: its blocks, and the downsample after all but the last."""
         config = self.config
         dim = config.embed_dim * 2**stage
+        window, kernel = stage_windows(config)[stage], stage_kernels(config)[stage]
         blocks = [
             IwinBlock(
                 dim,
                 config.num_heads[stage],
-                stage_windows(config)[stage],
-                stage_kernels(config)[stage],
+                window,
+                kernel,
                 config.mlp_ratio,
                 attention=config.attention,
                 structure=config.structure,

@@ -113,9 +113,14 @@ def check_names(names: Iterable[str]) -> None:
             raise unknown("metric", name, METRICS)
 
 
+def knows_classes(extractor: Extractor, classes: Sequence[str] | None) -> bool:
+    """Returns whether the extractor's logits are over the classes of the samples."""
+    return extractor.class_names is not None and extractor.class_names == classes
+
+
 def check_accuracy(names: Collection[str], extractor: Extractor, classes: Sequence[str] | None) -> None:
     """Refuses accuracy where the extractor's logits are not over the classes of the samples."""
-    if "accuracy" in names and (extractor.class_names is None or extractor.class_names != classes):
+    if "accuracy" in names and not knows_classes(extractor, classes):
         raise ValueError(
             f"accuracy needs an extractor of the samples' own classes, got extractor '{extractor.name}'"
         )
