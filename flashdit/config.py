@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -22,10 +22,11 @@ from flashdit.models.dit import FlashDiT
 from flashdit.registry import unknown
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
+from flashdit.training.options import LoopConfig, TrainingOptions
 from flashdit.training.tracking import TrackingOptions
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "digits.yaml"
-PRECISIONS = ("fp32", "bf16", "fp16")
+Config = TypeVar("Config")
 
 
 @dataclass(kw_only=True)
@@ -46,28 +47,6 @@ class FlowOptions:
 
 
 @dataclass(kw_only=True)
-class TrainingOptions:
-    """Options of the training loop; all counts are optimiser steps."""
-
-    steps: int = 80_000
-    """When training ends; may grow on resume."""
-    global_batch_size: int = 1024
-    """Images an optimiser step sees, over all processes and accumulated batches."""
-    accumulation: int = 1
-    """Batches whose gradients are added up before an optimiser step."""
-    precision: str = "fp32"
-    """`fp32`, or `bf16` or `fp16` for the forward and backward pass alone."""
-    gradient_checkpointing: bool = False
-    """Whether blocks are computed again in the backward pass to save memory."""
-    workers: int = 0
-    """Processes that read data, for each training process."""
-    log_every: int = 100
-    save_every: int = 5_000
-    preview_every: int = 5_000
-    """Steps between grids of the EMA's samples; 0 makes none."""
-
-
-@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is made from."""
 
@@ -78,6 +57,8 @@ class RunConfig:
     latents: LatentOptions = field(default_factory=LatentOptions)
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of FlashDiT."""
+    weights: str | None = None
+    """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
@@ -97,7 +78,23 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     Raises:
         ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
     """
-    path = Path(path or DEFAULT)
+    config = read(path or DEFAULT, overrides, RunConfig)
+    check(config)
+    return config
+
+
+def read(path: Path | str, overrides: Sequence[str], config_type: type[Config]) -> Config:
+    """Returns a configuration of any type from a YAML file and `key=value` texts, its keys and types checked.
+
+    Args:
+        path: YAML that states what differs from the defaults.
+        overrides: `key=value` texts with dotted keys.
+        config_type: A dataclass of options, which may be dataclasses themselves.
+
+    Raises:
+        ValueError: If the file, a key or the type of a value cannot be.
+    """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config must be a YAML file, got {path}")
     for override in overrides:
@@ -106,16 +103,14 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     try:
         stated = _plain(OmegaConf.load(path))
         merged = merge(stated, _plain(OmegaConf.from_dotlist(list(overrides))))
-        check_keys(merged)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), merged))
+        check_keys(merged, config_type)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_type), merged))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
         sentence = str(error.msg or error).partition("\n")[0]
         raise ValueError(f"{error.full_key}: {sentence}") from error
-    config = cast(RunConfig, config)
-    check(config)
-    return config
+    return cast(Config, config)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -137,7 +132,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check_keys(given: Mapping[str, Any], options_type: type = RunConfig, prefix: str = "") -> None:
+def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
     """Raises ValueError for a key that no options dataclass has, naming the nearest one."""
     known = {f.name: f for f in fields(options_type)}
     for key, value in given.items():
@@ -152,10 +147,7 @@ def check_keys(given: Mapping[str, Any], options_type: type = RunConfig, prefix:
 
 def check(config: RunConfig) -> None:
     """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
-    if not config.run.dir:
-        raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
-    if config.seed < 0:
-        raise ValueError(f"seed must not be negative, got {config.seed}")
+    check_run(config)
     arguments = list(inspect.signature(FlashDiT.__init__).parameters)[1:]
     for key in config.model:
         if key not in arguments:
@@ -165,7 +157,15 @@ def check(config: RunConfig) -> None:
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
     config.sampling.check()
-    _check_training(config.training)
+
+
+def check_run(config: LoopConfig) -> None:
+    """Raises ValueError for what cannot be in the options that every trainer has."""
+    if not config.run.dir:
+        raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
+    if config.seed < 0:
+        raise ValueError(f"seed must not be negative, got {config.seed}")
+    config.training.check()
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
         raise ValueError(
@@ -174,27 +174,6 @@ def check(config: RunConfig) -> None:
         )
 
 
-def _check_training(training: TrainingOptions) -> None:
-    """Raises ValueError for counts that are not positive and for an unknown precision."""
-    if training.precision not in PRECISIONS:
-        raise unknown("training.precision", training.precision, PRECISIONS)
-    for name in ("steps", "global_batch_size", "accumulation", "log_every", "save_every"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"training.{name} must be at least 1, got {getattr(training, name)}")
-
-
-def to_yaml(config: RunConfig) -> str:
-    """Returns the resolved configuration as YAML, which `load` reads back."""
+def to_yaml(config: Any) -> str:
+    """Returns a resolved configuration as YAML, which `read` takes back."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Returns the dotted keys in which two plain configurations differ, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found |= changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found[prefix + key] = (before, after)
-    return found

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashdit.vae_ldm import load_ldm_vae
+
 DIGITS_VAE = Path(__file__).parent / "assets" / "digits_vae"
 
 
@@ -21,7 +23,8 @@ class LatentOptions:
     """Options of the latent space."""
 
     vae: str | None = None
-    """`digits`, or folder or hub name of a diffusers AutoencoderKL; None leaves pixels out of reach."""
+    """`digits`, folder or hub name of a diffusers AutoencoderKL, or an LDM-layout checkpoint file such as
+    LightningDiT's; None leaves pixels out of reach."""
     multiplier: float = 1.0
     """Factor on normalised latents."""
 
@@ -30,17 +33,21 @@ def load_vae(name: str) -> AutoencoderKL:
     """Returns a frozen AutoencoderKL in evaluation mode.
 
     Args:
-        name: `digits` for the embedded one, a folder of `save_pretrained`, or a hub name.
+        name: `digits` for the embedded one, a folder of `save_pretrained`, a hub name, or a file in LDM's
+            layout, which is converted.
 
     Raises:
         ValueError: If there is none under this name.
     """
     path = DIGITS_VAE if name == "digits" else Path(name)
+    if path.is_file():
+        return load_ldm_vae(path).eval().requires_grad_(False)
     try:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            f"vae must be 'digits', a folder or a hub name of an AutoencoderKL, got '{name}': {error}"
+            f"vae must be 'digits', a folder or a hub name of an AutoencoderKL, or a file in LDM's layout, "
+            f"got '{name}': {error}"
         ) from error
     return vae.eval().requires_grad_(False)
 
@@ -158,7 +165,16 @@ class LatentSpace:
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Returns the VAE latents (posterior means) of images: uint8 (B, 3, H, W) → (B, C, H/f, W/f)."""
+def encode_images(vae: AutoencoderKL, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Returns the VAE latents of images: uint8 (B, 3, H, W) → (B, C, H/f, W/f).
+
+    Args:
+        vae: The VAE, where the images shall be encoded.
+        images: Pixels.
+        noise: Standard normal, (B, C, H/f, W/f): gives samples of the posterior; None gives its means.
+    """
     pixels = images.to(vae.device, vae.dtype) / 127.5 - 1
-    return vae.encode(pixels).latent_dist.mode().float()  # type: ignore[union-attr]
+    posterior = vae.encode(pixels).latent_dist  # type: ignore[union-attr]
+    if noise is None:
+        return posterior.mean.float()
+    return posterior.mean.float() + posterior.std.float() * noise.to(vae.device)

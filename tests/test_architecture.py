@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # of flashdit; rooms in one set never import each other
-    {"registry", "seeds", "files"},
+    {"registry", "seeds", "files", "vae_ldm"},
     {"models", "flow", "latents", "data", "training"},
-    {"encode", "generate", "pictures"},
-    {"pipeline", "evaluation"},
+    {"encode", "generate", "pictures", "start"},
+    {"pipeline", "evaluation", "encode_folder"},
     {"config"},
-    {"trainer", "cli", "assets"},
+    {"trainer", "cli", "assets", "classification"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 IWIN_CORE_EXTRAS = {  # what iwin_core itself runs without

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import eval_fid
 import sample
 import train
+from flashdit.training.meter import TIMINGS
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -57,7 +58,7 @@ def tensors(checkpoint):
 
 def records(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The embedded default data: scikit-learn's digits as 32×32 images, with one fixed split."""
+"""The embedded default data: scikit-learn's digits as 32×32 images or larger ones, with one fixed split."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ SPLIT_SEED = 0
 
 
 @cache
-def digits(split: str) -> tuple[Tensor, Tensor]:
+def digits(split: str, image_size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor]:
     """Returns the images and labels of one split.
 
-    The 1,797 grey 8×8 images (0–16) are enlarged bicubically to 32×32 and repeated over three channels.
+    The 1,797 grey 8×8 images (0–16) are enlarged bicubically and repeated over three channels.
 
     Args:
         split: `train` (1,437 images) or `held-out` (360 images), stratified by class.
+        image_size: Side they are enlarged to, S, in pixels.
 
     Returns:
-        Images uint8 (N, 3, 32, 32) and labels int64 (N,).
+        Images uint8 (N, 3, S, S) and labels int64 (N,).
 
     Raises:
         ValueError: If the split is neither.
@@ -36,7 +37,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"digits have the splits 'train' and 'held-out', got {split=}")
     flat, target = map(np.asarray, load_digits(return_X_y=True))
     small = torch.from_numpy(flat / 16 * 255).float().reshape(-1, 1, 8, 8)
-    large = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
+    large = F.interpolate(small, size=(image_size, image_size), mode="bicubic", align_corners=False)
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(target).long()
     train, held_out = train_test_split(

@@ -1,4 +1,4 @@
-"""Latent shards in LightningDiT's layout: write, index, read one row, statistics."""
+"""Latent shards in LightningDiT's layout: write, check, read rows, statistics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashdit.data.manifest import check_files, read_manifest
 from flashdit.files import write_atomically
 
+SHARDS = "latents_rank*_shard*.safetensors"
+TENSORS = ("latents", "latents_flip", "labels")
 STATISTICS = "latents_stats.pt"
 CLASS_NAMES = "class_names.json"
 STATISTICS_ROWS = 10_000
+
+
+def shard_name(rank: int, number: int) -> str:
+    """Returns the file name of a shard."""
+    return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 
 def write_shard(
@@ -32,8 +40,8 @@ def write_shard(
         latents_flip: Latents of the mirrored images (N, C, H, W).
         labels: (N,) int64.
     """
-    path = folder / f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
-    tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
+    path = folder / shard_name(rank, number)
+    tensors = dict(zip(TENSORS, (latents, latents_flip, labels), strict=True))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
     return path
@@ -46,7 +54,7 @@ def write_statistics(folder: Path, mean: Tensor, std: Tensor) -> None:
 
 
 class LatentShards:
-    """Rows of a folder of shards, memory-mapped: each shard is opened once.
+    """Rows of a folder of shards, memory-mapped: each shard is opened once in each process.
 
     Args:
         folder: A folder of `latents_rankRR_shardSSS.safetensors`.
@@ -55,69 +63,101 @@ class LatentShards:
         labels: (N,) int64.
         class_names: One per class, from `class_names.json` where it lies beside the shards.
         shape: (C, H, W) of one latent.
+        manifest: What `encode_latents.py` says of the shards; None for shards from elsewhere.
 
     Raises:
-        ValueError: If there is no shard, or one cannot be read.
+        ValueError: If there is no shard, or one cannot be read or is not what the manifest says.
     """
 
     mirrors = True
 
     def __init__(self, folder: Path):
-        self.paths = sorted(folder.glob("latents_rank*_shard*.safetensors"))
+        self.paths = sorted(folder.glob(SHARDS))
+        self.folder, self.manifest = folder, read_manifest(folder)
+        if self.manifest is not None:
+            check_files(folder, self.manifest, self.paths)
         if not self.paths:
             raise ValueError(f"data.path must hold latents_rankRR_shardSSS.safetensors, got none in {folder}")
-        self.folder = folder
-        self.files: dict[Path, safe_open] = {}
-        labels = [self._index(path) for path in self.paths]
+        self.mapped: dict[int, dict[str, Tensor]] = {}
+        labels = [self._index(shard) for shard in range(len(self.paths))]
         self.labels = torch.cat(labels).long()
         self.ends = list(accumulate(map(len, labels)))
-        self.shape = tuple(self.files[self.paths[0]].get_slice("latents").get_shape()[1:])
+        self.shape = tuple(self._shard(0)["latents"].shape[1:])
         names = folder / CLASS_NAMES
-        count = int(self.labels.max()) + 1
         self.class_names = json.loads(names.read_text()) if names.exists() else None
-        self.num_classes = len(self.class_names) if self.class_names else count
+        self.num_classes = len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
-    def _index(self, path: Path) -> Tensor:
-        """Opens a shard, checks that its parts agree and returns its labels."""
+    def _index(self, shard: int) -> Tensor:
+        """Opens a shard, checks that it fits and returns its labels."""
+        path = self.paths[shard]
         try:
-            file = self._file(path)
-            labels = file.get_tensor("labels")
-            shapes = [tuple(file.get_slice(name).get_shape()) for name in ("latents", "latents_flip")]
+            tensors = self._shard(shard)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"a shard must be a readable safetensors file, {path} is not: {error}"
             ) from error
-        if shapes[0] != shapes[1] or shapes[0][0] != len(labels):
+        latents, mirrored, labels = (tensors[name] for name in TENSORS)
+        if latents.shape != mirrored.shape or len(latents) != len(labels):
+            shapes = [tuple(part.shape) for part in (latents, mirrored)]
             raise ValueError(f"a shard's parts must agree, {path} has {shapes} and {len(labels)} labels")
+        expected = self._shard(0)["latents"].shape[1:]
+        if latents.shape[1:] != expected:
+            got = tuple(latents.shape[1:])
+            raise ValueError(f"all shards must hold latents {tuple(expected)}, {path} holds {got}")
         return labels
 
-    def _file(self, path: Path) -> safe_open:
-        """Returns the open shard, opening it on first use in this process."""
-        if path not in self.files:
-            self.files[path] = safe_open(path, "pt").__enter__()
-        return self.files[path]
+    def _shard(self, shard: int) -> dict[str, Tensor]:
+        """Returns the tensors of a shard, mapped into memory on first use in this process."""
+        if shard not in self.mapped:
+            with safe_open(self.paths[shard], "pt") as file:
+                self.mapped[shard] = {name: file.get_tensor(name) for name in TENSORS}
+        return self.mapped[shard]
+
+    @property
+    def vae_identity(self) -> str | None:
+        """The identity of the VAE that made the latents; None where no manifest tells."""
+        return self.manifest["vae_identity"] if self.manifest else None
 
     def __getstate__(self) -> dict:
-        """Leaves the open files behind: a worker process opens its own."""
-        return self.__dict__ | {"files": {}}
+        """Leaves the mapped files behind: a worker process maps its own."""
+        return self.__dict__ | {"mapped": {}}
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return len(self.labels)
 
     def latent(self, index: int, mirrored: bool = False) -> Tensor:
         """Returns one VAE latent (C, H, W), float32."""
+        return self._row(index, mirrored).to(torch.float32, copy=True)
+
+    def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
+        """Returns VAE latents (B, C, H, W), float32, of rows (B,); `mirrored` (B,) tells which mirrors.
+
+        They are copied in the order in which they lie on the disk.
+        """
+        latents = torch.empty(len(indices), *self.shape)
+        order = indices.argsort()
+        for place, index, flip in zip(
+            order.tolist(), indices[order].tolist(), mirrored[order].tolist(), strict=True
+        ):
+            latents[place] = self._row(index, flip)
+        return latents
+
+    def _row(self, index: int, mirrored: bool) -> Tensor:
+        """Returns one row (C, H, W) of a mapped shard as it is stored."""
         shard = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[shard - 1] if shard else 0)
-        name = "latents_flip" if mirrored else "latents"
-        return self._file(self.paths[shard]).get_slice(name)[row : row + 1][0].float()
+        return self._shard(shard)["latents_flip" if mirrored else "latents"][row]
 
     def sample(self) -> Tensor:
         """Returns up to 10,000 evenly spaced latents (N, C, H, W), to take statistics from."""
-        rows = torch.linspace(0, len(self) - 1, min(len(self), STATISTICS_ROWS)).long().tolist()
-        return torch.stack([self.latent(row) for row in rows])
+        rows = torch.linspace(0, len(self) - 1, min(len(self), STATISTICS_ROWS)).long()
+        return self.read(rows, torch.zeros(len(rows), dtype=torch.bool))
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Returns mean and std, (1, C, 1, 1) each, from the file beside the shards, if there is one."""
+        """Returns mean and std, (1, C, 1, 1) each, as the manifest or the file beside the shards has them."""
+        if self.manifest is not None:
+            mean, std = (torch.tensor(self.manifest[name]).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+            return mean, std
         path = self.folder / STATISTICS
         if not path.exists():
             return None

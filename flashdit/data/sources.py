@@ -48,10 +48,12 @@ class MemoryLatents:
         self.mirrors = mirrored is not None
         self.shape = tuple(latents.shape[1:])
 
-    def latent(self, index: int, mirrored: bool = False) -> Tensor:
-        """Returns one VAE latent (C, H, W)."""
-        chosen = self.mirrored if mirrored and self.mirrored is not None else self.latents
-        return chosen[index]
+    def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
+        """Returns VAE latents (B, C, H, W) of rows (B,); `mirrored` (B,) tells which mirrors."""
+        latents = self.latents[indices]
+        if self.mirrored is not None:
+            latents[mirrored] = self.mirrored[indices[mirrored]]
+        return latents
 
 
 @dataclass(kw_only=True)

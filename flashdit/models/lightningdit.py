@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flashdit.models.weights import fit_weights
+
 if TYPE_CHECKING:
     from flashdit.models.dit import FlashDiT
 
@@ -122,21 +124,7 @@ def load_lightningdit(
     if "num_heads" not in config:
         raise ValueError("num_heads cannot be inferred from these weights: give num_heads=...")
     model = model_type(**config)
-    own = model.state_dict()
-    state = {key: value for key, value in state.items() if key not in ROPE_KEYS}
-    if model.pos_embed is None:
-        state.pop("pos_embed", None)
-    if "pos_embed" not in state and model.pos_embed is not None:
-        state["pos_embed"] = own["pos_embed"]
-    new = [key for key in own if ".dwconv." in key and key not in state]
-    state |= {key: torch.zeros_like(own[key]) for key in new}
-    missing, left_over = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or left_over:
-        raise ValueError(f"the weights do not fit the configuration: {missing=}, {left_over=}")
-    wrong = [key for key in own if own[key].shape != state[key].shape]
-    if wrong:
-        raise ValueError(f"weights of another shape than the configuration's: {', '.join(wrong)}")
-    model.load_state_dict(state)
+    new = fit_weights(model, {key: value for key, value in state.items() if key not in ROPE_KEYS})
     if new:
         logger.info("new and zero-initialised: %s", ", ".join(new))
     return model.eval()

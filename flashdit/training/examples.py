@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,17 +17,39 @@ class Latents(Protocol):
 
     labels: Tensor
     mirrors: bool
+    shape: tuple[int, ...]
 
-    def latent(self, index: int, mirrored: bool = False) -> Tensor:
-        """Returns one VAE latent (C, H, W)."""
+    def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
+        """Returns VAE latents (B, C, H, W) of rows (B,); `mirrored` (B,) tells which mirrors."""
         ...
+
+
+class EpochOrder:
+    """Position in the stream → which image stands there: every epoch is a permutation by (seed, epoch).
+
+    Args:
+        size: Images of an epoch.
+        seed: The run's.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def __call__(self, position: int) -> int:
+        """Returns the row of the image at a position."""
+        epoch, place = divmod(position, self.size)
+        if epoch != self.epoch:
+            self.permutation = torch.randperm(self.size, generator=generator_for(self.seed, "order", epoch))
+            self.epoch = epoch
+        return int(self.permutation[place])
 
 
 class Examples(Dataset):
     """Position in the stream → latent, label, noise, time, and whether the label is dropped.
 
-    Every epoch is a permutation by (seed, epoch), and all that is random about an example comes from
-    (seed, position) alone: batches are the same for any number of processes; a resume needs only a position.
+    All that is random about an example comes from (seed, position) alone: batches are the same for any number
+    of processes; a resume needs only a position.
 
     Args:
         data: Latents and labels.
@@ -40,30 +62,28 @@ class Examples(Dataset):
         self, data: Latents, times: Callable[[Tensor], Tensor], seed: int, class_dropout_prob: float
     ):
         self.data, self.times, self.seed, self.class_dropout_prob = data, times, seed, class_dropout_prob
-        self.size = len(data.labels)
-        self.epoch, self.order = -1, torch.empty(0)
+        self.order = EpochOrder(len(data.labels), seed)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         """Returns latent and noise (C, H, W), and scalars label, time and drop."""
-        index = self.index(position)
-        generator = generator_for(self.seed, "example", position)
-        mirrored, drop, when = torch.rand(3, generator=generator)
-        latent = self.data.latent(index, bool(self.data.mirrors and mirrored < 0.5))
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the batch of some positions, read at once: what a DataLoader asks for."""
+        indices = torch.tensor([self.order(position) for position in positions])
+        uniform, noise = torch.empty(len(indices), 3), torch.empty(len(indices), *self.data.shape)
+        for place, position in enumerate(positions):
+            generator = generator_for(self.seed, "example", position)
+            torch.rand(3, generator=generator, out=uniform[place])
+            torch.randn(self.data.shape, generator=generator, out=noise[place])
+        mirrored, drop, when = uniform.unbind(1)
         return {
-            "latent": latent,
-            "label": self.data.labels[index],
-            "noise": torch.randn(latent.shape, generator=generator),
+            "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),
+            "label": self.data.labels[indices],
+            "noise": noise,
             "time": self.times(when),
             "drop": drop < self.class_dropout_prob,
         }
-
-    def index(self, position: int) -> int:
-        """Returns which image stands at a position of the stream."""
-        epoch, place = divmod(position, self.size)
-        if epoch != self.epoch:
-            self.order = torch.randperm(self.size, generator=generator_for(self.seed, "order", epoch))
-            self.epoch = epoch
-        return int(self.order[place])
 
 
 def positions(

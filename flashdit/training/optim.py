@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -39,15 +39,19 @@ def learning_rate(step: int, options: OptimizerOptions) -> float:
     return options.min_lr + (options.lr - options.min_lr) * cosine
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[Any], options: OptimizerOptions) -> torch.optim.AdamW:
     """Returns fused AdamW over the parameters that train.
+
+    Args:
+        parameters: Parameters, or groups of them as torch's optimisers take them.
+        options: Of AdamW.
 
     Raises:
         ValueError: If the learning rate or the clipping norm is not positive.
     """
     if options.lr <= 0 or (options.max_grad_norm is not None and options.max_grad_norm <= 0):
         raise ValueError(f"lr and max_grad_norm must be positive, got {options.lr}, {options.max_grad_norm}")
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [item for item in parameters if isinstance(item, dict) or item.requires_grad]
     betas = (options.betas[0], options.betas[1])
     return torch.optim.AdamW(
         trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True

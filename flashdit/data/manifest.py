@@ -1,0 +1,136 @@
+"""What a folder of shards says of itself: its VAE, counts, checksums, mean and std of each channel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+RECORDS = "records"
+FORMAT = 1
+BLOCK_ROWS = 512  # rows that are float64 at a time
+
+
+@dataclass
+class ChannelMoments:
+    """Count, mean and sum of squared deviations of each channel, all in float64.
+
+    Two of them join by the pairwise update, so that each shard is read once and alone.
+
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances".
+    """
+
+    count: int
+    mean: list[float]
+    scatter: list[float]
+
+    @classmethod
+    def of(cls, latents: Tensor) -> ChannelMoments:
+        """Returns the moments of latents (N, C, H, W), any float type."""
+        channels, count = latents.shape[1], latents.numel() // latents.shape[1]
+        if not count:
+            return cls(0, [0.0] * channels, [0.0] * channels)
+        blocks = latents.split(BLOCK_ROWS)
+        mean = torch.stack([block.double().sum((0, 2, 3)) for block in blocks]).sum(0) / count
+        centre = mean.reshape(-1, 1, 1)
+        scatter = torch.stack([(block.double() - centre).square().sum((0, 2, 3)) for block in blocks]).sum(0)
+        return cls(count, mean.tolist(), scatter.tolist())
+
+    @classmethod
+    def joined(cls, parts: Iterable[ChannelMoments]) -> ChannelMoments:
+        """Returns the moments of all parts together, joined in their order; at least one has values."""
+        first, *others = [part for part in parts if part.count]
+        count, mean, scatter = first.count, _float64(first.mean), _float64(first.scatter)
+        for part in others:
+            total = count + part.count
+            shift = _float64(part.mean) - mean
+            scatter += _float64(part.scatter) + shift.square() * (count * part.count / total)
+            mean += shift * (part.count / total)
+            count = total
+        return cls(count, mean.tolist(), scatter.tolist())
+
+    def std(self) -> list[float]:
+        """Returns the unbiased standard deviation of each channel.
+
+        Raises:
+            ValueError: If a channel is constant, which no standard deviation can normalise.
+        """
+        std = (_float64(self.scatter) / max(self.count - 1, 1)).sqrt().tolist()
+        if not min(std) > 0:
+            raise ValueError(f"every latent channel must vary over the data, got {std=}")
+        return std
+
+
+def _float64(values: list[float]) -> Tensor:
+    """Returns values as a float64 tensor."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Returns the manifest of a folder of shards; None where there is none, as in LightningDiT's own.
+
+    Raises:
+        ValueError: If it cannot be read, or the folder's encoding has not come to its end.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / RECORDS).is_dir():
+            raise ValueError(
+                f"an encoding must be complete, {folder} has no {MANIFEST}: run encode_latents.py again"
+            )
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"a manifest must be JSON, {path} is not: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"a manifest must have format {FORMAT}, {path} has {manifest.get('format')}")
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict[str, Any], found: Iterable[Path]) -> None:
+    """Raises ValueError unless the shards are those of the manifest, by name and size."""
+    listed = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    for name, size in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"every shard of {MANIFEST} must be there, {path} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(
+                f"a shard must have the {size} bytes of {MANIFEST}, {path} has {path.stat().st_size}"
+            )
+    for path in found:
+        if path.name not in listed:
+            raise ValueError(f"every shard must be in {MANIFEST}, {path} is not")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a folder all of whose shards have their checksums.
+
+    Raises:
+        ValueError: If there is no manifest, or shards differ from it; all of them are named.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"checksums need a {MANIFEST}, got none in {folder}")
+    check_files(folder, manifest, folder.glob("*.safetensors"))
+    shards = manifest["shards"]
+    corrupt = [shard["file"] for shard in shards if sha256_of(folder / shard["file"]) != shard["sha256"]]
+    if corrupt:
+        raise ValueError(
+            f"shards must have the checksums of {MANIFEST}, {', '.join(corrupt)} in {folder} do not"
+        )
+    return manifest

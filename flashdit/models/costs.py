@@ -1,0 +1,103 @@
+"""What a model costs before it exists: FLOPs and the memory of its activations, with nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashdit.models.dit import FlashDiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that a forward pass keeps for the backward pass, as it runs without torch.compile."""
+
+    fixed: float
+    """Copies of the weights in low precision, which autocast makes; whatever the batch."""
+    per_image: float
+
+    def of(self, images: int) -> float:
+        """Returns the bytes of a batch."""
+        return self.fixed + images * self.per_image
+
+
+def forward_flops(options: Mapping[str, Any]) -> int:
+    """Returns the FLOPs of one image's forward pass: twice its multiply-adds, of matrix products alone.
+
+    Args:
+        options: Arguments of FlashDiT.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = FlashDiT(**options).eval()
+        model(*_inputs(model, 1))
+    return counter.get_total_flops()
+
+
+def activations(options: Mapping[str, Any], low_precision: bool) -> tuple[Activations, Activations]:
+    """Returns the activations of a training step, all kept and with blocks computed again.
+
+    Blocks that are computed again keep their inputs alone, and one block at a time keeps everything:
+    again = inputs + (all − inputs) / depth.
+
+    Args:
+        options: Arguments of FlashDiT.
+        low_precision: Whether autocast to bf16 or fp16 is on.
+    """
+    with FakeTensorMode():
+        model = FlashDiT(**options).train()
+        depth = len(model.blocks)
+        kept = _measure(model, low_precision)
+        model.enable_gradient_checkpointing()
+        inputs = _measure(model, low_precision)
+    again = Activations(
+        fixed=inputs.fixed + (kept.fixed - inputs.fixed) / depth,
+        per_image=inputs.per_image + (kept.per_image - inputs.per_image) / depth,
+    )
+    return kept, again
+
+
+def _measure(model: FlashDiT, low_precision: bool) -> Activations:
+    """Returns the saved bytes as a line through batches of 1 and 2."""
+    one, two = (saved_bytes(model, batch, low_precision) for batch in (1, 2))
+    return Activations(fixed=2 * one - two, per_image=two - one)
+
+
+def saved_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:
+    """Returns the bytes of what autograd saves in a forward pass beside the parameters, each storage once.
+
+    Args:
+        model: On the CPU, real or fake.
+        batch: Images.
+        low_precision: Whether autocast is on; it counts as bf16, whose size fp16 has too.
+    """
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that none is freed and its id taken by another
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            v_t = model(*_inputs(model, batch))
+        v_t.float().square().mean()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _inputs(model: FlashDiT, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns latents, times and labels of the training size."""
+    channels, side = model.config["in_channels"], model.config["sample_size"]
+    return (
+        torch.zeros(batch, channels, side, side),
+        torch.zeros(batch),
+        torch.zeros(batch, dtype=torch.int64),
+    )

@@ -1,0 +1,70 @@
+"""Options of the training loop, whatever it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flashdit.registry import unknown
+from flashdit.training.ema import EmaOptions
+from flashdit.training.optim import OptimizerOptions
+from flashdit.training.tracking import TrackingOptions
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+COMPILES = ("none", "block", "model")
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """Options of the training loop; all counts are optimiser steps."""
+
+    steps: int = 80_000
+    """When training ends; may grow on resume."""
+    global_batch_size: int = 1024
+    """Images an optimiser step sees, over all processes and accumulated batches."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before an optimiser step."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` or `fp16` for the forward and backward pass alone."""
+    tf32: bool = False
+    """Whether matrix products of float32 may round to TF32 on GPUs that have it."""
+    compile: str = "none"
+    """What torch.compile takes: `none`, each `block` (starts soonest), or the whole `model`."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass to save memory."""
+    workers: int = 0
+    """Processes that read data, for each training process."""
+    log_every: int = 100
+    save_every: int = 5_000
+    keep_last: int | None = None
+    """Checkpoints kept, counted from the newest; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this are kept whatever `keep_last` says."""
+    preview_every: int = 5_000
+    """Steps between grids of the EMA's samples, or evaluations of a classifier; 0 makes none."""
+    max_skips: int = 20
+    """Steps in a row with a gradient that is not finite before the run ends."""
+    timeout_s: int = 1800
+    """Seconds that a process waits for the others before it gives up."""
+
+    def check(self) -> None:
+        """Raises ValueError for counts that are not positive and for unknown names."""
+        for name, known in (("precision", PRECISIONS), ("compile", COMPILES)):
+            if getattr(self, name) not in known:
+                raise unknown(f"training.{name}", getattr(self, name), known)
+        counts = ("steps", "global_batch_size", "accumulation", "log_every", "save_every", "max_skips")
+        for name in (*counts, "timeout_s", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {value}")
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a trainer's configuration; `run.dir` is the run's folder."""
+
+    seed: int
+    run: Any
+    optimizer: OptimizerOptions
+    ema: EmaOptions
+    training: TrainingOptions
+    tracking: TrackingOptions

@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flashdit import FlashDiT, config
+from flashdit.start import start_from
+from flashdit.trainer import Trainer
+
+LABELS = "y_embedder.embedding_table.weight"
+TINY = {"sample_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+GLOBAL = {"attention": {"name": "global", "rope": True}, "position_embedding": "sincos"}
+
+
+def seeded(seed, **options):
+    """Returns a tiny model whose every weight is random, so that nothing is zero by initialisation."""
+    torch.manual_seed(seed)
+    model = FlashDiT(**{**TINY, **options}).eval()
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def velocity(model, size=8, labels=(0, 2)):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        return model(x, torch.tensor([0.2, 0.7]), torch.tensor(labels))
+
+
+def test_a_model_folder_and_a_file_start_the_same_model(tmp_path):
+    source = seeded(0)
+    source.save_pretrained(tmp_path / "folder")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    torch.save({"ema": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "weights.pt")
+    for name in ("folder", "weights.safetensors", "weights.pt"):
+        model = seeded(1)
+        assert start_from(model, tmp_path / name) == []
+        assert velocity(model).equal(velocity(source))
+
+
+def test_other_classes_get_a_new_label_table_which_is_named_and_keep_the_null_label(tmp_path):
+    source, model = seeded(0), seeded(1, num_classes=5)
+    source.save_pretrained(tmp_path)
+    fresh = model.state_dict()[LABELS].clone()
+    assert start_from(model, tmp_path) == [LABELS]
+    table = model.state_dict()[LABELS]
+    assert table[:-1].equal(fresh[:-1])
+    assert velocity(model, labels=(5, 5)).equal(velocity(source, labels=(3, 3)))
+
+
+def test_another_resolution_changes_the_window_alone(tmp_path):
+    source = seeded(0)
+    source.save_pretrained(tmp_path)
+    model = seeded(1, sample_size=16, attention={"name": "iwin", "window": 8, "kernel": 3})
+    assert start_from(model, tmp_path) == []
+    assert model.state_dict().keys() == source.state_dict().keys()
+    assert velocity(model, size=16).shape == (2, 3, 16, 16)
+
+
+def test_global_attention_warms_up_iwin_attention_with_zero_convolutions(tmp_path):
+    source, model = seeded(0, **GLOBAL), seeded(1)
+    source.save_pretrained(tmp_path)
+    new = start_from(model, tmp_path)
+    assert new == ["blocks.0.attn.dwconv.depthwise.weight", "blocks.0.attn.dwconv.depthwise.bias"]
+    assert not model.state_dict()[new[0]].any()
+    for name in ("blocks.0.attn.qkv.weight", "blocks.0.mlp.w12.weight", "blocks.0.adaLN_modulation.1.weight"):
+        assert model.state_dict()[name].equal(source.state_dict()[name])
+
+
+def test_a_position_table_is_computed_for_its_size_and_not_loaded(tmp_path):
+    seeded(0, **GLOBAL).save_pretrained(tmp_path)
+    model = seeded(1, sample_size=16, **GLOBAL)
+    table = model.pos_embed.clone()
+    assert start_from(model, tmp_path) == []
+    assert model.pos_embed.equal(table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 2}, r"the weights do not fit the configuration: missing=\['blocks\.1\."),
+        ({"hidden_size": 32}, r"weights of another shape than the configuration's: "),
+        (
+            {"attention": {"name": "global", "rope": True}},
+            r"left_over=\['blocks\.0\.attn\.dwconv\.depthwise\.bias'",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, options, message):
+    seeded(0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        start_from(seeded(1, **options), tmp_path)
+
+
+def test_no_weights_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"weights must be a run, .* got .*absent"):
+        start_from(seeded(0), tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"checkpoint must be a run or a folder"):
+        start_from(seeded(0), tmp_path)
+
+
+def test_a_run_starts_from_another_once_and_says_what_is_new(tiny_overrides, tiny_shards, tmp_path, caplog):
+    Trainer(config.load(None, [*tiny_overrides, f"run.dir={tmp_path / 'first'}"])).fit()
+    (tiny_shards / "class_names.json").write_text(json.dumps(["a", "b", "c", "d"]))
+    more = [*tiny_overrides, f"weights={tmp_path / 'first'}", "model.num_classes=4", "training.steps=2"]
+    with caplog.at_level("INFO"):
+        trainer = Trainer(config.load(None, more))
+    assert f"starts from {tmp_path / 'first'}; new: {LABELS}" in caplog.text
+    average = load_file(tmp_path / "first/checkpoints/step_00000006/ema/diffusion_pytorch_model.safetensors")
+    started = trainer.model.state_dict()
+    assert [name for name in started if name != LABELS and not started[name].equal(average[name])] == []
+    trainer.fit()
+    again = Trainer(config.load(None, [*more, "training.steps=4"]))
+    assert again.step == 2, "the run itself goes on; its start is not taken again"
