@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from flashdit.classes import balanced_labels, random_labels
 from flashdit.cli import SAMPLING, add_device, add_sampling, run_script, sampling_options
-from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.features import EXTRACTORS, Extractor
+from flashdit.evaluation.cache import CACHE_VARIABLE, FeatureCache
+from flashdit.evaluation.compare import column_names, comparison_rows, read_result, verdicts
+from flashdit.evaluation.evaluate import Plan, evaluate_fully
+from flashdit.evaluation.extractors import build_extractor
+from flashdit.evaluation.ranks import processes
 from flashdit.evaluation.reference import Reference
-from flashdit.evaluation.report import print_table, write_report
-from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names, knows_classes
-from flashdit.evaluation.sources import GeneratedSource, open_source
-from flashdit.generate import CheckpointGenerator, balanced_labels, load_generator
+from flashdit.evaluation.reference_file import NUM_IMAGES, write_reference
+from flashdit.evaluation.report import markdown_table, print_rows, print_table, write_report
+from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names, default_metrics
+from flashdit.evaluation.sources import DigitsSource, GeneratedSource, open_source
+from flashdit.evaluation.table import append_csv, check_csv
+from flashdit.files import write_atomically
+from flashdit.generate import CheckpointGenerator, load_generator
+
+LABELS = ("balanced", "random")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    """Adds the options of everything that extracts features."""
+    add = parser.add_argument
+    add(
+        "--extractor",
+        help="inception, digits, a name of torch-fidelity's, or package.module:callable "
+        "(default: digits where that is the reference, else inception)",
+    )
+    add("--extractor-weights", "--inception-weights", metavar="PATH", help="the extractor's weights file")
+    add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
+    add("--no-cache", action="store_true", help=f"neither read nor keep features (in ${CACHE_VARIABLE})")
+    add_device(parser)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
     parser = argparse.ArgumentParser(
         description="Scores images: Fréchet distances, inception score, precision, recall, accuracy.",
-        epilog="Writes metrics.json and metrics.md. Example: eval_fid.py --samples s.npz --reference digits",
+        epilog="Other commands: eval_fid.py make-reference | compare | sweep, each with --help. One or many "
+        "processes (accelerate launch, torchrun) give the same numbers.",
     )
     what = parser.add_argument_group("what is scored (default: the newest run's checkpoint)")
     what.add_argument("--samples", type=Path, metavar="NPZ|FOLDER", help="images that exist already")
@@ -30,56 +55,66 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--num-images", type=int, help="default: 1,000 for digits, 50,000 otherwise; all of --samples"
     )
+    what.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    what.add_argument("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
     how = parser.add_argument_group("how it is scored")
     how.add_argument(
         "--reference", metavar="NPZ|FOLDER|digits", help="default: digits for a checkpoint of digits"
     )
-    how.add_argument("--extractor", help="inception, or digits (default for the digits reference)")
-    how.add_argument("--inception-weights", metavar="PATH", help="torch-fidelity's weights file")
     how.add_argument(
         "--metrics",
         type=lambda text: [name.strip() for name in text.split(",")],
-        help=f"comma-separated, of {','.join(METRICS)} (default: all that apply)",
+        help=f"comma-separated, of {','.join(METRICS)} (default: all that apply, but kid)",
     )
-    how.add_argument(
-        "--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)"
-    )
-    how.add_argument(
+    add_reading(how)
+    told = parser.add_argument_group("where it is told")
+    told.add_argument(
         "--output", type=Path, help="folder or .json file (default: the run's eval/, or beside --samples)"
     )
-    add_device(how)
+    told.add_argument("--csv", type=Path, metavar="FILE", help="append the scores to this table too")
+    told.add_argument("--html", action="store_true", help="write metrics.html too: the numbers in pictures")
     add_sampling(parser)
     return parser.parse_args(argv)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuses what no file needs to be opened for."""
+    """Refuses what no image needs to be opened for."""
     check_names(arguments.metrics or ())
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, got {arguments.batch_size}")
+    if arguments.csv is not None:
+        check_csv(arguments.csv)
+    check_batch_size(arguments)
     if arguments.samples is None:
         return
     if arguments.checkpoint is not None:
         raise ValueError(
             f"give --samples or --checkpoint, got {arguments.samples} and {arguments.checkpoint}"
         )
-    for option in (*SAMPLING, "vae"):
+    for option in (*SAMPLING, "vae", "labels"):
         if getattr(arguments, option) is not None:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for sampling from a --checkpoint, got it with --samples"
             )
 
 
+def check_batch_size(arguments: argparse.Namespace) -> None:
+    """Refuses an empty batch."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive, got {arguments.batch_size}")
+
+
 def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Opens samples or generator, extractor and reference; returns them and the file to write."""
     check_arguments(arguments)
     here = arguments.device
-    generator = None if arguments.samples else load_generator(arguments.checkpoint, here, arguments.vae)
+    generator = None
+    if not arguments.samples:
+        generator = load_generator(arguments.checkpoint, here, arguments.vae, arguments.ema)
     is_digits = generator is not None and generator.data_name == "digits"
     reference_name = arguments.reference or ("digits" if is_digits else None)
     if reference_name is None:
         raise ValueError("this needs a --reference: an ADM npz, a folder of images, or 'digits'")
-    extractor = make_extractor(arguments, reference_name).to(here).eval()
+    name = arguments.extractor or ("digits" if reference_name == "digits" else "inception")
+    extractor = build_extractor(name, arguments.extractor_weights).to(here)
     classes = extractor.class_names if generator is None else generator.class_names
     metrics = arguments.metrics or default_metrics(extractor, classes)
     check_accuracy(metrics, extractor, classes)
@@ -90,20 +125,8 @@ def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
         samples = generated_source(arguments, generator, 1000 if reference_name == "digits" else 50_000)
         default_output = generator.run_dir / "eval" / "metrics.json"
     output = output_file(arguments.output, default_output)
-    return Plan(samples, extractor, Reference(reference_name, extractor), metrics), output
-
-
-def make_extractor(arguments: argparse.Namespace, reference_name: str) -> Extractor:
-    """Builds the extractor that was asked for, or the reference's own."""
-    name = arguments.extractor or ("digits" if reference_name == "digits" else "inception")
-    options = {"weights": arguments.inception_weights} if arguments.inception_weights else {}
-    return EXTRACTORS.build({"name": name, **options})
-
-
-def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list[str]:
-    """Returns every metric, accuracy only where the extractor knows the classes of the samples."""
-    knows = knows_classes(extractor, classes)
-    return [name for name in METRICS if name != "accuracy" or knows]
+    cache = None if arguments.no_cache else FeatureCache()
+    return Plan(samples, extractor, Reference(reference_name, extractor), metrics, cache), output
 
 
 def generated_source(
@@ -114,7 +137,11 @@ def generated_source(
     count = default_count if arguments.num_images is None else arguments.num_images
     if count < 1:
         raise ValueError(f"--num-images must be positive, got {count}")
-    return GeneratedSource(generator, balanced_labels(count, generator.num_classes, options.seed), options)
+    if arguments.labels == "random":
+        labels = random_labels(count, range(max(1, generator.num_classes)), options.seed)
+    else:
+        labels = balanced_labels(count, generator.num_classes, options.seed)
+    return GeneratedSource(generator, labels, options)
 
 
 def output_file(given: Path | None, default: Path) -> Path:
@@ -125,14 +152,106 @@ def output_file(given: Path | None, default: Path) -> Path:
     return output
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def score(argv: Sequence[str]) -> None:
     """Scores, writes the report and prints the table."""
     arguments = parse_arguments(argv)
-    plan, output = make_plan(arguments)
-    result = evaluate(plan, arguments.batch_size, arguments.device)
-    write_report(result, output)
-    print_table(result, Console())
-    print(f"wrote {output} and {output.with_suffix('.md').name}")
+    with processes(arguments.device) as ranks:
+        with ranks.agree():
+            plan, output = make_plan(arguments)
+        html = {"pool", "logits"} if arguments.html else ()
+        done = evaluate_fully(plan, arguments.batch_size, arguments.device, ranks, html)
+        if not ranks.is_main:
+            return
+        write_report(done.result, output)
+        written = [str(output), output.with_suffix(".md").name]
+        if arguments.html:
+            from flashdit.evaluation.gallery import make_gallery
+            from flashdit.evaluation.html import write_html
+
+            page = output.with_suffix(".html")
+            write_html(page, done.result, make_gallery(plan, done.samples, done.reference))
+            written.append(page.name)
+        if arguments.csv:
+            append_csv(done.result, arguments.csv)
+            written.append(str(arguments.csv))
+        print_table(done.result, Console())
+        print(f"wrote {', '.join(written[:-1])} and {written[-1]}")
+
+
+def make_reference(argv: Sequence[str]) -> None:
+    """Writes the reference file of an image set."""
+    parser = argparse.ArgumentParser(
+        prog="eval_fid.py make-reference",
+        description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
+    )
+    parser.add_argument("images", metavar="FOLDER|NPZ|digits", help="the image set (digits: held-out ones)")
+    parser.add_argument("output", type=Path, metavar="OUT.npz")
+    parser.add_argument(
+        "--num-images", type=int, default=NUM_IMAGES, help=f"images to keep (default: {NUM_IMAGES:,})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
+    add_reading(parser)
+    arguments = parser.parse_args(argv)
+    with processes(arguments.device) as ranks:
+        with ranks.agree():
+            check_batch_size(arguments)
+            if arguments.output.suffix != ".npz" or arguments.output.is_dir():
+                raise ValueError(f"a reference must be written to an .npz file, got {arguments.output}")
+            is_digits = arguments.images == "digits"
+            source = DigitsSource("held-out") if is_digits else open_source(Path(arguments.images))
+            name = arguments.extractor or ("digits" if is_digits else "inception")
+            extractor = build_extractor(name, arguments.extractor_weights).to(arguments.device)
+        write_reference(
+            source,
+            extractor,
+            arguments.output,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            ranks=ranks,
+            cache=None if arguments.no_cache else FeatureCache(),
+        )
+        if ranks.is_main:
+            print(f"wrote {arguments.output}: {source.count:,} images under extractor {extractor.name}")
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Prints results side by side and says which are not comparable."""
+    parser = argparse.ArgumentParser(
+        prog="eval_fid.py compare",
+        description="Puts results side by side; says which are not comparable, and why.",
+    )
+    parser.add_argument("results", type=Path, nargs="+", metavar="METRICS.json")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table as Markdown too")
+    arguments = parser.parse_args(argv)
+    results = [read_result(path) for path in arguments.results]
+    names = column_names(arguments.results)
+    rows, notes = comparison_rows(names, results), verdicts(names, results)
+    print_rows(rows, notes, Console())
+    if arguments.output:
+        text = "\n".join([markdown_table(rows), "", *(f"- {note}" for note in notes), ""])
+        write_atomically(arguments.output, lambda temporary: temporary.write_text(text))
+        print(f"wrote {arguments.output}")
+
+
+def sweep(argv: Sequence[str]) -> None:
+    """Scores a range of guidance scales."""
+    from flashdit.sweep import main  # matplotlib's second
+
+    main(argv)
+
+
+COMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first word names; without one, scores."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
+    else:
+        score(words)
 
 
 if __name__ == "__main__":

@@ -1,92 +1,144 @@
-"""Samples images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe."""
+"""Samples images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe.
+
+On several processes: `accelerate launch sample.py …` or `torchrun --nproc_per_node N sample.py …`. A run that
+was interrupted continues when the same command is given again.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from flashdit.classes import ALL, class_ids, equal_shares, random_labels
 from flashdit.cli import add_device, add_sampling, run_script, sampling_options
-from flashdit.files import write_atomically, write_json
-from flashdit.generate import CheckpointGenerator, SamplingOptions, class_ids, load_generator
-from flashdit.pictures import labelled_grid, rows_by_class, save_png
+from flashdit.generate import CheckpointGenerator, SamplingOptions, load_generator
+from flashdit.registry import unknown
+from flashdit.samples import FORMATS, GRID, GRID_CLASSES, PER_CLASS, SampleFolder, digest
 
-PER_CLASS = 10
-GRID_CLASSES = 10
-RECIPE = "recipe.json"
+LABELS = ("balanced", "random")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder or run (default: the newest run)")
-    add("--class", dest="classes", nargs="+", help="class ids or names (default: the first ten classes)")
+    add(
+        "--ema", default="ema", metavar="WEIGHTS", help="ema (default), model for the raw weights, or another"
+    )
+    add(
+        "--class",
+        dest="classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"ids or names, or {ALL} (default: the first ten, or all where --num-images says how many)",
+    )
+    add("--labels", default="balanced", help="balanced: equal shares, in order (default); random: drawn")
     add("--num-images", type=int, help=f"in all, shared among the classes (default: {PER_CLASS} a class)")
     add("--batch-size", type=int, help="images at a time; changes no image")
+    add("--compile", action="store_true", help="compile the model: slow to start, then faster")
     add("--output", type=Path, help="folder for the images (default: in the run's samples/)")
+    add("--format", default="both", help=f"{' or '.join(FORMATS)} (default: both)")
     add_device(parser)
     add_sampling(parser)
     return parser.parse_args(argv)
 
 
-def make_labels(arguments: argparse.Namespace, class_names: Sequence[str]) -> Tensor:
-    """Returns the label of each image: the classes in equal shares, in order."""
-    wanted = arguments.classes or [str(i) for i in range(min(GRID_CLASSES, len(class_names)))]
-    ids = torch.tensor(class_ids(wanted, class_names))
+def make_labels(arguments: argparse.Namespace, class_names: Sequence[str], seed: int) -> Tensor:
+    """Returns the label of each image: the classes in equal shares and in order, or at random."""
+    if arguments.labels not in LABELS:
+        raise unknown("labels", arguments.labels, LABELS)
+    every = range(len(class_names)) if arguments.num_images else range(min(GRID_CLASSES, len(class_names)))
+    ids = class_ids(arguments.classes, class_names) if arguments.classes else list(every)
+    ids = ids or [0]  # the null label of a model without classes
     count = PER_CLASS * len(ids) if arguments.num_images is None else arguments.num_images
     if count < 1:
         raise ValueError(f"--num-images must be at least 1, got {count}")
-    return ids[torch.arange(count) * len(ids) // count]
+    return equal_shares(count, ids) if arguments.labels == "balanced" else random_labels(count, ids, seed)
 
 
-def write_images(
-    folder: Path, generator: CheckpointGenerator, labels: Tensor, options: SamplingOptions
+def make_recipe(
+    arguments: argparse.Namespace, generator: CheckpointGenerator, labels: Tensor, options: SamplingOptions
+) -> dict[str, Any]:
+    """Returns all that the images are made with."""
+    return {
+        **generator.recipe(),
+        "sampling": asdict(options),
+        "nfe": generator.nfe(options),
+        "compile": arguments.compile,
+        "device": generator.space.mean.device.type,
+        "labels": f"{arguments.labels}{', in order' if arguments.labels == 'balanced' else ''}",
+        "classes": labels.unique().tolist(),
+        "num_images": len(labels),
+        "format": arguments.format,
+        "title": f"step {generator.step}, {options}",
+    }
+
+
+def open_folder(
+    arguments: argparse.Namespace, generator: CheckpointGenerator, options: SamplingOptions
+) -> SampleFolder:
+    """Returns the folder to fill, checked; nothing is written yet."""
+    labels = make_labels(arguments, generator.class_names, options.seed)
+    recipe = make_recipe(arguments, generator, labels, options)
+    name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
+    path = arguments.output or generator.run_dir / "samples" / name
+    return SampleFolder(path, recipe, labels, generator.class_names)
+
+
+def sample(
+    folder: SampleFolder, generator: CheckpointGenerator, options: SamplingOptions, state: PartialState
 ) -> None:
-    """Writes PNGs, grid.png, samples.npz and recipe.json into a new folder."""
-    folder.mkdir(parents=True)
-    recipe = {**generator.recipe(), "sampling": asdict(options), "nfe": generator.nfe(options)}
-    write_json(folder / RECIPE, recipe | {"num_images": len(labels), "classes": labels.unique().tolist()})
-    recipe_text = json.dumps(recipe)
-    images = []
-    with tqdm(total=len(labels), desc="sample", unit="image") as bar:
-        for batch in generator.generate(labels, options):
-            for i, label, image in zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True):
-                about = {"class": generator.class_names[label], "recipe": recipe_text}
-                save_png(image, folder / f"{i:06d}.png", about)
-            images.append(batch.images)
-            bar.update(len(batch.images))
-    pictures = torch.cat(images)
-    arrays = pictures.permute(0, 2, 3, 1).numpy(), labels.numpy()
-    np.savez(folder / "samples.npz", *arrays)
-    first = torch.cat(
-        [(labels == label).nonzero()[:PER_CLASS, 0] for label in labels.unique()[:GRID_CLASSES]]
+    """Makes what is missing of the folder, each process its share, and puts it together."""
+    if state.is_main_process and not folder.is_finished:
+        folder.open()
+    state.wait_for_everyone()
+    missing = folder.missing()
+    state.wait_for_everyone()  # no process adds to the folder before all know what is missing
+    mine = missing[state.process_index :: state.num_processes]
+    total = len(folder.labels)
+    bar = tqdm(
+        total=total,
+        initial=total - len(missing),
+        desc="sample",
+        unit="image",
+        disable=not state.is_main_process,
     )
-    title = f"step {generator.step}, {options}"
-    rows = rows_by_class(pictures[first], labels[first], generator.class_names, PER_CLASS)
-    labelled_grid(rows, title).save(folder / "grid.png")
+    with bar:  # the first process counts for all: their shares are equal
+        for batch in generator.generate(folder.labels, options, mine):
+            folder.add(batch)
+            bar.update(min(len(batch.ids) * state.num_processes, total - bar.n))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, checks it, samples, and says where the grid lies."""
     arguments = parse(argv)
-    generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae)
+    state = PartialState(cpu=torch.device(arguments.device).type == "cpu")
+    device = arguments.device if state.num_processes == 1 or state.device is None else state.device
+    generator = load_generator(arguments.checkpoint, device, arguments.vae, arguments.ema)
     options = sampling_options(arguments, generator)
-    labels = make_labels(arguments, generator.class_names)
-    classes = "-".join(arguments.classes or ["all"])
-    name = f"class_{classes}_cfg_{options.cfg_scale:g}_seed_{options.seed}"
-    folder = arguments.output or generator.run_dir / "samples" / name
-    if folder.exists() and not (folder / RECIPE).is_file():
-        raise ValueError(f"--output must be a new folder or one of earlier samples, got {folder}")
-    write_atomically(folder, lambda temporary: write_images(temporary, generator, labels, options))
-    print(f"{len(labels)} images, {generator.nfe(options)} model evaluations each: {folder / 'grid.png'}")
+    folder = open_folder(arguments, generator, options)
+    if arguments.compile:
+        generator.compile()
+    sample(folder, generator, options, state)
+    if state.is_main_process:
+        recipe = folder.read_recipe()
+        about = f"{len(folder.labels)} images, {recipe['nfe']:g} model evaluations each"
+        print(f"{about}: {folder.path / GRID}")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -249,7 +249,9 @@ def main() -> None:
     """Tries every fault so many times and prints how many were survived."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--only", default="", metavar="WORDS", help="try only the faults whose name has these")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="try only the faults whose name has these"
+    )
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     tried = survived = 0

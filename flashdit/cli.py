@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from omegaconf.errors import OmegaConfBaseException
 
-from flashdit.flow.samplers import SAMPLERS
-from flashdit.generate import CheckpointGenerator, SamplingOptions
+from flashdit.flow.samplers import ADAPTIVE, SAMPLERS
+from flashdit.generate import DTYPES, CheckpointGenerator, SamplingOptions
 
-SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
+SAMPLING = (
+    *("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
+    *("height", "width", "dtype", "atol", "rtol"),
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -45,14 +48,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling (what is not given is as the checkpoint's configuration has it)"
     )
-    group.add_argument("--sampler", help=" or ".join(SAMPLERS))
-    group.add_argument("--steps", type=int, help="updates of the sampler")
-    group.add_argument("--cfg-scale", type=float, help="guidance scale; 1 is the conditional model")
-    group.add_argument(
-        "--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts"
-    )
-    group.add_argument("--shift", type=float, help="below 1, finer steps near noise")
-    group.add_argument("--seed", type=int)
+    add = group.add_argument
+    add("--sampler", metavar="NAME", help=" or ".join(SAMPLERS))
+    add("--steps", type=int, metavar="N", help=f"updates of the sampler; {' and '.join(ADAPTIVE)} takes none")
+    add("--cfg-scale", type=float, metavar="W", help="guidance scale; 1 is the conditional model")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts")
+    add("--shift", type=float, help="below 1, finer steps near noise")
+    add("--seed", type=int)
+    add("--height", type=int, help="in pixels; any multiple of the VAE's factor times the patch size")
+    add("--width", type=int, help="in pixels; likewise")
+    add("--dtype", help=f"of the model's matrix products: {' or '.join(DTYPES)}")
+    add("--atol", type=float, help="absolute tolerance of an adaptive sampler")
+    add("--rtol", type=float, help="relative tolerance of an adaptive sampler")
     group.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
 
 
@@ -62,4 +69,6 @@ def sampling_options(arguments: argparse.Namespace, generator: CheckpointGenerat
     options = replace(generator.sampling, **{k: v for k, v in given.items() if v is not None})
     options.check()
     generator.space.need_vae()
+    if options.height or options.width:
+        generator.latent_shape(options)
     return options

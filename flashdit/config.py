@@ -47,6 +47,23 @@ class FlowOptions:
 
 
 @dataclass(kw_only=True)
+class EvaluationOptions:
+    """Options of scoring the EMA's samples while training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 makes none."""
+    num_images: int = 5_000
+    """Samples, shared among all processes; a score compares only with others of the same number."""
+    reference: str | None = None
+    """An npz of ADM's or of make-reference, or a folder; None means the digits, where they are the data."""
+    extractor: str = "inception"
+    """As `eval_fid.py --extractor` has it."""
+    weights: str | None = None
+    """The extractor's weights file."""
+    metrics: list[str] = field(default_factory=lambda: ["fid"])
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is made from."""
 
@@ -65,6 +82,7 @@ class RunConfig:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How previews are sampled, and what sample.py and eval_fid.py do unless told otherwise."""
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
 

@@ -15,11 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.config import RunConfig, to_yaml
 from flashdit.encode import open_latents
+from flashdit.evaluation.evaluate import Plan, evaluate
+from flashdit.evaluation.extractors import build_extractor
+from flashdit.evaluation.ranks import Ranks
+from flashdit.evaluation.reference import KeptReference
+from flashdit.evaluation.scoring import check_accuracy, check_names
+from flashdit.evaluation.sources import GeneratedSource
 from flashdit.files import write_atomically
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
-from flashdit.generate import ImageGenerator
+from flashdit.generate import ImageGenerator, SamplingOptions, balanced_labels, nfe
+from flashdit.latents import LatentSpace
 from flashdit.models.dit import FlashDiT
 from flashdit.pictures import labelled_grid, rows_by_class
 from flashdit.start import start_from
@@ -31,6 +38,29 @@ logger = logging.getLogger(__name__)
 # A (C, 1, 3, 3) gradient in channels-last order has other strides and the same memory: nothing is slower.
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 PREVIEW_CLASSES, PREVIEW_PER_CLASS = 10, 4
+
+
+class TrainedGenerator(ImageGenerator):
+    """The EMA of a run that is being trained, as an evaluation reads it.
+
+    Args:
+        model: With the averaged weights, in evaluation mode.
+        space: Its latent space, with the VAE.
+        class_names: One per class.
+        step: Of the run.
+    """
+
+    def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str], step: int):
+        super().__init__(model, space, class_names)
+        self.step = step
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns what identifies the model."""
+        return {"step": self.step, "weights": "ema"}
+
+    def nfe(self, options: SamplingOptions) -> int | None:
+        """Returns how many model evaluations one image takes."""
+        return nfe(options)
 
 
 class Trainer(TrainingLoop):
@@ -60,6 +90,7 @@ class Trainer(TrainingLoop):
         self.data, self.space = open_latents(self.config.data, self.config.latents, self.device, self.main)
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
+        self._open_evaluation()
         if self.config.weights is not None and not list_checkpoints(self.run_dir):
             new = start_from(self.model, self.config.weights)
             if self.main:
@@ -83,6 +114,18 @@ class Trainer(TrainingLoop):
         if self.data.class_names and len(self.data.class_names) != num_classes:
             count = len(self.data.class_names)
             raise ValueError(f"model.num_classes must be the data's {count} classes, got {num_classes}")
+
+    def _open_evaluation(self) -> None:
+        """Opens what samples are scored against in training, before the first step."""
+        self.reference, options = None, self.config.evaluation
+        if not options.every:
+            return
+        self.space.need_vae()
+        check_names(options.metrics)
+        extractor = build_extractor(options.extractor, options.weights).to(self.device).eval()
+        check_accuracy(options.metrics, extractor, self.class_names)
+        self.reference = KeptReference(options.reference or self.config.data["name"], extractor)
+        self.ranks = Ranks.start(str(self.device))
 
     def examples(self) -> tuple[Dataset, int]:
         """Returns latents with their noise, times and dropped labels, by position."""
@@ -113,22 +156,42 @@ class Trainer(TrainingLoop):
         self.copy.load_state_dict(weights)
         return self.copy
 
-    def preview(self, average: dict[str, Tensor]) -> dict[str, float]:
-        """Writes a grid of the EMA's samples with fixed seeds."""
-        if not self.main or self.space.vae is None:
-            return {}
-        classes = torch.arange(min(PREVIEW_CLASSES, len(self.class_names)))
-        labels = classes.repeat_interleave(PREVIEW_PER_CLASS)
+    def look_every(self) -> tuple[int, ...]:
+        """Returns the steps between previews, where there is a VAE, and between evaluations."""
+        every = self.config.training.preview_every if self.space.vae is not None else 0
+        return every, self.config.evaluation.every
+
+    def look(self, average: dict[str, Tensor]) -> dict[str, float]:
+        """Writes a grid of the EMA's samples, and scores them, each where it is due."""
+        preview, evaluation = map(self.due, self.look_every())
         model = self._holding(average)
         model.to(self.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        generator = ImageGenerator(model, self.space, self.class_names)
-        images = torch.cat([batch.images for batch in generator.generate(labels, self.config.sampling)])
+        generator = TrainedGenerator(model, self.space, self.class_names, self.step)
+        if preview and self.main:
+            self._write_preview(generator)
+        scores = self._score(generator) if evaluation else {}
         model.to("cpu")  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return scores
+
+    def _write_preview(self, generator: ImageGenerator) -> None:
+        """Writes a grid of samples with fixed seeds."""
+        classes = torch.arange(min(PREVIEW_CLASSES, len(self.class_names)))
+        labels = classes.repeat_interleave(PREVIEW_PER_CLASS)
+        images = torch.cat([batch.images for batch in generator.generate(labels, self.config.sampling)])
         title = f"step {self.step}, EMA, {self.config.sampling}"
         grid = labelled_grid(rows_by_class(images, labels, self.class_names, PREVIEW_PER_CLASS), title)
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
-        return {}
+
+    def _score(self, generator: TrainedGenerator) -> dict[str, float]:
+        """Returns the scores of samples that all processes draw and measure; no random state is touched."""
+        assert self.reference is not None
+        options, sampling = self.config.evaluation, self.config.sampling
+        labels = balanced_labels(options.num_images, self.model.num_classes, sampling.seed)
+        samples = GeneratedSource(generator, labels, sampling)
+        plan = Plan(samples, self.reference.extractor, self.reference, options.metrics)
+        result = evaluate(plan, device=str(self.device), ranks=self.ranks)
+        return {name: value for name, value in result.to_dict()["metrics"].items() if value is not None}
 
     def write_models(self, folder: Path, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
         """Writes the model and its average as diffusers folders, and the latent space."""

@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from iwin_core.kernels import (
+    attention_obstacle,
+    conv_obstacle,
+    depthwise_conv,
+    kernels_chosen,
+    window_attention,
+)
 from iwin_core.windows import Window, merge, partition, per_axis
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -27,9 +34,13 @@ class DepthwiseConv(nn.Module):
         padding = tuple(k // 2 for k in kernel)
         self.depthwise = CONVS[len(kernel)](dim, dim, tuple(kernel), padding=padding, groups=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the convolved map (B, *grid, C)."""
-        return self.depthwise(x.movedim(-1, 1)).movedim(1, -1)
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Returns the convolved map (B, *grid, C), plus a map `add` of that shape if one is given."""
+        conv = self.depthwise
+        if kernels_chosen(x.device, conv_obstacle, x.shape, x.dtype, conv.kernel_size):
+            return depthwise_conv(x, conv.weight, conv.bias, add)
+        out = conv(x.movedim(-1, 1)).movedim(1, -1)
+        return out if add is None else add + out
 
 
 class IwinAttention(nn.Module):
@@ -94,7 +105,7 @@ class IwinAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns IWA(x) + DWConv(x), of the shape of x."""
         attended = self.attend(x)
-        return attended if self.dwconv is None else attended + self.dwconv(x)
+        return attended if self.dwconv is None else self.dwconv(x, attended)
 
     def attend(self, x: Tensor) -> Tensor:
         """Returns the window attention of x alone, of the shape of x."""
@@ -102,6 +113,14 @@ class IwinAttention(nn.Module):
         # No min() and no -(-a // b): torch.compile can then follow a second size without fixing it.
         window = [m if m <= side else side for m, side in zip(self.window, grid, strict=True)]
         padded = [(side + m - 1) // m * m for side, m in zip(grid, window, strict=True)]
+        biased = self.relative_position_bias_table is not None
+        norms = (self.q_norm, self.k_norm)
+        place = (x.shape, x.dtype, self.num_heads, window, norms, biased)
+        if kernels_chosen(x.device, attention_obstacle, *place):
+            q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
+            eps = getattr(self.q_norm, "eps", 0.0)
+            options = (self.num_heads, window, self.interleaved, q_weight, k_weight, eps)
+            return self.proj(window_attention(self.qkv(x), *options))
         bias = self.position_bias(window)
         if padded != list(grid):
             bias = self.mask_padding(grid, padded, window, x, bias)

@@ -50,6 +50,12 @@ def fresh_accelerate():
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def features_in_a_temporary_folder(tmp_path_factory, monkeypatch):
+    """Keeps the tests' features out of the user's cache."""
+    monkeypatch.setenv("FLASHDIT_CACHE", str(tmp_path_factory.mktemp("features")))
+
+
 @pytest.fixture
 def exit_message(capsys):
     """Returns a function that runs a script's main and gives its one line on stderr, at exit status 2."""

@@ -10,16 +10,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # of flashdit; rooms in one set never import each other
     {"registry", "seeds", "files", "vae_ldm"},
-    {"models", "flow", "latents", "data", "training"},
-    {"encode", "generate", "pictures", "start"},
-    {"pipeline", "evaluation", "encode_folder"},
+    {"models", "flow", "latents", "data", "training", "classes"},
+    {"encode", "generate", "pictures", "start", "charts", "card"},
+    {"pipeline", "evaluation", "encode_folder", "samples"},
     {"config"},
     {"trainer", "cli", "assets", "classification"},
+    {"sweep", "export", "budget", "curves"},
+    {"plot", "posthoc", "estimate"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 IWIN_CORE_EXTRAS = {  # what iwin_core itself runs without
     "panels.py": {"PIL"},  # draws; loaded by the commands when there is something to draw
     "reach.py": {"PIL"},  # the type of what it returns
+    "attention_kernels.py": {"triton"},  # loaded when a kernel first runs
+    "conv_kernels.py": {"triton"},
+    "tiles.py": {"triton"},
     "timm_models.py": {"timm"},  # loaded when timm is
     "weights.py": {"safetensors"},  # loaded for a file of that kind
     "visualise.py": {"PIL", "timm"},  # that type, and the models that the command builds by name

@@ -1,4 +1,4 @@
-"""A small convolutional classifier of the digits: the feature network where Inception has nothing to say."""
+"""A small Iwin Transformer for the digits: the feature network where Inception has nothing to say."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ from einops import rearrange, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from iwin_core import IwinConfig, IwinTransformer
+
 IMAGE_SIZE = 32
 SPATIAL_CHANNELS = 7  # as many as ADM takes of Inception
 DIGITS_WEIGHTS = Path(__file__).parents[1] / "assets" / "digits_classifier.safetensors"
 
 
-def conv_block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Returns convolution, batch norm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
+def digits_config(num_classes: int = 10) -> IwinConfig:
+    """Returns a three-stage Iwin Transformer: maps of 16×16, 8×8 and 4×4 tokens, 16 to 64 channels."""
+    return IwinConfig(
+        img_size=IMAGE_SIZE,
+        patch_size=2,
+        num_classes=num_classes,
+        embed_dim=16,
+        depths=(1, 1, 1),
+        num_heads=(1, 2, 4),
+        window_size=4,
+        mlp_ratio=2.0,
     )
 
 
 class DigitsClassifier(nn.Module):
     """uint8 NCHW images → {pool (b, 64), spatial (b, 4·4·7), logits (b, num_classes)}.
 
-    The pool features are the global mean of the last map after its ReLU; the spatial ones the first seven
-    channels of the map before it, flattened as ADM flattens Inception's: rows, columns, channels.
+    The pool features are the mean of the normed last map; the spatial ones the first seven channels of the
+    map that enters the last stage, flattened as ADM flattens Inception's: rows, columns, channels.
 
     Args:
         num_classes: Width of the logits.
@@ -37,11 +44,8 @@ class DigitsClassifier(nn.Module):
 
     def __init__(self, num_classes: int = 10, dropout: float = 0.2):
         super().__init__()
-        self.lower = nn.Sequential(conv_block(3, 24, 1), conv_block(24, 32, 2), conv_block(32, 48, 2))
-        self.middle = conv_block(48, 48, 2)
-        self.upper = conv_block(48, 64, 1)
+        self.backbone = IwinTransformer(digits_config(num_classes))
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the three features; images of another size are resized to 32×32 first."""
@@ -49,12 +53,16 @@ class DigitsClassifier(nn.Module):
         if pixels.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = (IMAGE_SIZE, IMAGE_SIZE)
             pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
-        middle = self.middle(self.lower(pixels))  # (b, 48, 4, 4)
-        pool = reduce(self.upper(middle), "b c h w -> b c", "mean")
+        *lower, last = self.backbone.stages()
+        x = self.backbone.patch_embed(pixels)  # (b, 16, 16, 16)
+        for stage in lower:
+            assert stage.downsample is not None
+            x = stage.downsample(stage(x))
+        pool = reduce(self.backbone.norm(last(x)), "b h w c -> b c", "mean")
         return {
             "pool": pool,
-            "spatial": rearrange(middle[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)"),
-            "logits": self.head(self.dropout(pool)),
+            "spatial": rearrange(x[..., :SPATIAL_CHANNELS], "b h w c -> b (h w c)"),  # of (b, 4, 4, 64)
+            "logits": self.backbone.head(self.dropout(pool)),
         }
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import NamedTuple
 
+from flashdit.evaluation.cache import FeatureCache
 from flashdit.evaluation.features import Extractor
 from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
+from flashdit.evaluation.ranks import Ranks
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.report import EvalResult, names_of
-from flashdit.evaluation.scoring import Scores, cautions, check_counts, compute_scores, parts_needed
+from flashdit.evaluation.scoring import (
+    KERNEL_SUBSET,
+    Scores,
+    cautions,
+    check_counts,
+    compute_scores,
+    parts_needed,
+)
 from flashdit.evaluation.sources import DigitsSource, Source
 from flashdit.evaluation.statistics import ImageStatistics, collect
 
@@ -22,58 +32,129 @@ class Plan(NamedTuple):
         extractor: In eval mode, on the device of the evaluation.
         reference: What they are held against.
         metrics: Names of `METRICS`.
+        cache: Where features are kept; None keeps none.
     """
 
     samples: Source
     extractor: Extractor
     reference: Reference
     metrics: list[str]
+    cache: FeatureCache | None = None
 
 
-def digits_floor(plan: Plan, reference: ImageStatistics, batch_size: int, device: str) -> Scores:
+class Evaluation(NamedTuple):
+    """A result, and on the main process the statistics that it comes from."""
+
+    result: EvalResult
+    samples: ImageStatistics
+    reference: ImageStatistics
+
+
+class Stages:
+    """Seconds between marks, by the name of what ended there."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, stage: str) -> None:
+        """Ends a stage."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
+def check_image_sizes(plan: Plan) -> None:
+    """Refuses images of another size than the reference's: their distances would be those of the sizes."""
+    sizes = {"samples": plan.samples.image_size, "reference": plan.reference.image_size}
+    known = {side: f"{size[0]}×{size[1]}" for side, size in sizes.items() if size is not None}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"samples and reference must be images of one size (h×w), got {known}")
+
+
+def digits_floor(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
     """Returns the scores of the real training split, and the extractor's accuracy on the held-out one."""
-    train = collect(DigitsSource("train"), plan.extractor, parts_needed(plan.metrics), batch_size, device)
     floor = compute_scores(plan.metrics, train, reference)
     if "accuracy" in plan.metrics:  # of images that the extractor was not trained on
         floor.values |= compute_scores(["accuracy"], reference, reference).values
     return floor
 
 
-def evaluate(plan: Plan, batch_size: int = 100, device: str = "cpu") -> EvalResult:
+def evaluate(
+    plan: Plan, batch_size: int = 100, device: str = "cpu", ranks: Ranks | None = None
+) -> EvalResult:
+    """Returns the scores of the samples, on every process; arguments are as in `evaluate_fully`."""
+    return evaluate_fully(plan, batch_size, device, ranks).result
+
+
+def evaluate_fully(
+    plan: Plan,
+    batch_size: int = 100,
+    device: str = "cpu",
+    ranks: Ranks | None = None,
+    extra_parts: Collection[str] = (),
+) -> Evaluation:
     """Returns the scores of the samples; the reference is read before them, as it may still be refused.
 
     Args:
         plan: What to score, how and against what.
-        batch_size: Images per forward of the extractor; changes no number.
+        batch_size: Images read at a time; changes no number.
         device: Where features are computed.
+        ranks: Who shares the work; None is this process alone. Changes no number.
+        extra_parts: What `collect` should keep beside what the metrics read.
 
     Raises:
-        ValueError: If images cannot be read or are too few for the metrics.
+        ValueError: If images cannot be read, are too few, or of another size than the reference's.
     """
-    parts = parts_needed(plan.metrics)
-    started = time.perf_counter()
-    reference = plan.reference.statistics(parts, batch_size, device)
-    check_counts(plan.metrics, plan.samples.count, reference)
-    floor = digits_floor(plan, reference, batch_size, device) if plan.reference.spec == "digits" else None
-    reference_done = time.perf_counter()
-    samples = collect(plan.samples, plan.extractor, parts, batch_size, device)
-    samples_done = time.perf_counter()
-    scores = compute_scores(plan.metrics, samples, reference)
+    ranks = ranks or Ranks()
+    parts = parts_needed(plan.metrics) | set(extra_parts)
+    how = (batch_size, device, ranks, plan.cache)
+    check_image_sizes(plan)
+    stages = Stages()
+    reference = plan.reference.statistics(parts, *how)
+    with ranks.agree():
+        check_counts(plan.metrics, plan.samples.count, reference)
+    has_floor = plan.reference.spec == "digits"
+    train = collect(DigitsSource("train"), plan.extractor, parts, *how) if has_floor else None
+    stages.mark("reference")
+    samples = collect(plan.samples, plan.extractor, parts, *how)
+    stages.mark("samples")
+    result = None
+    with ranks.agree():
+        if ranks.is_main:
+            floor = digits_floor(plan, train, reference) if train else None
+            scores = compute_scores(plan.metrics, samples, reference)
+            stages.mark("metrics")
+            result = told(plan, scores, floor, stages.seconds, device, ranks)
+            result.warnings += cautions(plan.metrics, samples, reference)
+    result = ranks.broadcast(result)
+    assert result is not None
+    return Evaluation(result, samples, reference)
+
+
+def told(
+    plan: Plan, scores: Scores, floor: Scores | None, timings_s: dict[str, float], device: str, ranks: Ranks
+) -> EvalResult:
+    """Returns the scores with everything that a reader needs to know of them."""
     names = names_of(plan.extractor)
+    extractor = plan.extractor
     return EvalResult(
-        scores=scores.renamed(names),
-        floor=floor.renamed(names) if floor else None,
-        labels=dict(names[key] for key in scores.values),
+        scores=scores,
+        floor=floor,
+        labels={key: names[key][1] for key in scores.values},
+        stems={key: names[key][0] for key in scores.values},
         num_images=plan.samples.count,
         samples=plan.samples.recipe(),
-        reference={"name": plan.reference.spec, "num_images": reference.count},
-        extractor={"name": plan.extractor.name, "fingerprint": plan.extractor.fingerprint},
-        settings={"neighbours": NEIGHBOURS, "split_size": SPLIT_SIZE},
-        device=device,
-        timings_s={
-            "reference": reference_done - started,
-            "samples": samples_done - reference_done,
-            "metrics": time.perf_counter() - samples_done,
+        image_size=plan.samples.image_size,
+        reference=plan.reference.recipe(),
+        extractor={
+            "name": extractor.name,
+            "fingerprint": extractor.fingerprint,
+            "weights_sha256": extractor.weights_sha256,
+            "resize": extractor.resize,
         },
-        warnings=[*plan.extractor.warnings, *cautions(plan.metrics, samples, reference)],
+        settings={"neighbours": NEIGHBOURS, "split_size": SPLIT_SIZE, "kernel_subset": KERNEL_SUBSET},
+        device=device,
+        processes=ranks.world,
+        timings_s=timings_s,
+        warnings=[*extractor.warnings, *plan.reference.warnings],
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashdit.data.digits import CLASS_NAMES
-from flashdit.evaluation.classifier import SPATIAL_CHANNELS, load_digits_classifier
+from flashdit.evaluation.classifier import DIGITS_WEIGHTS, SPATIAL_CHANNELS, load_digits_classifier
 from flashdit.registry import Registry
 
 EXTRACTORS = Registry("extractor")
 
+FORWARD_ROWS = 32  # images per forward of every extractor
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_DIGEST = "6726825d"  # the first of the published file's sha256
@@ -31,15 +34,19 @@ class Extractor(nn.Module):
     Attributes:
         name: Its name in `EXTRACTORS`.
         pool_dimensions: d, which a reference's stored mu must have.
-        spatial_dimensions: s, which its stored mu_s must have.
+        spatial_dimensions: s, which its stored mu_s must have; 0 where it has no spatial features.
+        resize: How it brings images to its own size.
         class_names: What its logits mean, where they are the data's own classes; otherwise None.
+        weights_sha256: Of the weights file; None where there is none.
         warnings: What a report must say of its weights.
     """
 
     name: str
     pool_dimensions: int
-    spatial_dimensions: int
+    spatial_dimensions: int = 0
+    resize: str = "unknown"
     class_names: list[str] | None = None
+    weights_sha256: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -71,6 +78,24 @@ class InceptionOptions:
 @dataclass(kw_only=True)
 class DigitsOptions:
     """The digits classifier has no options."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Runs without TF32 and with one kernel per shape, whatever the process allows elsewhere."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inception_weights_path(given: str | None) -> Path:
@@ -115,6 +140,7 @@ class InceptionExtractor(Extractor):
     name = "inception"
     pool_dimensions = 2048
     spatial_dimensions = 17 * 17 * SPATIAL_CHANNELS
+    resize = "bilinear to 299×299 as TensorFlow 1 does"
 
     def __init__(self, path: Path):
         super().__init__()
@@ -144,9 +170,8 @@ class InceptionExtractor(Extractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
-        """Returns the features in full float32: no TF32, whatever the process allows elsewhere."""
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            pool, logits = self.network(images)
+        """Returns the features."""
+        pool, logits = self.network(images)
         branch = self._branch.pop("mixed_6/conv")[:, :SPATIAL_CHANNELS]
         # Rows, columns, channels: the order in which references store mu_s and sigma_s.
         return {"pool": pool, "spatial": rearrange(branch, "b c h w -> b (h w c)"), "logits": logits}
@@ -158,11 +183,13 @@ class DigitsExtractor(Extractor):
     name = "digits"
     pool_dimensions = 64
     spatial_dimensions = 4 * 4 * SPATIAL_CHANNELS
+    resize = "bilinear, antialiased, to 32×32"
     class_names = CLASS_NAMES
 
     def __init__(self):
         super().__init__()
         self.network = load_digits_classifier()
+        self.weights_sha256 = file_digest(DIGITS_WEIGHTS)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
@@ -175,10 +202,9 @@ def build_inception(options: InceptionOptions) -> Extractor:
     """Builds the Inception extractor, its weights found and checked."""
     path = inception_weights_path(options.weights)
     check_inception_weights(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     extractor = InceptionExtractor(path)
-    if not digest.startswith(INCEPTION_DIGEST):
+    extractor.weights_sha256 = file_digest(path)
+    if not extractor.weights_sha256.startswith(INCEPTION_DIGEST):
         extractor.warnings = (
             f"{path.name} is not the published {INCEPTION_FILE}: no score compares with a paper's",
         )

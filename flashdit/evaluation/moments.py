@@ -41,6 +41,12 @@ class Moments:
         other._flush()
         self._join(other._joined_rows, other._mean.to(self._mean), other._scatter.to(self._scatter))
 
+    def to(self, device: torch.device | str) -> Moments:
+        """Moves the sums to a device and returns the moments."""
+        self._flush()
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        return self
+
     @property
     def count(self) -> int:
         """Rows seen."""

@@ -1,26 +1,35 @@
-"""What samples are held against: ADM's npz, a folder of images, or the held-out digits."""
+"""What samples are held against: an npz of ADM's or of make-reference, a folder, the held-out digits."""
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from flashdit.evaluation.features import Extractor
-from flashdit.evaluation.sources import DigitsSource, NpzSource, Source, open_source
+from flashdit.evaluation.cache import FeatureCache
+from flashdit.evaluation.features import Extractor, file_digest
+from flashdit.evaluation.folders import FolderSource
+from flashdit.evaluation.npz import NpzSource
+from flashdit.evaluation.ranks import Ranks
+from flashdit.evaluation.sources import DigitsSource, Source, open_source
 from flashdit.evaluation.statistics import ImageStatistics, collect
 
 STORED = ("mu", "sigma", "mu_s", "sigma_s")
+ABOUT = ("schema", "n", "extractor", "fingerprint", "image_size")  # what make-reference adds to ADM's keys
+SCHEMA = 1
 
 
 class Reference:
     """A reference: checked when it is made, read when its statistics are asked for.
 
     An npz with `mu` and `sigma` gives its stored moments, over as many images as its author took, and its
-    images `arr_0` serve for precision and recall alone; without moments everything comes from the images.
+    images `arr_0` serve for precision, recall and kernel distance alone; without moments everything comes
+    from the images.
 
     Args:
         spec: `digits` (the held-out split), the path of an npz, or a folder of images.
@@ -33,6 +42,7 @@ class Reference:
     def __init__(self, spec: str, extractor: Extractor):
         self.spec, self.extractor = spec, extractor
         self.stored: dict[str, torch.Tensor] = {}
+        self.about: dict[str, Any] = {}
         path = Path(spec)
         self.source: Source | None
         if spec == "digits":
@@ -40,30 +50,80 @@ class Reference:
         elif path.is_dir():
             self.source = open_source(path)
         elif path.is_file():
-            self.stored, self.source = open_npz(path, extractor)
+            self.stored, self.about, self.source = open_npz(path, extractor)
         else:
             raise ValueError(f"a reference must be 'digits', an existing npz or a folder, got {spec}")
 
-    def statistics(self, parts: Collection[str], batch_size: int, device: str) -> ImageStatistics:
-        """Returns its statistics; stored moments are taken as they are.
+    @property
+    def count(self) -> int | None:
+        """Images behind its moments; None where its author did not say."""
+        if self.stored:
+            return self.about.get("n")
+        return self.source.count if self.source else None
 
-        Args:
-            parts: What `collect` should keep.
-            batch_size: Images per forward.
-            device: Where features are computed.
-        """
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(h, w) of its images, None where it neither says nor has any."""
+        return self.about.get("image_size") or (self.source.image_size if self.source else None)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes it doubtful."""
+        if self.stored and not self.about and self.extractor.name != "inception":
+            name = Path(self.spec).name
+            return [f"'{name}' does not say whose features it has: '{self.extractor.name}' is assumed"]
+        return []
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file, of the names and sizes of a folder's images, or of the digits."""
+        if isinstance(self.source, FolderSource):
+            return self.source.names_digest()
+        if isinstance(self.source, DigitsSource):
+            return self.source.identity()["images"]
+        return file_digest(self.source.path if isinstance(self.source, NpzSource) else Path(self.spec))
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns what a report says of it."""
+        return {"name": self.spec, "num_images": self.count, "sha256": self.sha256}
+
+    def statistics(
+        self,
+        parts: Collection[str],
+        batch_size: int,
+        device: str,
+        ranks: Ranks | None = None,
+        cache: FeatureCache | None = None,
+    ) -> ImageStatistics:
+        """Returns its statistics; stored moments are taken as they are. Arguments are as in `collect`."""
+        how = (batch_size, device, ranks, cache)
         if not self.stored:
             assert self.source is not None
-            return collect(self.source, self.extractor, parts, batch_size, device)
-        name = Path(self.spec).name
-        statistics = ImageStatistics(name=name, count=None, **self.stored)
-        if self.source is not None and "pool" in parts:
-            statistics.pool = collect(self.source, self.extractor, {"pool"}, batch_size, device).pool
+            return collect(self.source, self.extractor, parts, *how)
+        statistics = ImageStatistics(name=Path(self.spec).name, count=self.count, **self.stored)
+        of_images = set(parts) & {"pool", "logits"}
+        if self.source is not None and of_images:
+            found = collect(self.source, self.extractor, of_images, *how)
+            statistics.pool, statistics.logits, statistics.labels = found.pool, found.logits, found.labels
         return statistics
 
 
-def open_npz(path: Path, extractor: Extractor) -> tuple[dict[str, torch.Tensor], Source | None]:
-    """Returns the stored moments of an npz, which may be none, and its images, which may be absent."""
+class KeptReference(Reference):
+    """A reference that is read once, for several evaluations by the same metrics."""
+
+    kept: ImageStatistics | None = None
+
+    def statistics(self, parts: Collection[str], *how: Any) -> ImageStatistics:
+        """Returns the statistics of the first call, whose parts are those of every other."""
+        if self.kept is None:
+            self.kept = super().statistics(parts, *how)
+        return self.kept
+
+
+def open_npz(
+    path: Path, extractor: Extractor
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], Source | None]:
+    """Returns the stored moments of an npz, what it says of them and its images, as far as it has them."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"a reference must be 'digits', an npz or a folder, got {path}")
     try:
@@ -72,14 +132,36 @@ def open_npz(path: Path, extractor: Extractor) -> tuple[dict[str, torch.Tensor],
             stored = {
                 key: torch.from_numpy(np.array(arrays[key], np.float64)) for key in STORED if key in keys
             }
+            about = {key: arrays[key].tolist() for key in ABOUT if key in keys}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"a reference must be an npz of arrays, got {path}: {error}") from error
+    check_about(about, path, extractor)
     check_stored(stored, path, extractor)
     if not stored and "arr_0" not in keys:
         raise ValueError(
             f"a reference npz must hold mu and sigma, or images in arr_0, got {sorted(keys)} in {path}"
         )
-    return stored, NpzSource(path) if "arr_0" in keys else None
+    if "image_size" in about:
+        height, width = about["image_size"]
+        about["image_size"] = (height, width)
+    return stored, about, NpzSource(path) if "arr_0" in keys else None
+
+
+def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None:
+    """Refuses a file of make-reference that is of another schema or of other features."""
+    if not about:
+        return
+    missing = sorted(set(ABOUT) - set(about))
+    if missing or about["schema"] != SCHEMA:
+        got = f"no {missing}" if missing else f"schema {about['schema']}"
+        raise ValueError(
+            f"a file of make-reference must have all of {list(ABOUT)} in schema {SCHEMA}, got {got} in {path}"
+        )
+    if about["fingerprint"] != extractor.fingerprint:
+        raise ValueError(
+            f"a reference must be of the same extractor and weights, got '{about['extractor']}' "
+            f"({about['fingerprint'][-12:]}) in {path} for '{extractor.name}' ({extractor.fingerprint[-12:]})"
+        )
 
 
 def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extractor) -> None:

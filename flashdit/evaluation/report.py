@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from flashdit.evaluation.features import Extractor
 from flashdit.evaluation.scoring import Scores
 from flashdit.files import write_atomically, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")
+COUNTED = ("fid", "sfid", "kid", "kid_std")  # distances, which move with the number of images
 
 
 def installed_version(package: str) -> str | None:
@@ -28,45 +31,62 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def now() -> str:
+    """Returns the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass(kw_only=True)
 class EvalResult:
     """Everything that a reader needs to believe, repeat or refuse a comparison.
 
     Attributes:
-        scores: Of the samples.
+        scores: Of the samples; keys are those of the metrics, whatever the extractor.
         floor: The same scores of real training images; None where no such images are at hand.
         labels: What each key of the scores is called in tables.
+        stems: What each key of the scores is called in metrics.json, before its count.
         num_images: Samples scored.
-        samples: Where they came from: checkpoint and sampling options, or a path.
-        reference: Name and number of images (None: its author knows).
-        extractor: Name and fingerprint.
-        settings: k of precision and recall, rows per chunk of the inception score.
+        samples: Where they came from: checkpoint and sampling options, or a path; and their label mode.
+        image_size: (h, w) in pixels.
+        reference: Name, number of images (None: its author knows) and hash.
+        extractor: Name, fingerprint, hash of the weights file, resize.
+        settings: k of precision and recall, rows per chunk of the inception score and subset of the kernel's.
         device: Where features were computed.
+        processes: How many shared the work.
         timings_s: Seconds per stage.
         warnings: What makes these numbers hard to compare.
+        created: When, in UTC.
     """
 
     scores: Scores
     floor: Scores | None
     labels: dict[str, str]
+    stems: dict[str, str]
     num_images: int
     samples: dict[str, Any]
+    image_size: tuple[int, int]
     reference: dict[str, Any]
-    extractor: dict[str, str]
+    extractor: dict[str, Any]
     settings: dict[str, int]
     device: str
+    processes: int = 1
     timings_s: dict[str, float]
     warnings: list[str] = field(default_factory=list)
+    created: str = field(default_factory=now)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of metrics.json."""
         content = asdict(self)
-        scores, floor = content.pop("scores"), content.pop("floor")
+        for part in ("scores", "floor", "labels", "stems"):
+            content.pop(part)
+        count = self.scores.count
         return {
             "schema": SCHEMA,
-            "metrics": scores["values"],
-            "reasons": scores["reasons"],
-            "floor": floor["values"] if floor else None,
+            "created": content.pop("created"),
+            "metrics": self._keyed(self.scores.values, count),
+            "reasons": self._keyed(self.scores.reasons, count),
+            "floor": self._keyed(self.floor.values, self.floor.count) if self.floor else None,
+            "labels": self._keyed(self.labels, count),
             **content,
             "versions": {
                 "python": platform.python_version(),
@@ -74,27 +94,53 @@ class EvalResult:
             },
         }
 
+    def _keyed(self, values: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Returns the values under their keys in metrics.json."""
+        return {
+            count_key(self.stems[key], count) if key in COUNTED else self.stems[key]: value
+            for key, value in values.items()
+        }
+
+
+def count_key(stem: str, count: int) -> str:
+    """Returns a score's key with its number of images: `fid_50k`, or `fid_1234` where thousands do not do."""
+    return f"{stem}_{count // 1000}k" if count % 1000 == 0 else f"{stem}_{count}"
+
 
 def names_of(extractor: Extractor) -> dict[str, tuple[str, str]]:
-    """Returns (key in metrics.json, name in tables) of every score: `fid` and FID are Inception's alone."""
-    frechet = extractor.frechet_name
-    key, score = ("fid", "IS") if frechet == "FID" else ("fd", f"IS[{extractor.name}]")
+    """Returns (stem of the key in metrics.json, name in tables) of every score.
+
+    `fid` and FID, `kid` and KID are Inception's alone; another extractor's scores carry its name.
+    """
+    frechet, name = extractor.frechet_name, extractor.name
+    is_inception = frechet == "FID"
+    stem, score = ("fid", "IS") if is_inception else ("fd", f"IS[{name}]")
+    kernel, kernel_name = ("kid", "KID") if is_inception else ("kd", f"KD[{name}]")
     return {
-        "fid": (key, frechet),
-        "sfid": (f"s{key}", f"s{frechet}"),
+        "fid": (stem, frechet),
+        "sfid": (f"s{stem}", f"s{frechet}"),
         "is_mean": ("is_mean", score),
         "is_std": ("is_std", f"{score} std"),
+        "kid": (kernel, kernel_name),
+        "kid_std": (f"{kernel}_std", f"{kernel_name} std"),
         **{same: (same, same) for same in ("precision", "recall", "accuracy")},
     }
 
 
 def table_rows(result: EvalResult) -> list[list[str]]:
-    """Returns the header and a row per score; a distance that rounding left below zero is shown as zero."""
+    """Returns the header and a row per score."""
     rows = [["metric", f"samples ({result.num_images:,})", *(["floor: real train"] if result.floor else [])]]
     for key, name in result.labels.items():
         columns = [scores.values.get(key) for scores in (result.scores, result.floor) if scores]
-        rows.append([name, *("n/a" if value is None else f"{max(value, 0.0):.4f}" for value in columns)])
+        rows.append([name, *map(shown, columns)])
     return rows
+
+
+def shown(value: float | None) -> str:
+    """Returns a score as tables show it: in four decimals, a small one in six; rounding's -1e-9 is zero."""
+    if value is None:
+        return "n/a"
+    return f"{value:.6f}" if 5e-7 <= abs(value) < 0.01 else f"{value:.4f}".replace("-0.0000", "0.0000")
 
 
 def footnotes(result: EvalResult) -> list[str]:
@@ -108,25 +154,36 @@ def footnotes(result: EvalResult) -> list[str]:
     return [*how, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a header and rows as a Markdown table, numbers to the right."""
+    header, *rest = rows
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def to_markdown(result: EvalResult) -> str:
     """Returns the table and its footnotes as Markdown."""
-    header, *rows = table_rows(result)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([table, "", *(f"- {note}" for note in footnotes(result)), ""])
+    return "\n".join(
+        [markdown_table(table_rows(result)), "", *(f"- {note}" for note in footnotes(result)), ""]
+    )
+
+
+def print_rows(rows: Sequence[Sequence[str]], notes: Sequence[str], console: Console) -> None:
+    """Prints a header, rows and notes under them."""
+    header, *rest = rows
+    table = Table()
+    for place, title in enumerate(header):
+        table.add_column(escape(title), justify="right" if place else "left")
+    for row in rest:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    for note in notes:
+        console.print(escape(note), style="dim", soft_wrap=True)
 
 
 def print_table(result: EvalResult, console: Console) -> None:
     """Prints the table and its footnotes."""
-    header, *rows = table_rows(result)
-    table = Table()
-    for place, title in enumerate(header):
-        table.add_column(title, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
-    for note in footnotes(result):
-        console.print(escape(note), style="dim", soft_wrap=True)
+    print_rows(table_rows(result), footnotes(result), console)
 
 
 def write_report(result: EvalResult, path: Path) -> None:

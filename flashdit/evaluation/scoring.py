@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from flashdit.evaluation.features import Extractor
-from flashdit.evaluation.metrics import NEIGHBOURS, frechet_distance, inception_score, precision, recall
+from flashdit.evaluation.metrics import (
+    NEIGHBOURS,
+    SPLIT_SIZE,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision,
+    recall,
+)
 from flashdit.evaluation.statistics import ImageStatistics
 from flashdit.registry import unknown
 
 Value = TypeVar("Value")
+
+KERNEL_SUBSET = 1000  # rows of a subset of the kernel distance; all of a smaller set
 
 
 class Unavailable(Exception):
@@ -26,19 +36,14 @@ class Scores:
     """Numbers by key; None where there is none, with the reason.
 
     Attributes:
+        count: How many images were scored.
         values: Keys of the metrics, in their order.
         reasons: Why a value is None.
     """
 
+    count: int
     values: dict[str, float | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-
-    def renamed(self, names: Mapping[str, tuple[str, str]]) -> Scores:
-        """Returns the same scores under the first of the two names of each key."""
-        return Scores(
-            values={names[key][0]: value for key, value in self.values.items()},
-            reasons={names[key][0]: reason for key, reason in self.reasons.items()},
-        )
 
 
 class Metric(NamedTuple):
@@ -90,6 +95,12 @@ def sample_recall(samples: ImageStatistics, reference: ImageStatistics) -> tuple
     return (recall(pool_rows(reference), pool_rows(samples)),)
 
 
+def pool_kernel_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns mean and standard deviation over subsets of the kernel distance of the pool features."""
+    real, fake = pool_rows(reference), pool_rows(samples)
+    return kernel_distance(real, fake, subset_size=min(KERNEL_SUBSET, len(real), len(fake)))
+
+
 def class_accuracy(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
     """Returns the share of samples that the extractor takes for the class they were made as."""
     labels = present(samples.labels, samples, "labels")
@@ -102,6 +113,7 @@ METRICS = {
     "is": Metric(("logits",), ("is_mean", "is_std"), class_score),
     "precision": Metric(("pool",), ("precision",), sample_precision),
     "recall": Metric(("pool",), ("recall",), sample_recall),
+    "kid": Metric(("pool",), ("kid", "kid_std"), pool_kernel_distance),
     "accuracy": Metric(("logits",), ("accuracy",), class_accuracy),
 }
 
@@ -116,6 +128,12 @@ def check_names(names: Iterable[str]) -> None:
 def knows_classes(extractor: Extractor, classes: Sequence[str] | None) -> bool:
     """Returns whether the extractor's logits are over the classes of the samples."""
     return extractor.class_names is not None and extractor.class_names == classes
+
+
+def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list[str]:
+    """Returns every metric but KID, accuracy only where the extractor knows the classes of the samples."""
+    knows = knows_classes(extractor, classes)
+    return [name for name in METRICS if name != "kid" and (name != "accuracy" or knows)]
 
 
 def check_accuracy(names: Collection[str], extractor: Extractor, classes: Sequence[str] | None) -> None:
@@ -142,7 +160,8 @@ def compute_scores(names: Iterable[str], samples: ImageStatistics, reference: Im
     Raises:
         ValueError: If a metric refuses its input, such as fewer images than neighbours.
     """
-    scores = Scores()
+    assert samples.count is not None
+    scores = Scores(count=samples.count)
     for name in names:
         metric = METRICS[name]
         try:
@@ -169,8 +188,14 @@ def check_counts(names: Iterable[str], num_samples: int, reference: ImageStatist
 
 
 def cautions(names: Collection[str], samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
-    """Returns what makes Fréchet distances hard to compare: covariances of fewer images than dimensions."""
+    """Returns what makes scores hard to compare: too few images for a covariance, samples sorted by class."""
     notes = []
+    labels = samples.labels
+    if "is" in names and labels is not None and len(labels) > SPLIT_SIZE and bool((labels.diff() >= 0).all()):
+        notes.append(
+            f"the samples are sorted by class: over chunks of {SPLIT_SIZE:,} their inception score is far "
+            "below that of the same samples in random order"
+        )
     for metric, mu in (("fid", samples.mu), ("sfid", samples.mu_s)):
         for side in (samples, reference):
             if metric in names and mu is not None and side.count is not None and side.count <= mu.numel():

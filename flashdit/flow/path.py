@@ -27,3 +27,21 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
 def velocity(x_0: Tensor, x_1: Tensor) -> Tensor:
     """Returns u_t = dx_t/dt = x_1 − x_0, the same at every time."""
     return x_1 - x_0
+
+
+def data_prediction(x_t: Tensor, v_t: Tensor, t: float) -> Tensor:
+    """Returns x_1 as the velocity predicts it: where x_t would be at time 1, x_t + (1 − t)·v_t."""
+    return x_t + (1 - t) * v_t
+
+
+def score(x_t: Tensor, v_t: Tensor, t: float) -> Tensor:
+    """Returns ∇ log p_t(x_t) = (t·v_t − x_t) / (1 − t).
+
+    Args:
+        x_t: State (B, …) at time t.
+        v_t: The marginal velocity there.
+        t: Time in [0, 1).
+
+    Source: SiT (Ma et al. 2024), eq. (9), for the linear path.
+    """
+    return (t * v_t - x_t) / (1 - t)

@@ -50,12 +50,9 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> tuple[Activa
         options: Arguments of FlashDiT.
         low_precision: Whether autocast to bf16 or fp16 is on.
     """
-    with FakeTensorMode():
-        model = FlashDiT(**options).train()
-        depth = len(model.blocks)
-        kept = _measure(model, low_precision)
-        model.enable_gradient_checkpointing()
-        inputs = _measure(model, low_precision)
+    with torch.device("meta"):
+        depth = len(FlashDiT(**options).blocks)
+    kept, inputs = (_measure(options, depth, low_precision, again) for again in (False, True))
     again = Activations(
         fixed=inputs.fixed + (kept.fixed - inputs.fixed) / depth,
         per_image=inputs.per_image + (kept.per_image - inputs.per_image) / depth,
@@ -63,26 +60,38 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> tuple[Activa
     return kept, again
 
 
-def _measure(model: FlashDiT, low_precision: bool) -> Activations:
-    """Returns the saved bytes as a line through batches of 1 and 2."""
-    one, two = (saved_bytes(model, batch, low_precision) for batch in (1, 2))
-    return Activations(fixed=2 * one - two, per_image=two - one)
+def _measure(options: Mapping[str, Any], depth: int, low_precision: bool, again: bool) -> Activations:
+    """Returns what is saved as lines through batches of 1 and 2 and depths of 1 and 2: blocks are alike."""
+    lines = []
+    for blocks in (1, 2):
+        as_deep: dict[str, Any] = {**options, "depth": blocks}
+        with FakeTensorMode():
+            model = FlashDiT(**as_deep).train()
+            if again:
+                model.enable_gradient_checkpointing()
+            one, two = (saved_bytes(model, batch, low_precision) for batch in (1, 2))
+        lines.append(Activations(fixed=2 * one - two, per_image=two - one))
+    shallow, deeper = lines
+    return Activations(
+        fixed=shallow.fixed + (depth - 1) * (deeper.fixed - shallow.fixed),
+        per_image=shallow.per_image + (depth - 1) * (deeper.per_image - shallow.per_image),
+    )
 
 
 def saved_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:
-    """Returns the bytes of what autograd saves in a forward pass beside the parameters, each storage once.
+    """Returns the bytes of what autograd saves in a forward pass beside what the model holds, each once.
 
     Args:
         model: On the CPU, real or fake.
         batch: Images.
         low_precision: Whether autocast is on; it counts as bf16, whose size fp16 has too.
     """
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that none is freed and its id taken by another
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        if storage._cdata not in held:
             storages[storage._cdata] = storage
         return tensor
 

@@ -2,6 +2,7 @@
 
 runs/<name>/checkpoints/step_XXXXXXXX/
     model/ ema/           the weights and their average as safetensors; FlashDiT.from_pretrained reads either
+    ema_tracks/           power-function averages, where `ema.power_widths` names some
     latents.safetensors   FlashDiT's alone: mean, std, VAE name and identity
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
@@ -152,9 +153,15 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
             shutil.rmtree(folder)
 
 
-def check_room(run_dir: Path, model: nn.Module) -> None:
-    """Refuses a disk that cannot hold two checkpoints: weights, average and the two moments of AdamW each."""
-    needed = 2 * 4 * sum(4 * parameter.numel() for parameter in model.parameters())
+def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
+    """Refuses a disk that cannot hold two checkpoints: weights, average and the two moments of AdamW each.
+
+    Args:
+        run_dir: The run's folder.
+        model: What is saved.
+        tracks: Power-function averages that a checkpoint holds besides.
+    """
+    needed = 2 * (4 + tracks) * sum(4 * parameter.numel() for parameter in model.parameters())
     place = run_dir.absolute()
     while not place.exists():
         place = place.parent

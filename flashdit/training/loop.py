@@ -37,6 +37,8 @@ from flashdit.training.guard import SkipGuard, TermSignal
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, TrainingOptions
+from flashdit.training.power_ema import PowerEma, Profile
+from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
 from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
 from flashdit.training.tracking import Tracker
 
@@ -77,7 +79,7 @@ class TrainingLoop(ABC):
                 logger.info(line)
         torch.manual_seed(config.seed)
         self.model = self.build()
-        check_room(self.run_dir, self.model)
+        check_room(self.run_dir, self.model, len(config.ema.power_widths))
         self.step = self.images_seen = 0
         self.guard = SkipGuard(training.max_skips)
         self.flops_per_image = self._flops_per_image()
@@ -120,9 +122,20 @@ class TrainingLoop(ABC):
         """Returns what state.json holds beside the position."""
         return {}
 
-    def preview(self, average: dict[str, Tensor]) -> dict[str, float]:
-        """Looks at the averaged model; returns numbers for the log. All processes call it."""
+    def look_every(self) -> tuple[int, ...]:
+        """Returns after how many steps the averaged model is looked at, for each way to look; 0 is never."""
+        return (self.config.training.preview_every,)
+
+    def look(self, average: dict[str, Tensor]) -> dict[str, float]:
+        """Looks at the averaged model in the ways that are due; returns numbers for the log.
+
+        All processes call it.
+        """
         return {}
+
+    def due(self, every: int) -> bool:
+        """Returns whether what is done every so many steps, and after the last, is due now."""
+        return every > 0 and (self.step == self.config.training.steps or self.step % every == 0)
 
     def forward_flops(self) -> float | None:
         """Returns the FLOPs of one image's forward pass; None where that is not known."""
@@ -146,6 +159,7 @@ class TrainingLoop(ABC):
         optimizer = make_optimizer(self.parameter_groups(), self.config.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
+        self.power_ema = PowerEma(self.model, self.config.ema)
 
     def _resume(self, checkpoint: Path) -> None:
         """Continues from a checkpoint: weights, EMA, optimiser, loss scaler, position, random state."""
@@ -154,6 +168,7 @@ class TrainingLoop(ABC):
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
         load_model_state(self.model, read_weights(checkpoint / "model"))
         self.ema.load(read_weights(checkpoint / "ema"), state["ema_updates"])
+        self.power_ema.load(read_tracks(checkpoint / TRACKS), state["ema_updates"])
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer.optimizer, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
@@ -177,6 +192,7 @@ class TrainingLoop(ABC):
             return self.run_dir
         if self.main:
             write_atomically(self.run_dir / "config.yaml", lambda path: path.write_text(self.config_text))
+            drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
         if self.flops_per_image:
@@ -204,16 +220,20 @@ class TrainingLoop(ABC):
         return bool(cast(Tensor, self.accelerator.reduce(flag, "sum")) > 0)
 
     def _after_step(self, bar: tqdm, ended: bool) -> None:
-        """Logs, previews and saves where the step is one for it; a run that is told to end only saves."""
-        training, last = self.config.training, self.step == self.config.training.steps
-        save = last or ended or self.step % training.save_every == 0
-        previews = training.preview_every and (last or self.step % training.preview_every == 0)
-        average = self.ema.state() if save or previews else {}
-        numbers = self.preview(average) if previews else {}
-        if last or previews or self.step % training.log_every == 0:
+        """Looks, logs and saves where the step is one for it; a run that is told to end only saves."""
+        training = self.config.training
+        save = ended or self.due(training.save_every)
+        looks = any(map(self.due, self.look_every()))
+        snapshot = self.step % self.config.ema.snapshot_every == 0
+        average = self.ema.state() if save or looks else {}
+        tracks = self.power_ema.state() if save or snapshot else {}
+        if snapshot and self.main:
+            write_snapshots(self.run_dir / SNAPSHOTS, self.step, tracks)
+        numbers = self.look(average) if looks else {}
+        if looks or self.due(training.log_every):
             bar.set_postfix(self._log(numbers))
         if save:
-            self._save(average)
+            self._save(average, tracks)
 
     def _batches(self) -> DataLoader:
         """Returns this process's batches from where the run stands to its end."""
@@ -268,6 +288,7 @@ class TrainingLoop(ABC):
         healthy = bool(norm.isfinite())
         if healthy:
             self.ema.update(self.model)
+            self.power_ema.update(self.model)
         self.meter.add("grad_norm", norm)
         self.meter.end_step(healthy)
         self.guard.record(healthy, self.step, norm.item())
@@ -294,7 +315,7 @@ class TrainingLoop(ABC):
         shown = {"epoch": f"{record['epoch']:.2f}", "images/s": f"{record['images_per_s']:.0f}"}
         return shown | {name: f"{record[name]:.4f}" for name in ("loss", *numbers) if name in record}
 
-    def _save(self, average: dict[str, Tensor]) -> None:
+    def _save(self, average: dict[str, Tensor], tracks: dict[Profile, dict[str, Tensor]]) -> None:
         """Writes a checkpoint; every process calls it, the main one writes."""
         mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "meter": self.meter.state()}
         if self.device.type == "cuda":
@@ -317,6 +338,7 @@ class TrainingLoop(ABC):
 
             def write_models(folder: Path) -> None:
                 self.write_models(folder, weights, average)
+                write_snapshots(folder / TRACKS, self.step, tracks)
 
             state = position | self.describe()
             folder = step_folder(self.run_dir, self.step)

@@ -214,3 +214,43 @@ def test_another_model_in_the_same_run_folder_is_refused(tiny_overrides, tmp_pat
         train(tiny_overrides, "optimizer.lr=0.01")
     assert "resumed with another optimizer.lr: 0.01, was 0.003" in caplog.text
     assert "resumed with another training.steps: 6, was 2" in caplog.text
+
+
+DIGITS = [
+    "model.hidden_size=16",
+    "model.depth=1",
+    "training.steps=4",
+    "training.log_every=1",
+    "training.save_every=4",
+    "training.preview_every=0",
+    "sampling.steps=2",
+]
+
+
+def test_scores_while_training_are_logged_and_disturb_nothing(tmp_path):
+    train([*DIGITS, f"run.dir={tmp_path / 'plain'}"])
+    scored = ["evaluation.every=2", "evaluation.num_images=40", "evaluation.extractor=digits"]
+    train([*DIGITS, *scored, "evaluation.metrics=[fid,accuracy]", f"run.dir={tmp_path / 'scored'}"])
+    lines = records(tmp_path / "scored")
+    found = {line["step"]: line.pop("fd_40") for line in lines if "fd_40" in line}
+    assert list(found) == [2, 4]
+    assert all(score > 1 for score in found.values()), "four steps make no digits"
+    assert [0 <= line.pop("accuracy") <= 1 for line in lines if "accuracy" in line] == [True, True]
+    assert lines == records(tmp_path / "plain")
+    mine, theirs = tensors(tmp_path / "scored", 4), tensors(tmp_path / "plain", 4)
+    assert [name for name in theirs if not theirs[name].equal(mine[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.metrics=[fidd]", r"unknown metric 'fidd'; did you mean 'fid'"),
+        ("evaluation.reference=absent.npz", r"a reference must be 'digits', .* got absent.npz"),
+        ("latents.vae=null", r"images need a VAE"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_named_before_the_first_step(tmp_path, override, message):
+    scored = ["evaluation.every=2", "evaluation.extractor=digits", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=message):
+        train([*DIGITS, *scored, override])
+    assert not (tmp_path / "run").exists()

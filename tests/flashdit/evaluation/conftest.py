@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from flashdit.evaluation.features import EXTRACTORS
+from flashdit.evaluation.report import EvalResult, names_of
+from flashdit.evaluation.scoring import Scores
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
 
@@ -24,6 +28,39 @@ def random_inception_tensor(key: str, shape: torch.Size, draws: np.random.Random
     else:
         x = 0.1 * x
     return torch.from_numpy(x.astype(np.float32))
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Features are kept in the test's own folder."""
+    monkeypatch.setenv("FLASHDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def result_of():
+    """Returns a function that makes the result of some scores of 360 images under the digits extractor."""
+    extractor = EXTRACTORS.build("digits")
+    names = names_of(extractor)
+
+    def make(scores: Scores, **changes) -> EvalResult:
+        fields = {
+            "scores": scores,
+            "floor": None,
+            "labels": {key: names[key][1] for key in scores.values},
+            "stems": {key: names[key][0] for key in scores.values},
+            "num_images": 360,
+            "samples": {"source": "npz", "path": "[bold]s.npz", "labels": "balanced"},
+            "image_size": (32, 32),
+            "reference": {"name": "adm.npz", "num_images": None, "sha256": "a" * 64},
+            "extractor": {"name": "digits", "fingerprint": extractor.fingerprint},
+            "settings": {"neighbours": 3, "split_size": 5000},
+            "device": "cpu",
+            "timings_s": {"samples": 1.0},
+        }
+        return EvalResult(**(fields | changes))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import hashlib
 import zipfile
 
 import numpy as np
@@ -7,7 +8,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from flashdit.evaluation.features import EXTRACTORS
+from flashdit.evaluation.folders import FolderSource
+from flashdit.evaluation.npz import NpzSource
 from flashdit.evaluation.reference import Reference
+from flashdit.evaluation.reference_file import chosen_ids, write_reference
 from flashdit.evaluation.sources import DigitsSource
 from flashdit.evaluation.statistics import collect
 
@@ -34,18 +38,82 @@ def test_stored_moments_are_taken_as_they_are_and_images_serve_for_neighbours_al
     assert statistics.pool.shape == (20, POOL)
 
 
-def test_npz_and_folder_of_the_same_images_give_the_same_statistics(tmp_path, images):
+def test_an_npz_that_does_not_say_whose_features_it_has_is_doubted(tmp_path):
+    np.savez(tmp_path / "adm.npz", **ADM)
+    (warning,) = Reference(str(tmp_path / "adm.npz"), EXTRACTOR).warnings
+    assert warning == "'adm.npz' does not say whose features it has: 'digits' is assumed"
+
+
+def test_hash_of_a_reference_is_that_of_the_file_or_of_names_and_sizes(tmp_path, images):
     np.savez(tmp_path / "images.npz", images)
     (tmp_path / "folder").mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / "folder" / f"{number}.png")
-    first, second = (
-        Reference(str(tmp_path / name), EXTRACTOR).statistics(PARTS, batch_size, "cpu")
-        for name, batch_size in (("images.npz", 7), ("folder", 20))
-    )
-    assert first.count == second.count == 20
-    for key in ("mu", "sigma", "mu_s", "sigma_s", "pool"):
-        assert_close(getattr(first, key), getattr(second, key), rtol=1e-4, atol=1e-5)
+    Image.fromarray(images[0]).save(tmp_path / "folder" / "0.png")
+    recipe = Reference(str(tmp_path / "images.npz"), EXTRACTOR).recipe()
+    assert recipe["sha256"] == hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
+    assert recipe["num_images"] == 20
+    folder = Reference(str(tmp_path / "folder"), EXTRACTOR)
+    assert folder.sha256 == FolderSource(tmp_path / "folder").names_digest()
+    assert Reference("digits", EXTRACTOR).sha256 == Reference("digits", EXTRACTOR).sha256
+
+
+@pytest.mark.parametrize("kept", [20, 6])
+def test_a_written_reference_gives_what_its_images_give(tmp_path, images, kept):
+    np.savez(tmp_path / "images.npz", images)
+    source = NpzSource(tmp_path / "images.npz")
+    write_reference(source, EXTRACTOR, tmp_path / "reference.npz", num_images=kept, batch_size=7)
+    reference = Reference(str(tmp_path / "reference.npz"), EXTRACTOR)
+    assert (reference.count, reference.image_size, reference.warnings) == (20, (32, 32), [])
+    expected = Reference(str(tmp_path / "images.npz"), EXTRACTOR).statistics(PARTS, 20, "cpu")
+    found = reference.statistics(PARTS, 20, "cpu")
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        assert_close(getattr(found, key), getattr(expected, key), rtol=0, atol=0)
+    ids = chosen_ids(20, kept, 0)
+    assert_close(found.pool, expected.pool[ids], rtol=0, atol=0)
+
+
+def test_a_written_reference_has_adms_keys_in_float64(tmp_path, images):
+    np.savez(tmp_path / "images.npz", images)
+    write_reference(NpzSource(tmp_path / "images.npz"), EXTRACTOR, tmp_path / "reference.npz", num_images=6)
+    with np.load(tmp_path / "reference.npz") as arrays:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "arr_0"} <= set(arrays.files)
+        assert arrays["sigma_s"].shape == (SPATIAL, SPATIAL)
+        assert {arrays[key].dtype for key in ("mu", "sigma", "mu_s", "sigma_s")} == {np.dtype(np.float64)}
+        assert (arrays["arr_0"] == images[chosen_ids(20, 6, 0).numpy()]).all()
+
+
+def test_choice_of_images_is_seeded_and_ascending():
+    ids = chosen_ids(100, 10, 0)
+    assert ids.tolist() == sorted(set(ids.tolist()))
+    assert ids.tolist() == chosen_ids(100, 10, 0).tolist() != chosen_ids(100, 10, 1).tolist()
+    assert chosen_ids(5, 10, 0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_reference_of_other_weights_is_refused(tmp_path, images):
+    np.savez(tmp_path / "images.npz", images)
+    other = EXTRACTORS.build("digits").eval()
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0].add_(1e-3)
+    write_reference(NpzSource(tmp_path / "images.npz"), other, tmp_path / "reference.npz")
+    with pytest.raises(ValueError, match=r"must be of the same extractor and weights, got 'digits' \("):
+        Reference(str(tmp_path / "reference.npz"), EXTRACTOR)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [({"schema": 9}, "in schema 1, got schema 9"), ({}, r"must have all of .*, got no \['schema'\]")],
+)
+def test_a_file_of_another_schema_is_refused(tmp_path, about, message):
+    known = {"n": 5, "extractor": "digits", "fingerprint": EXTRACTOR.fingerprint, "image_size": (32, 32)}
+    np.savez(tmp_path / "reference.npz", **ADM, **known, **about)
+    with pytest.raises(ValueError, match=message):
+        Reference(str(tmp_path / "reference.npz"), EXTRACTOR)
+
+
+def test_a_reference_without_images_is_not_written(tmp_path, images):
+    np.savez(tmp_path / "images.npz", images)
+    with pytest.raises(ValueError, match="a reference must keep at least 1 image, got 0"):
+        write_reference(NpzSource(tmp_path / "images.npz"), EXTRACTOR, tmp_path / "r.npz", num_images=0)
+    assert not (tmp_path / "r.npz").exists()
 
 
 def test_digits_are_the_held_out_split():

@@ -7,7 +7,14 @@ from rich.console import Console
 
 from flashdit.data.digits import CLASS_NAMES
 from flashdit.evaluation.features import EXTRACTORS
-from flashdit.evaluation.report import EvalResult, names_of, print_table, to_markdown, write_report
+from flashdit.evaluation.report import (
+    count_key,
+    names_of,
+    print_table,
+    shown,
+    to_markdown,
+    write_report,
+)
 from flashdit.evaluation.scoring import (
     METRICS,
     Scores,
@@ -16,6 +23,7 @@ from flashdit.evaluation.scoring import (
     check_counts,
     check_names,
     compute_scores,
+    default_metrics,
     parts_needed,
 )
 from flashdit.evaluation.sources import DigitsSource
@@ -30,21 +38,13 @@ def held_out() -> ImageStatistics:
     return collect(DigitsSource("held-out"), EXTRACTOR, PARTS, 100)
 
 
-def result_of(scores: Scores, **changes) -> EvalResult:
-    names = names_of(EXTRACTOR)
-    fields = {
-        "scores": scores.renamed(names),
-        "floor": None,
-        "labels": dict(names[key] for key in scores.values),
-        "num_images": 360,
-        "samples": {"source": "npz", "path": "[bold]s.npz"},
-        "reference": {"name": "adm.npz", "num_images": None},
-        "extractor": {"name": "digits", "fingerprint": EXTRACTOR.fingerprint},
-        "settings": {"neighbours": 3, "split_size": 5000},
-        "device": "cpu",
-        "timings_s": {"samples": 1.0},
-    }
-    return EvalResult(**(fields | changes))
+class OneClass(DigitsSource):
+    """The training sevens."""
+
+    def __init__(self):
+        super().__init__("train")
+        self.images = self.images[self.labels == 7]
+        self.labels, self.count = self.labels[self.labels == 7], len(self.images)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -63,15 +63,16 @@ def test_every_metric_says_why_it_is_missing(name):
     assert all(reason.startswith("'adm.npz' has no ") for reason in scores.reasons.values())
 
 
-@pytest.mark.parametrize("batch_size", [1, 37])
-def test_scores_do_not_depend_on_the_batch_size(batch_size, held_out):
-    source = DigitsSource("held-out")
-    source.images, source.labels, source.count = source.images[:90], source.labels[:90], 90
-    first, second = (
-        compute_scores(METRICS, collect(source, EXTRACTOR, PARTS, size), held_out)
-        for size in (batch_size, 90)
-    )
-    assert first.values == pytest.approx(second.values, rel=1e-4)
+def test_precision_and_recall_are_not_exchanged(held_out):
+    half = collect(OneClass(), EXTRACTOR, PARTS, 100)
+    scores = compute_scores(["precision", "recall"], half, held_out).values
+    assert scores["precision"] > 0.8, "real sevens lie among the real digits"
+    assert scores["recall"] < 0.2, "most digits do not lie among the sevens"
+
+
+def test_default_metrics_are_all_that_apply_but_kid():
+    assert default_metrics(EXTRACTOR, CLASS_NAMES) == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
+    assert default_metrics(EXTRACTOR, None) == ["fid", "sfid", "is", "precision", "recall"]
 
 
 def test_a_score_that_is_not_finite_becomes_a_reason(held_out, monkeypatch):
@@ -109,21 +110,24 @@ def test_fewer_images_than_dimensions_are_cautioned():
     assert not cautions(["sfid"], few, few)
 
 
-def test_report_keeps_null_with_its_reason_and_leaves_no_temporary_file(tmp_path, held_out):
+def test_report_keeps_null_with_its_reason_and_leaves_no_temporary_file(tmp_path, held_out, result_of):
     reference = ImageStatistics(name="adm.npz", count=None, mu=held_out.mu, sigma=held_out.sigma)
-    result = result_of(compute_scores(["fid", "sfid"], held_out, reference), floor=Scores(values={"fd": 1.0}))
+    floor = Scores(count=1437, values={"fid": 1.0})
+    result = result_of(compute_scores(["fid", "sfid"], held_out, reference), floor=floor)
     write_report(result, tmp_path / "new" / "metrics.json")
     content = json.loads((tmp_path / "new" / "metrics.json").read_text())
-    assert content["schema"] == 1
-    assert content["metrics"]["sfd"] is None
-    assert content["reasons"] == {"sfd": "'adm.npz' has no spatial statistics"}
-    assert content["floor"] == {"fd": 1.0}
+    assert content["schema"] == 2
+    assert content["metrics"]["sfd_360"] is None
+    assert content["reasons"] == {"sfd_360": "'adm.npz' has no spatial statistics"}
+    assert content["floor"] == {"fd_1437": 1.0}
+    assert content["labels"] == {"fd_360": "FD[digits]", "sfd_360": "sFD[digits]"}
     assert content["extractor"]["fingerprint"] == EXTRACTOR.fingerprint
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"metrics.json", "metrics.md"}
 
 
-def test_tables_call_only_inception_fid_and_show_no_negative_distance():
-    result = result_of(Scores(values={"fid": -1e-12, "sfid": None}, reasons={"sfid": "no reason"}))
+def test_tables_call_only_inception_fid_and_show_no_negative_distance(result_of):
+    scores = Scores(count=360, values={"fid": -1e-12, "sfid": None}, reasons={"sfid": "no reason"})
+    result = result_of(scores)
     markdown = to_markdown(result)
     assert "| FD[digits] | 0.0000 |" in markdown
     assert "| sFD[digits] | n/a |" in markdown
@@ -131,10 +135,35 @@ def test_tables_call_only_inception_fid_and_show_no_negative_distance():
     assert "FID" not in markdown
 
 
-def test_console_table_shows_names_in_brackets():
+def test_console_table_shows_names_in_brackets(result_of):
     stream = io.StringIO()
-    print_table(result_of(Scores(values={"fid": 1.5})), Console(width=100, file=stream))
+    print_table(result_of(Scores(count=360, values={"fid": 1.5})), Console(width=100, file=stream))
     text = stream.getvalue()
     assert "FD[digits]" in text
     assert "1.5000" in text
     assert "count unknown" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "key"),
+    [(50_000, "fid_50k"), (1000, "fid_1k"), (1234, "fid_1234"), (500, "fid_500"), (10_500, "fid_10500")],
+)
+def test_keys_carry_the_number_of_images(count, key):
+    assert count_key("fid", count) == key
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "n/a"), (3.94256, "3.9426"), (0.00123, "0.001230"), (-1e-9, "0.0000"), (-0.0002, "-0.000200")],
+)
+def test_small_scores_are_shown_in_more_decimals_and_rounding_in_none(value, text):
+    assert shown(value) == text
+
+
+def test_samples_sorted_by_class_are_cautioned():
+    labels = torch.arange(10).repeat_interleave(501)
+    in_order = ImageStatistics(name="samples", count=5010, labels=labels)
+    assert "sorted by class" in cautions(["is"], in_order, in_order)[0]
+    for others in (labels.flip(0), labels[:5000], None):  # in another order, in one chunk, unknown
+        shuffled = ImageStatistics(name="samples", count=5010, labels=others)
+        assert not cautions(["is"], shuffled, shuffled)

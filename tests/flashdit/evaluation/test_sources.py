@@ -1,4 +1,6 @@
+import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from flashdit.evaluation.sources import DigitsSource, FolderSource, NpzSource, open_source
+from flashdit.evaluation.folders import FolderSource
+from flashdit.evaluation.npz import NpzSource
+from flashdit.evaluation.reading import label_mode
+from flashdit.evaluation.sources import DigitsSource, GeneratedSource, open_source, take
+from flashdit.generate import balanced_labels, load_generator
 
 NUM_IMAGES = 7
 
@@ -24,10 +30,8 @@ def save_folder(folder: Path, images: np.ndarray, names: list[str]) -> Path:
     return folder
 
 
-def read(source, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    batches = list(source.batches(batch_size))
-    labels = [label for _, label in batches if label is not None]
-    return torch.cat([image for image, _ in batches]), torch.cat(labels) if labels else None
+def read(source, batch_size: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.cat(list(source.batches(batch_size, ids)))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -35,20 +39,26 @@ def read(source, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_npz_and_folder_give_the_same_images_for_any_batch_size(tmp_path, images, save, batch_size):
     save(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
     folder = save_folder(tmp_path / "folder", images, [f"{n}.png" for n in range(NUM_IMAGES)])
-    from_npz, labels = read(open_source(tmp_path / "samples.npz"), batch_size)
-    from_folder, no_labels = read(open_source(folder), batch_size)
-    assert_close(from_npz, torch.from_numpy(images).permute(0, 3, 1, 2))
-    assert_close(from_folder, from_npz)
-    assert labels is not None
-    assert labels.tolist() == list(range(NUM_IMAGES))
-    assert no_labels is None
+    npz, files = open_source(tmp_path / "samples.npz"), open_source(folder)
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2)
+    some = torch.tensor([1, 2, 5])
+    for source in (npz, files):
+        assert source.image_size == (6, 9)
+        assert max(map(len, source.batches(batch_size))) <= batch_size
+        assert_close(read(source, batch_size), expected)
+        assert_close(read(source, batch_size, some), expected[some])
+        assert list(source.batches(batch_size, some[:0])) == []
+        assert_close(take(source, torch.tensor([5, 0, 5])), expected[[5, 0, 5]])
+    assert npz.labels is not None
+    assert npz.labels.tolist() == list(range(NUM_IMAGES))
+    assert files.labels is None
 
 
 def test_a_limit_reads_so_many_from_the_start(tmp_path, images):
     np.savez(tmp_path / "samples.npz", images)
     source = NpzSource(tmp_path / "samples.npz", limit=4)
     assert source.count == 4
-    assert_close(read(source, 3)[0], torch.from_numpy(images[:4]).permute(0, 3, 1, 2))
+    assert_close(read(source, 3), torch.from_numpy(images[:4]).permute(0, 3, 1, 2))
     with pytest.raises(ValueError, match=r"must be 1 to the 7 in .*, got 8"):
         NpzSource(tmp_path / "samples.npz", limit=8)
 
@@ -67,14 +77,16 @@ def test_folder_order_is_by_integer_stem_and_then_by_name(tmp_path, images):
 def test_class_folders_give_labels(tmp_path, images, folders, labels):
     names = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
     source = FolderSource(save_folder(tmp_path, images[:2], names), class_names=["zero", "one", "two"])
-    assert read(source, 2)[1].tolist() == labels  # pyright: ignore[reportOptionalMemberAccess]
+    assert source.labels is not None
+    assert source.labels.tolist() == labels
 
 
 def test_digits_source_reads_the_held_out_split():
-    images, labels = read(DigitsSource("held-out"), 100)
+    source = DigitsSource("held-out")
+    images = read(source, 100)
     assert (len(images), images.dtype) == (360, torch.uint8)
-    assert labels is not None
-    assert len(labels) == 360
+    assert len(source.labels) == 360
+    assert_close(take(source, torch.tensor([7, 3])), images[[7, 3]])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +143,33 @@ def test_truncated_and_damaged_npz_are_named(tmp_path, images):
         read(NpzSource(tmp_path / "damaged.npz"), 100)
 
 
+def test_generated_images_depend_neither_on_the_shares_nor_on_who_asks(tiny_checkpoint):
+    generator = load_generator(tiny_checkpoint)
+    options = replace(generator.sampling, batch_size=3)
+    source = GeneratedSource(generator, balanced_labels(7, 3, seed=0), options)
+    whole = read(source, 100)
+    assert whole.shape == (7, 3, *source.image_size)
+    for world in (2, 3, 8):
+        for rank in range(world):
+            ids = torch.arange(rank, 7, world)
+            found = [whole[:0], *source.batches(100, ids)]
+            assert_close(torch.cat(found), whole[ids], rtol=0, atol=0)
+    assert_close(take(source, torch.tensor([6, 1])), whole[[6, 1]], rtol=0, atol=0)
+
+
+def test_identity_of_generated_images_follows_the_recipe_and_not_the_batch(tiny_checkpoint):
+    generator = load_generator(tiny_checkpoint)
+    labels = balanced_labels(7, 3, seed=0)
+
+    def identity(labels=labels, weights="ema", **changes):
+        made = load_generator(tiny_checkpoint, weights=weights)
+        return GeneratedSource(made, labels, replace(generator.sampling, **changes)).identity()
+
+    assert identity() == identity(batch_size=2)
+    others = [identity(seed=1), identity(cfg_scale=2.0), identity(labels.flip(0)), identity(weights="model")]
+    assert all(other != identity() for other in others)
+
+
 def test_empty_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="a folder of images must hold at least one"):
@@ -142,6 +181,42 @@ def test_mixed_sizes_name_both_files(tmp_path, images):
     Image.new("RGB", (5, 6)).save(tmp_path / "2.png")
     with pytest.raises(ValueError, match=r"must have one size, got 9×6 and 5×6 \(.*0\.png and .*2\.png\)"):
         read(FolderSource(tmp_path), 10)
+
+
+def test_a_reader_that_stops_half_way_leaves_no_open_file(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images)
+    batches = NpzSource(tmp_path / "samples.npz").batches(2)
+    next(batches)
+    batches.close()  # an open file would warn when it is collected, and warnings are errors
+
+
+def test_label_mode_says_whether_classes_have_equal_shares():
+    assert label_mode(torch.tensor([0, 1, 1, 2])) == "balanced"
+    assert label_mode(torch.tensor([0, 1, 1, 1])) == "not balanced"
+    assert label_mode(None) is None
+
+
+def test_identity_follows_the_content_and_not_the_name(tmp_path, images):
+    path, other = tmp_path / "samples.npz", tmp_path / "other.npz"
+    np.savez(path, images)
+    before = NpzSource(path).identity()
+    np.savez(other, images)
+    assert NpzSource(other).identity() == before
+    assert NpzSource(path, limit=3).identity() != before
+    np.savez(path, images ^ 1)
+    assert NpzSource(path).identity() != before
+
+
+def test_identity_of_a_folder_follows_its_files(tmp_path, images):
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    before = FolderSource(tmp_path)
+    identity, digest = before.identity(), before.names_digest()
+    assert FolderSource(tmp_path).identity() == identity
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    assert FolderSource(tmp_path).identity() != identity
+    assert FolderSource(tmp_path).names_digest() == digest
+    (tmp_path / "1.png").rename(tmp_path / "2.png")
+    assert FolderSource(tmp_path).names_digest() != digest
 
 
 @pytest.mark.parametrize("keep", [0, 20, 100], ids=["empty", "header", "half"])
@@ -158,7 +233,10 @@ def test_folder_of_the_sampler_is_read_from_its_npz(tmp_path, images):
     np.savez(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
     source = open_source(tmp_path)
     assert source.count == NUM_IMAGES
-    assert read(source, 3)[1].tolist() == list(range(NUM_IMAGES))  # pyright: ignore[reportOptionalMemberAccess]
+    assert source.labels is not None
+    assert source.labels.tolist() == list(range(NUM_IMAGES))
+    (tmp_path / "recipe.json").write_text('{"seed": 7}')
+    assert source.recipe()["recipe"] == {"seed": 7}
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path):

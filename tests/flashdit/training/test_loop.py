@@ -15,6 +15,7 @@ from flashdit import config
 from flashdit.trainer import Trainer
 from flashdit.training import checkpoint
 from flashdit.training.meter import TIMINGS, Meter, matmul_peak
+from flashdit.training.snapshots import list_snapshots
 
 
 class Poisoned(Trainer):
@@ -113,6 +114,42 @@ def test_a_skipped_step_is_the_same_after_a_resume(tiny_overrides, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "paused")
 
 
+POWER = ("ema.power_widths=[0.05,0.1]", "ema.snapshot_every=2")
+
+
+def snapshot_files(run_dir):
+    files = [*run_dir.glob("ema_snapshots/*"), *run_dir.glob("checkpoints/*/ema_tracks/*")]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
+def test_snapshots_of_the_power_averages_are_the_same_after_a_resume(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, *POWER).fit()
+    paused = (*POWER, f"run.dir={tmp_path / 'paused'}")
+    trainer(tiny_overrides, *paused).fit()
+    shutil.rmtree(tmp_path / "paused" / "checkpoints" / "step_00000006")  # as after a kill at step 5
+    (tmp_path / "paused" / "ema_snapshots" / "step_00000005_std0.050.safetensors").write_bytes(b"stale")
+    run = trainer(tiny_overrides, *paused)
+    assert run.power_ema.updates == run.step == 4
+    run.fit()
+    expected = snapshot_files(tmp_path / "run")
+    assert snapshot_files(tmp_path / "paused") == expected
+    assert len(expected) == 2 * (3 + 3)
+
+
+def test_a_skipped_step_is_no_update_of_the_power_averages(tiny_overrides, tmp_path):
+    run = trainer(tiny_overrides, *POWER, kind=Poisoned)
+    run.poisoned_steps = (4,)
+    run.fit()
+    found = [(s.step, s.profile.updates) for s in list_snapshots(tmp_path / "run" / "ema_snapshots")]
+    assert found == [(2, 2), (2, 2), (4, 3), (4, 3), (6, 5), (6, 5)]
+
+
+def test_a_power_average_cannot_begin_within_a_run(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    with pytest.raises(ValueError, match=r"must be tracked from a run's first step, got 0\.05 for a run"):
+        trainer(tiny_overrides, *POWER)
+
+
 def test_too_many_such_steps_in_a_row_end_the_run_with_its_last_checkpoint(tiny_overrides, tmp_path):
     run = trainer(tiny_overrides, "training.max_skips=2", kind=Poisoned)
     run.poisoned_steps = (3, 4, 5)
@@ -157,7 +194,9 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail_at_the_third)
-        with pytest.raises(OSError, match=r"step_00000004 could not be written, is the disk full.* No space left on device"):
+        with pytest.raises(
+            OSError, match=r"step_00000004 could not be written, is the disk full.* No space left on device"
+        ):
             trainer(full).fit()
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_00000002"]
     trainer(full).fit()

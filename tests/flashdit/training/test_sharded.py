@@ -28,11 +28,14 @@ def tensors(run_dir, step):
     for part in ("model", "ema"):
         weights = load_file(folder / part / "diffusion_pytorch_model.safetensors")
         found |= {f"{part}/{name}": value for name, value in weights.items()}
+    for path in (run_dir / "ema_snapshots").glob(f"step_{step:08d}_*"):
+        found |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
     saved = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     return found | {f"{name}/{key}": v for name, state in saved.items() for key, v in state.items()}
 
 
 def test_sharded_training_equals_plain_training_and_each_resumes_the_other(tiny_overrides, tmp_path):
+    tiny_overrides = [*tiny_overrides, "ema.power_widths=[0.1]", "ema.snapshot_every=2"]
     plain = [*tiny_overrides, f"run.dir={tmp_path / 'plain'}"]
     mixed = [*tiny_overrides, f"run.dir={tmp_path / 'mixed'}"]
     Trainer(config.load(None, plain)).fit()
@@ -42,5 +45,8 @@ def test_sharded_training_equals_plain_training_and_each_resumes_the_other(tiny_
     for step in (4, 6):
         expected, got = tensors(tmp_path / "plain", step), tensors(tmp_path / "mixed", step)
         assert got.keys() == expected.keys()
+        assert any("std0.100" in name for name in expected)
         for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )

@@ -1,0 +1,86 @@
+"""The model card of an exported pipeline, from its configuration and recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FRONT = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- flashdit
+- class-conditional
+- flow-matching
+- iwin-attention
+---
+"""
+NAMED = 20
+
+
+def model_card(config: Mapping[str, Any], class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """Returns a README.md for the hub.
+
+    Args:
+        config: The transformer's configuration.
+        class_names: One per class.
+        recipe: What is known of checkpoint, sampling and metrics; what is missing is left out.
+    """
+    parts = [
+        FRONT + f"# {recipe.get('name', 'FlashDiT')}",
+        _about(config, class_names),
+        _usage(class_names, recipe),
+    ]
+    parts += [_metrics(recipe["metrics"])] if recipe.get("metrics") else []
+    parts += [_facts(recipe)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about(config: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    """Returns what kind of model this is."""
+    size, channels = config["sample_size"], config["in_channels"]
+    options = ", ".join(f"{key} {value}" for key, value in config["attention"].items() if key != "name")
+    attention = config["attention"]["name"] + (f" ({options})" if options else "")
+    names = ", ".join(class_names[:NAMED]) + (" …" if len(class_names) > NAMED else "")
+    model = (
+        f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}, {attention}"
+    )
+    return (
+        f"A class-conditional latent diffusion transformer trained by flow matching: {model}, attention: "
+        f"{attention}; latents {channels}×{size}×{size}. It knows {len(class_names)} classes: {names}."
+    )
+
+
+def _usage(class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """Returns a call that works as it stands."""
+    sampling = recipe.get("sampling", {})
+    steps, scale = sampling.get("steps", 50), sampling.get("cfg_scale", 1.0)
+    low, high = sampling.get("cfg_interval", (0.0, 1.0))
+    label = repr(class_names[0]) if class_names else "0"
+    return f"""```python
+from flashdit import FlashDiTPipeline
+
+pipe = FlashDiTPipeline.from_pretrained("PATH_OR_REPOSITORY")
+image = pipe(
+    {label}, guidance_scale={scale}, guidance_interval=({low}, {high}), num_inference_steps={steps}
+).images[0]
+```"""
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    """Returns the scores as a table, and how they came about."""
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics["values"].items() if value is not None]
+    how = f"{metrics['num_images']} images against {metrics['reference']}; {metrics['sampling']}."
+    return "\n".join(["## Scores", "", "| metric | value |", "|---|---|", *rows, "", how])
+
+
+def _facts(recipe: Mapping[str, Any]) -> str:
+    """Returns what identifies the weights."""
+    names = {
+        "step": "training step",
+        "weights": "weights",
+        "weights_sha256": "SHA-256",
+        "vae_identity": "VAE",
+    }
+    rows = [f"- {text}: {recipe[key]}" for key, text in names.items() if recipe.get(key) is not None]
+    return "\n".join(["## Provenance", "", *rows]) if rows else ""
