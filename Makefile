@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint type unit install bench assets clean
+.PHONY: demo test lint type unit install bench faults assets clean
 
 install: $(INSTALLED)
 
@@ -43,10 +43,19 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.backbones --backward --batch 8
 	$(BIN)/python -m benchmarks.backbones --size 384 --batch 4
 	$(BIN)/python -m benchmarks.backbones --compile --models Iwin-T Swin-T
+	$(BIN)/python -m benchmarks.flashdit
+	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.sampling
+
+faults: export OMP_NUM_THREADS = 1
+faults: install  # kills, full disks and broken data: how many training survives
+	$(BIN)/python -m benchmarks.faults
 
 assets: install  # trains the committed digits autoencoder and classifier again
 	$(BIN)/python -m flashdit.assets.train_autoencoder
 	$(BIN)/python -m flashdit.assets.train_classifier
+	$(BIN)/python -m flashdit.plot runs/digits --write-reference flashdit/assets/curves/digits.json  # after make demo
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

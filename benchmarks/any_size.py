@@ -128,12 +128,17 @@ def study(name: str, generator: CheckpointGenerator, count: int, cfg_scale: floa
             records.append(
                 {"model": name, "latents": f"{size[0]}×{size[1]}", "window": window, **found, "felt": felt}
             )
-            rows = rows_by_class(images, labels, generator.class_names, PER_CLASS)
-            title = f"{name}, latents {size[0]}×{size[1]}, window {mode}"
-            grid = labelled_grid(rows, title if has_windows else title.partition(", window")[0])
-            path = RESULTS / f"any_size_{name}_{size[0]}x{size[1]}_{mode}.png"
-            write_atomically(path, lambda temporary, grid=grid: grid.save(temporary, format="png"))
+            if mode == "kept":
+                draw(f"{name}_{size[0]}x{size[1]}", images, labels, generator.class_names)
     return records
+
+
+def draw(name: str, images: Tensor, labels: Tensor, class_names: list[str]) -> None:
+    """Saves a grid of the first images of each class."""
+    first = torch.cat([(labels == label).nonzero()[:PER_CLASS, 0] for label in labels.unique()])
+    grid = labelled_grid(rows_by_class(images[first], labels[first], class_names, PER_CLASS), name)
+    path = RESULTS / f"any_size_{name}.png"
+    write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
 
 
 def to_markdown(records: list[dict[str, Any]]) -> str:

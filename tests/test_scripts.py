@@ -127,7 +127,7 @@ def test_the_newest_run_is_sampled_and_other_samples_are_never_replaced(trained,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(trained.parent)
     sample.main(["--num-images", "3", "--steps", "1", "--seed", "1", "--output", "out"])
-    with pytest.raises(ValueError, match=r"one of the same samples"):
+    with pytest.raises(ValueError, match=r"out holds samples of another recipe \(sampling\)"):
         sample.main(["--num-images", "3", "--steps", "1", "--seed", "2", "--output", "out"])
     assert json.loads(Path("out/recipe.json").read_text())["sampling"]["seed"] == 1
 

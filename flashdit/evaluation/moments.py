@@ -78,7 +78,8 @@ class Moments:
         mean = block.mean(0)
         centred = block - mean
         self._pending, self._pending_rows = [], 0
-        self._join(len(block), mean, centred.T @ centred)
+        rows = centred.numpy() if centred.device.type == "cpu" else centred  # NumPy's xᵀx does half the work
+        self._join(len(block), mean, torch.as_tensor(rows.T @ rows))
 
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         """Joins the moments of another set of rows to these."""

@@ -7,8 +7,17 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.linalg import sqrtm
 
-from flashdit.evaluation import metrics
-from flashdit.evaluation.metrics import frechet_distance, inception_score, precision_recall
+from flashdit.evaluation import distances, manifold
+from flashdit.evaluation.distances import mean_row
+from flashdit.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision,
+    precision_recall,
+    recall,
+    squared_radii,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 CASES = json.loads((GOLDEN / "values.json").read_text())["cases"]
@@ -96,6 +105,23 @@ def test_frechet_distance_of_duplicated_rows_is_exact():
     assert_allclose(distance(real, fake), exact_distance(real, fake), atol=1e-5)
 
 
+@pytest.mark.parametrize("n_fake", [14, 300])
+def test_frechet_distance_agrees_with_scipy_where_covariances_are_singular(n_fake):
+    (mu1, sigma1), (mu2, sigma2) = statistics(rows(3, 20, 40)), statistics(rows(4, n_fake, 40) + 0.2)
+    ridge = 1e-12 * np.eye(40)  # without it scipy warns, which is an error here
+    root = np.trace(sqrtm((sigma1 + ridge) @ (sigma2 + ridge))).real
+    theirs = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * root
+    assert_allclose(frechet_distance(mu1, sigma1, mu2, sigma2, 20, n_fake), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.01, 1000.0), (300.0, 0.0)])
+def test_frechet_distance_of_badly_centred_or_large_features_is_exact(scale, offset):
+    real, fake = ((rows(seed, 200, 24) * scale + offset).astype(np.float32) for seed in (7, 8))
+    assert_allclose(distance(real, fake), exact_distance(real, fake), rtol=1e-9, atol=1e-9)
+    far = fake + np.float32(100 * scale)
+    assert_allclose(distance(real, far), exact_distance(real, far), rtol=1e-9)
+
+
 def test_frechet_distance_takes_tensors_and_float32(golden):
     mu, sigma = (torch.from_numpy(part).float() for part in statistics(golden["real_pool"]))
     ours = frechet_distance(mu, sigma, *statistics(golden["fake_pool"]))
@@ -115,9 +141,7 @@ def test_frechet_distance_refuses_what_is_not_finite():
 @pytest.mark.parametrize("order", ["logits", "logits_sorted_by_class"])
 @pytest.mark.parametrize("split_size", [5000, 250, 200, 125, 100, 50])
 def test_inception_score_equals_golden_with_a_short_last_chunk_too(golden, order, split_size):
-    key = (
-        "inception_score_by_split_size" if order == "logits" else f"inception_score_{order[7:]}_by_split_size"
-    )
+    key = f"inception_score{order[6:]}_by_split_size"
     mean, std = inception_score(golden[order], split_size)
     exact = CASES["main"]["exact_float64"][key][str(split_size)]
     assert_allclose(mean, exact[0], rtol=1e-9)
@@ -131,11 +155,37 @@ def test_inception_score_of_extreme_logits_is_finite_and_right():
     assert_allclose(inception_score(logits), (3.0, 0.0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1, 100, 700, 1e4, 1e30])
+def test_inception_score_equals_slow_sums_however_unlikely_a_class(scale):
+    logits = (np.random.default_rng(3).standard_normal((60, 7)) * scale).astype(np.float32)
+    logits[:, 2] -= np.float32(800 * scale)  # probability exactly zero
+    logits[5, 3] = logits[5].max() - np.float32(745)  # the smallest number above zero, where scale allows
+
+    def slow(chunk: np.ndarray) -> float:
+        shifted = chunk.astype(np.float64) - chunk.max(axis=1, keepdims=True)
+        p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+        q = p.mean(axis=0)
+        terms = [
+            p[i, c] * (np.log(p[i, c]) - np.log(q[c]))
+            for i, c in np.ndindex(*p.shape)
+            if p[i, c] > 0 and q[c] > 0
+        ]
+        return float(np.exp(sum(terms) / len(p)))
+
+    scores = [slow(logits[start : start + 25]) for start in (0, 25, 50)]
+    assert_allclose(inception_score(logits, 25), (np.mean(scores), np.std(scores)), rtol=1e-9, atol=1e-12)
+
+
 def test_inception_score_names_what_it_was_given():
     with pytest.raises(ValueError, match="logits must be finite, got 1 entries"):
         inception_score(np.array([[0.0, np.inf]]))
     with pytest.raises(ValueError, match=r"split_size ≥ 1, got shape=\(2, 3\), split_size=0"):
         inception_score(np.zeros((2, 3)), split_size=0)
+    for empty in (np.zeros((0, 3)), np.zeros(3)):
+        with pytest.raises(ValueError, match=r"needs logits \(n, classes\)"):
+            inception_score(empty)
+    with pytest.raises(ValueError, match="logits must be real floats, got int64"):
+        inception_score(np.zeros((2, 3), int))
 
 
 def test_precision_recall_equal_golden_counts_and_notice_swapped_arguments(golden):
@@ -163,34 +213,123 @@ def test_precision_recall_equal_torch_fidelity(golden):
     assert_allclose(precision_recall(real, fake), (theirs["precision"], theirs["recall"]), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("point_rows", "centre_rows"), [(7, 11), (500, 3), (1, 600)])
-def test_precision_recall_do_not_depend_on_tiles(golden, monkeypatch, point_rows, centre_rows):
-    real, fake = golden["real_pool"][:130], golden["fake_pool"][:90]
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def first_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Either type of the first look, whatever this machine would take."""
+    monkeypatch.setattr(distances, "fast_type", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(("tile", "chunk", "spare"), [(17, 11, 13), (64, 1, 0), (9, 128, 1), (1000, 5, 2)])
+def test_precision_recall_do_not_depend_on_tiles(golden, monkeypatch, first_look, tile, chunk, spare):
+    real, fake = golden["real_pool"][:50], golden["fake_pool"][:40]
     expected = exact_precision_recall(real, fake)
-    monkeypatch.setattr(metrics, "POINT_ROWS", point_rows)
-    monkeypatch.setattr(metrics, "CENTRE_ROWS", centre_rows)
+    monkeypatch.setattr(distances, "TILE", tile)
+    monkeypatch.setattr(manifold, "TILE", tile)
+    monkeypatch.setattr(distances, "CHUNK", chunk)
+    monkeypatch.setattr(manifold, "SPARE", spare)
     assert precision_recall(real, fake) == expected
+    assert (precision(real, fake), recall(real, fake)) == expected
 
 
-def test_precision_recall_survive_any_offset_and_scale():
+def test_bounds_enclose_every_distance(first_look):
+    real, fake = (torch.from_numpy(rows(seed, 40, 600) + 3) for seed in (21, 22))
+    u, v = (distances.Cloud(part, mean_row(real)) for part in (real, fake))
+    exact = (real[:, None].double() - fake[None].double()).square().sum(dim=-1)
+    for is_exact in (False, True):
+        lower, slack = distances.lower_bounds(u, slice(0, 40), v, slice(0, 40), is_exact)
+        upper = lower + 2 * slack * (u.norms[:, None] + v.norms)
+        assert (lower <= exact).all()
+        assert (upper >= exact).all()
+        assert ((upper - lower) < 0.06 * exact).all()
+
+
+def test_radii_are_exact_where_the_first_look_cannot_tell_neighbours_apart(first_look):
+    spread = 1e-5 * np.random.default_rng(23).standard_normal((150, 12))
+    features = torch.from_numpy(np.repeat(rows(24, 3, 12), 50, axis=0) + spread)  # three tight heaps
+    squares = (features[:, None] - features[None]).square().sum(dim=-1).sort(dim=1).values
+    radii = squared_radii(features, mean_row(features), 3)
+    assert_allclose(radii, squares[:, 3], rtol=1e-13)
+
+
+def test_precision_recall_survive_any_offset_and_scale(first_look):
     real, fake = rows(7, 150, 16), rows(8, 120, 16) * 0.8
-    for scale, offset in [(0.01, 1000), (4096, 0), (1e-6, 0), (1.0, -50)]:
+    for scale, offset in [(0.01, 1000), (4096, 0), (1e-6, 0), (1.0, -50), (1e-22, 0), (1e17, 0)]:
         moved = [(rows * scale + offset).astype(np.float32) for rows in (real, fake)]
         assert precision_recall(*moved) == exact_precision_recall(*moved)
-    far = fake + 1e6
-    assert precision_recall(real, far) == exact_precision_recall(real, far) == (0.0, 0.0)
+    for far in (fake + 1e6, fake + 30):
+        assert precision_recall(real, far) == exact_precision_recall(real, far) == (0.0, 0.0)
+    huge = fake.astype(np.float64) * 1e18
+    assert precision_recall(real, huge) == exact_precision_recall(real, huge)
 
 
-def test_precision_recall_count_ties_of_duplicates_as_inside():
+def test_precision_recall_count_ties_of_duplicates_as_inside(first_look):
     real = np.concatenate([np.repeat(rows(9, 12, 16), 5, axis=0), rows(10, 40, 16)])
     fake = np.concatenate([real[::3], rows(11, 30, 16) * 1.5])
     assert precision_recall(real, fake) == exact_precision_recall(real, fake)
+    same = np.ones((9, 4), np.float32)
+    assert precision_recall(same, same[:7]) == (1.0, 1.0)
+    assert precision_recall(same, same[:7] + 1) == (0.0, 0.0)
 
 
-def test_precision_recall_of_float16_and_read_only_arrays():
-    real, fake = rows(12, 50, 8).astype(np.float16), rows(13, 40, 8).astype(np.float16)
-    real.setflags(write=False)
-    assert precision_recall(real, fake) == exact_precision_recall(real, fake)
+def test_precision_recall_count_points_on_the_very_border_as_inside(first_look):
+    corners = np.array(np.meshgrid(*[[0, 4]] * 3)).reshape(3, -1).T.astype(np.float32)  # k = 3: radius 4
+    on_border = corners + np.array([-4, 0, 0], np.float32)
+    beyond = np.nextafter(on_border[on_border[:, 0] < 0], -9)[:, :1] * [1, 0, 0] + corners[:4] * [0, 1, 1]
+    assert precision_recall(corners, on_border) == exact_precision_recall(corners, on_border) == (1.0, 1.0)
+    assert precision_recall(corners, beyond) == exact_precision_recall(corners, beyond)
+    assert precision_recall(corners, beyond)[0] == 0
+
+
+def test_precision_recall_of_collapsed_samples_equal_the_slow_count(first_look):
+    real = np.repeat(rows(14, 20, 24), 6, axis=0) + 0.003 * rows(15, 120, 24)
+    fake = np.repeat(rows(14, 20, 24)[:9], 11, axis=0) + 0.003 * rows(16, 99, 24)
+    counts = exact_precision_recall(real, fake)
+    assert precision_recall(real, fake) == counts
+    assert 0 < min(counts) < 1
+
+
+def test_precision_recall_of_float16_whose_squares_overflow():
+    real, fake = (rows(seed, 90, 16) for seed in (17, 18))
+    large = [(part * 9000).clip(-65000, 65000).astype(np.float16) for part in (real, fake)]
+    assert precision_recall(*large) == exact_precision_recall(*large)
+    assert 0 < precision_recall(*large)[1] < 1
+
+
+def layouts(values: np.ndarray) -> dict[str, object]:
+    """The same numbers as users hold them."""
+    read_only = values.copy()
+    read_only.setflags(write=False)
+    return {
+        "float64": values.astype(np.float64),
+        "read-only": read_only,
+        "Fortran": np.asfortranarray(values),
+        "strided": np.repeat(values, 2, axis=0)[::2],
+        "reversed": values[::-1].copy()[::-1],
+        "big-endian": values.astype(">f4"),
+        "tensor": torch.from_numpy(values.copy()),
+        "Fortran tensor": torch.from_numpy(np.asfortranarray(values)),
+        "with gradient": torch.from_numpy(values.copy()).requires_grad_(),
+    }
+
+
+def test_scores_do_not_depend_on_the_layout_of_their_input():
+    x, y = rows(12, 50, 8), rows(13, 40, 8) * 0.9 + 0.1
+    for name in layouts(x):
+        real, fake = layouts(x)[name], layouts(y)[name]
+        assert precision_recall(real, fake) == exact_precision_recall(x, y), name
+        assert inception_score(fake) == inception_score(y), name
+        assert kernel_distance(real, fake, 3, 20) == kernel_distance(x, y, 3, 20), name
+        parts = [part.astype(np.float32) for part in (*statistics(x), *statistics(y))]
+        given = [layouts(part)[name] for part in parts]
+        assert_allclose(frechet_distance(*given), frechet_distance(*parts), rtol=1e-12)
+
+
+def test_scores_take_float16():
+    x, y = (rows(seed, 50, 8).astype(np.float16) for seed in (12, 13))
+    assert precision_recall(x, y) == exact_precision_recall(x, y)
+    assert inception_score(x) == inception_score(x.astype(np.float64))
+    assert kernel_distance(x, y, 3, 20) == kernel_distance(x.astype(np.float64), y.astype(np.float64), 3, 20)
 
 
 def test_precision_recall_of_too_few_images_names_them():
@@ -198,8 +337,62 @@ def test_precision_recall_of_too_few_images_names_them():
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
 
 
-def test_precision_recall_refuse_other_dimensions_and_nan():
-    with pytest.raises(ValueError, match=r"with one d, got shapes \(\(9, 2\), \(9, 3\)\)"):
-        precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
-    with pytest.raises(ValueError, match="finite features"):
-        precision_recall(np.zeros((9, 2)), np.full((9, 2), np.nan))
+@pytest.mark.parametrize("score", [precision_recall, kernel_distance])
+def test_scores_of_two_sets_name_what_they_cannot_read(score):
+    good = np.zeros((9, 2))
+    for bad, message in [
+        (
+            np.zeros((9, 3)),
+            r"features must be \(n, d\) and \(m, d\) with one d, got shapes \(\(9, 2\), \(9, 3\)\)",
+        ),
+        (np.zeros(9), r"with one d, got shapes \(\(9, 2\), \(9,\)\)"),
+        (np.full((9, 2), np.nan), "fake features must be finite, got 18 entries that are not"),
+        (np.zeros((9, 2), int), "fake features must be real floats, got int64"),
+        (torch.zeros(9, 2, dtype=torch.uint8), "fake features must be real floats, got torch.uint8"),
+        (np.zeros((0, 2)), "fake=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            score(good, bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_precision_recall_on_the_gpu_equal_the_cpu(golden):
+    real, fake = (torch.from_numpy(golden[key]) for key in ("real_pool", "fake_pool"))
+    assert precision_recall(real.cuda(), fake.cuda()) == precision_recall(real, fake)
+
+
+def test_kernel_distance_equals_golden(golden):
+    case = CASES["main"]["torch_fidelity"]["kid_subset100x20_poly"]
+    mean, std = kernel_distance(golden["real_pool"], golden["fake_pool"], subsets=20, subset_size=100)
+    assert_allclose(mean, case["kernel_inception_distance_mean"], rtol=1e-5)
+    assert_allclose(std, case["kernel_inception_distance_std"], rtol=1e-5)
+
+
+def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate():
+    x, y = rows(31, 14, 6).astype(np.float64), rows(32, 14, 6).astype(np.float64) * 1.2
+    total = 0.0
+    for sign, u, v in ((1, x, x), (1, y, y), (-2, x, y)):
+        for i in range(14):
+            for j in range(14):
+                if u is not v:
+                    total += sign * (u[i] @ v[j] / 6 + 1) ** 3 / 14**2
+                elif i != j:
+                    total += sign * (u[i] @ v[j] / 6 + 1) ** 3 / (14 * 13)
+    assert_allclose(kernel_distance(x, y, subsets=2, subset_size=14), (total, 0), rtol=1e-9, atol=1e-12)
+
+
+def test_kernel_distance_leaves_the_global_generators_alone():
+    x, y = rows(33, 30, 6), rows(34, 25, 6)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = kernel_distance(x, y, 5, 10)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert first == kernel_distance(x, y, 5, 10) != kernel_distance(x, y, 5, 10, seed=1)
+
+
+def test_kernel_distance_of_fewer_images_than_a_subset_names_both():
+    with pytest.raises(ValueError, match="subset_size=1000, real=30, fake=1200"):
+        kernel_distance(np.zeros((30, 2)), np.zeros((1200, 2)))
+    with pytest.raises(ValueError, match="got subsets=0"):
+        kernel_distance(np.zeros((30, 2)), np.zeros((30, 2)), subsets=0, subset_size=10)

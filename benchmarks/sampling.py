@@ -1,0 +1,167 @@
+"""Sampling beside LightningDiT's scheme, what each saving brings and costs: `python -m benchmarks.sampling`.
+
+The baseline runs both halves of the guided batch at each of 250 Euler updates. Every other row samples from
+the same checkpoint and noise: its speed is taken in turn with the baseline's, its quality from 1,000 images
+against the held-out digits. `over` is the Fréchet distance over that of 250 guided Euler updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.side_by_side import interleaved, machine, save, summary
+from flashdit import generate
+from flashdit.evaluation.evaluate import Plan, evaluate
+from flashdit.evaluation.extractors import build_extractor
+from flashdit.evaluation.reference import KeptReference
+from flashdit.evaluation.sources import GeneratedSource
+from flashdit.flow.guidance import scale_at
+from flashdit.generate import CheckpointGenerator, SamplingOptions, balanced_labels, load_generator
+
+BASELINE = "both halves, euler 250"
+METRICS = ["fid", "accuracy"]
+SOLVERS = (
+    ("euler", 250),
+    ("euler", 100),
+    ("euler", 50),
+    ("euler", 25),
+    ("heun", 25),
+    ("heun", 12),
+    ("dpm++2m", 25),
+    ("dpm++2m", 15),
+    ("dpm++2m", 10),
+    ("unipc", 25),
+    ("unipc", 15),
+    ("unipc", 10),
+    ("unipc", 8),
+)
+
+
+def guide_always(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    labels: Tensor,
+    null_label: int,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, float], Tensor]:
+    """Returns the guided velocity as LightningDiT computes it: both halves run at every time."""
+    both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+
+    def v(x_t: Tensor, t: float) -> Tensor:
+        times = torch.full((2 * len(x_t),), t, device=x_t.device)
+        v_cond, v_uncond = model(torch.cat([x_t, x_t]), times, both_labels).chunk(2)
+        return v_uncond + scale_at(t, scale, interval) * (v_cond - v_uncond)
+
+    return v
+
+
+@contextmanager
+def guided_always() -> Iterator[None]:
+    """Samples by LightningDiT's scheme within."""
+    kept, generate.guide = generate.guide, guide_always
+    try:
+        yield
+    finally:
+        generate.guide = kept
+
+
+def draw(generator: CheckpointGenerator, options: SamplingOptions, count: int) -> None:
+    """Draws so many images and drops them."""
+    for _ in generator.generate(balanced_labels(count, generator.num_classes, options.seed), options):
+        pass
+
+
+def quality(
+    generator: CheckpointGenerator, options: SamplingOptions, count: int, reference: KeptReference
+) -> Any:
+    """Returns Fréchet distance and accuracy of so many images."""
+    labels = balanced_labels(count, generator.num_classes, options.seed)
+    samples = GeneratedSource(generator, labels, options)
+    return evaluate(Plan(samples, reference.extractor, reference, METRICS)).scores.values
+
+
+def measure(
+    generator: CheckpointGenerator, compiled: CheckpointGenerator | None, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Returns a record for each way to sample."""
+    base = replace(generator.sampling, cfg_scale=arguments.cfg_scale, batch_size=arguments.batch)
+    reference = KeptReference("digits", build_extractor("digits").eval())
+    ways = {f"{name} {steps}": replace(base, sampler=name, steps=steps) for name, steps in SOLVERS}
+
+    def baseline() -> None:
+        with guided_always():
+            draw(generator, replace(base, sampler="euler", steps=250), arguments.batch)
+
+    runs: dict[str, Callable[[], object]] = {BASELINE: baseline}
+    for name, options in ways.items():
+        runs[name] = lambda options=options: draw(generator, options, arguments.batch)
+        if compiled is not None:
+            runs[f"{name} compiled"] = lambda options=options: draw(compiled, options, arguments.batch)
+    seconds = interleaved(runs, arguments.rounds, "sampling")
+    speeds = {name: summary(taken, seconds[BASELINE]) for name, taken in seconds.items()}
+    exact = quality(generator, ways["euler 250"], arguments.num_images, reference)
+    records = []
+    for name, options in ways.items():
+        found = exact if name == "euler 250" else quality(generator, options, arguments.num_images, reference)
+        record = {"way": name, "evaluations": generator.nfe(options), "speed": speeds[name]}
+        if compiled is not None:
+            record["compiled"] = speeds[f"{name} compiled"]
+        over = found["fid"] / exact["fid"]
+        records.append(record | {"frechet": found["fid"], "over": over, "accuracy": found["accuracy"]})
+    return records
+
+
+def to_markdown(records: list[dict[str, Any]], cfg_scale: float) -> str:
+    """Returns the table."""
+    lines = [
+        f"Guidance {cfg_scale:g}; times as fast as LightningDiT's 250 Euler updates of both halves.",
+        "",
+        "| way | evaluations | times as fast | compiled | Fréchet | over euler 250 | accuracy |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        speeds = [record[key]["times_as_fast"] if key in record else None for key in ("speed", "compiled")]
+        cells = [
+            record["way"],
+            str(record["evaluations"]),
+            *("" if speed is None else f"{speed:.1f}" for speed in speeds),
+            f"{record['frechet']:.4f}",
+            f"{record['over']:.3f}",
+            f"{record['accuracy']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measures every way to sample and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", help="a run on digits (default: the newest run)")
+    parser.add_argument("--cfg-scale", type=float, default=1.5)
+    parser.add_argument("--batch", type=int, default=50, help="images of a timed draw")
+    parser.add_argument("--num-images", type=int, default=1000, help="images that quality is taken of")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="time the compiled model as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    generator, compiled = load_generator(arguments.checkpoint), None
+    if arguments.compile:
+        compiled = load_generator(arguments.checkpoint)
+        compiled.compile()
+    content = {"machine": machine(), "options": vars(arguments)}
+    records = measure(generator, compiled, arguments)
+    content |= {"records": records, "load_after": os.getloadavg()[0]}
+    save("sampling", content, to_markdown(records, arguments.cfg_scale))
+
+
+if __name__ == "__main__":
+    main()
