@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,7 +19,7 @@ from flashdit.classes import ALL, class_ids, equal_shares, random_labels
 from flashdit.cli import add_device, add_sampling, run_script, sampling_options
 from flashdit.generate import CheckpointGenerator, SamplingOptions, load_generator
 from flashdit.registry import unknown
-from flashdit.samples import FORMATS, GRID, GRID_CLASSES, PER_CLASS, SampleFolder, digest
+from flashdit.samples import FORMATS, GRID, GRID_CLASSES, PER_CLASS, SampleFolder, digest, make_recipe
 
 LABELS = ("balanced", "random")
 
@@ -67,30 +65,19 @@ def make_labels(arguments: argparse.Namespace, class_names: Sequence[str], seed:
     return equal_shares(count, ids) if arguments.labels == "balanced" else random_labels(count, ids, seed)
 
 
-def make_recipe(
-    arguments: argparse.Namespace, generator: CheckpointGenerator, labels: Tensor, options: SamplingOptions
-) -> dict[str, Any]:
-    """Returns all that the images are made with."""
-    return {
-        **generator.recipe(),
-        "sampling": asdict(options),
-        "nfe": generator.nfe(options),
-        "compile": arguments.compile,
-        "device": generator.space.mean.device.type,
-        "labels": f"{arguments.labels}{', in order' if arguments.labels == 'balanced' else ''}",
-        "classes": labels.unique().tolist(),
-        "num_images": len(labels),
-        "format": arguments.format,
-        "title": f"step {generator.step}, {options}",
-    }
-
-
 def open_folder(
     arguments: argparse.Namespace, generator: CheckpointGenerator, options: SamplingOptions
 ) -> SampleFolder:
     """Returns the folder to fill, checked; nothing is written yet."""
     labels = make_labels(arguments, generator.class_names, options.seed)
-    recipe = make_recipe(arguments, generator, labels, options)
+    recipe = make_recipe(
+        generator,
+        labels,
+        options,
+        order=arguments.labels,
+        is_compiled=arguments.compile,
+        form=arguments.format,
+    )
     name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
     path = arguments.output or generator.run_dir / "samples" / name
     return SampleFolder(path, recipe, labels, generator.class_names)

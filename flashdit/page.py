@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-import gradio as gr
-from gradio.themes import Default
+import gradio as gr  # pyright: ignore[reportMissingImports]
+from gradio.themes import Default  # pyright: ignore[reportMissingImports]
 
 from flashdit.flow.samplers import SAMPLERS
 from flashdit.generate import CheckpointGenerator
@@ -61,13 +61,14 @@ def make_page(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE_S, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
-            with gr.Column(scale=1, min_width=300), gr.Group():
-                model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
-                beside = gr.Dropdown(
-                    [NOBODY, *names], label="Beside it", elem_id="beside", visible=len(names) > 1
-                )
-                controls = make_controls(studio.generators[names[0]])
+            with gr.Column(scale=1, min_width=300):
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
+                with gr.Group():
+                    model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
+                    beside = gr.Dropdown(
+                        [NOBODY, *names], label="Beside it", elem_id="beside", visible=len(names) > 1
+                    )
+                    controls = make_controls(studio.generators[names[0]])
             with gr.Column(scale=3, min_width=480), gr.Row():
                 sides = [make_side(place) for place in range(SIDES)]
 
@@ -78,8 +79,8 @@ def make_page(studio: Studio) -> gr.Blocks:
             try:
                 made = [studio.make(plan) for plan in studio.plans(chosen, request)]
             except ValueError as error:
-                sentence = html.escape(str(error), quote=False)
-                raise gr.Error(sentence, title="This cannot be drawn", print_exception=False) from error
+                gr.Warning(html.escape(str(error), quote=False))
+                return [gr.skip()] * len(outputs)  # what was there stays
             shown = [show(name, pictures) for name, pictures in zip(chosen, made, strict=True)]
             return [value for side in (*shown, *[hide()] * (SIDES - len(shown))) for value in side]
 
@@ -159,7 +160,7 @@ def make_side(place: int) -> Side:
             elem_classes="pictures",
             elem_id=f"images-{place}",
         )
-        gr.Markdown("**The first image**, as the model predicts it at time t (0 noise, 1 data)")
+        gr.Markdown("**The first image** as predicted at time t, from 0 (noise) to 1 (data)")
         film = gr.Gallery(
             label="Film",
             show_label=False,

@@ -15,6 +15,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.files import write_atomically, write_json
-from flashdit.generate import Batch
+from flashdit.generate import Batch, CheckpointGenerator, SamplingOptions
 from flashdit.pictures import labelled_grid, rows_by_class, save_png
 from flashdit.registry import unknown
 
@@ -33,6 +34,39 @@ FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS = "recipe.json", "samples.npz", "grid.png", ".parts"
 CHANGES_NO_IMAGE = ("checkpoint", "vae", "batch_size", "nfe", "nfe_max", "finished", "device")
 PER_CLASS, GRID_CLASSES = 10, 10
+
+
+def make_recipe(
+    generator: CheckpointGenerator,
+    labels: Tensor,
+    options: SamplingOptions,
+    *,
+    order: str = "balanced",
+    is_compiled: bool = False,
+    form: str = "both",
+) -> dict[str, Any]:
+    """Returns all that images are made with.
+
+    Args:
+        generator: The model.
+        labels: (N,) int64.
+        options: How to sample.
+        order: How the labels came about, `balanced` or `random`.
+        is_compiled: Whether the model runs compiled.
+        form: One of `FORMATS`.
+    """
+    return {
+        **generator.recipe(),
+        "sampling": asdict(options),
+        "nfe": generator.nfe(options),
+        "compile": is_compiled,
+        "device": generator.space.mean.device.type,
+        "labels": f"{order}{', in order' if order == 'balanced' else ''}",
+        "classes": labels.unique().tolist(),
+        "num_images": len(labels),
+        "format": form,
+        "title": f"step {generator.step}, {options}",
+    }
 
 
 def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from flashdit.flow.times import TIMES
 from flashdit.generate import ImageGenerator, SamplingOptions, balanced_labels, nfe
 from flashdit.latents import LatentSpace
 from flashdit.models.dit import FlashDiT
+from flashdit.models.recompute import keep_matmuls
 from flashdit.pictures import labelled_grid, rows_by_class
 from flashdit.start import start_from
 from flashdit.training.checkpoint import list_checkpoints
@@ -126,6 +127,10 @@ class Trainer(TrainingLoop):
         check_accuracy(options.metrics, extractor, self.class_names)
         self.reference = KeptReference(options.reference or self.config.data["name"], extractor)
         self.ranks = Ranks.start(str(self.device))
+
+    def checkpoint_activations(self) -> None:
+        """Makes the model compute its blocks, or what is cheap in them, again in the backward pass."""
+        self.model.enable_gradient_checkpointing(keep_matmuls if self.config.training.keep_matmuls else None)
 
     def examples(self) -> tuple[Dataset, int]:
         """Returns latents with their noise, times and dropped labels, by position."""

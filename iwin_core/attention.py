@@ -152,8 +152,10 @@ class IwinAttention(nn.Module):
 
     def attend_windows(self, windows: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns multi-head attention inside each window (windows, m, C), `bias` added to the logits."""
-        q, k, v = rearrange(
-            self.qkv(windows), "g m (three heads d) -> three g heads m d", three=3, heads=self.num_heads
+        # Split before the heads are: in the backward pass the three gradients then lie as they are joined.
+        q, k, v = (
+            rearrange(part, "g m (heads d) -> g heads m d", heads=self.num_heads)
+            for part in self.qkv(windows).chunk(3, dim=-1)
         )
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=bias)
         return self.proj(rearrange(out, "g heads m d -> g m (heads d)"))

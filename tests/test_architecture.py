@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # of flashdit; rooms in one set never import each other
-    {"registry", "seeds", "files", "vae_ldm"},
+    {"registry", "seeds", "files", "vae_ldm", "heap"},
     {"models", "flow", "latents", "data", "training", "classes"},
     {"encode", "generate", "pictures", "start", "charts", "card"},
     {"pipeline", "evaluation", "encode_folder", "samples"},
     {"config"},
     {"trainer", "cli", "assets", "classification"},
-    {"sweep", "export", "budget", "curves"},
-    {"plot", "posthoc", "estimate"},
+    {"sweep", "export", "budget", "curves", "studio"},
+    {"plot", "posthoc", "estimate", "page"},
+    {"app"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 IWIN_CORE_EXTRAS = {  # what iwin_core itself runs without

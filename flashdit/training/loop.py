@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from flashdit.files import write_atomically
+from flashdit.heap import keep_freed_memory
 from flashdit.seeds import generator_for
 from flashdit.training.checkpoint import (
     check_room,
@@ -70,6 +71,8 @@ class TrainingLoop(ABC):
         self.config_text = to_yaml(config)
         self.accelerator = make_accelerator(training)
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.run_dir = Path(config.run.dir)
         self.batch_size = share_of_batch(training, self.accelerator.num_processes)
         checkpoints = list_checkpoints(self.run_dir)

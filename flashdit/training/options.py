@@ -32,6 +32,8 @@ class TrainingOptions:
     """What torch.compile takes: `none`, each `block` (starts soonest), or the whole `model`."""
     gradient_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass to save memory."""
+    keep_matmuls: bool = False
+    """With it, whether FlashDiT keeps the outputs of matrix products and computes only the rest again."""
     workers: int = 0
     """Processes that read data, for each training process."""
     log_every: int = 100

@@ -122,9 +122,11 @@ def test_bfloat16_and_activation_checkpointing_train(tiny_overrides, tmp_path, p
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in records(tmp_path / "run"))
 
 
-def test_activation_checkpointing_changes_no_result(tiny_overrides, tmp_path):
+@pytest.mark.parametrize("keep", ["false", "true"])
+def test_activation_checkpointing_changes_no_result(tiny_overrides, tmp_path, keep):
     train(tiny_overrides)
-    train(tiny_overrides, f"run.dir={tmp_path / 'saving'}", "training.gradient_checkpointing=true")
+    saving = ("training.gradient_checkpointing=true", f"training.keep_matmuls={keep}")
+    train(tiny_overrides, f"run.dir={tmp_path / 'saving'}", *saving)
     assert_same_runs(tmp_path / "run", tmp_path / "saving", 6)
 
 

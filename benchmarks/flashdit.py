@@ -1,0 +1,244 @@
+"""FlashDiT beside LightningDiT: `python -m benchmarks.flashdit`.
+
+LightningDiT is our global-attention configuration (RoPE, sin-cos table, PyTorch's scaled dot-product
+attention), which golden numbers hold equal to the released model. Both run in turn in one process. Where a
+CUDA device is, the defaults are XL in bf16, eager and compiled; else B in float32 on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.dit_runs import DTYPES, FORWARD, MODELS, PARTS, Clock, Subject
+from benchmarks.side_by_side import RESULTS, machine, save
+from flashdit.charts import COLOURS, new_axes, save_figure
+from flashdit.cli import add_device, run_script
+from flashdit.heap import keep_freed_memory
+from flashdit.models.dit import SIZES
+from flashdit.training.meter import matmul_peak, peak_memory_bytes
+
+Rows = list[dict[str, Any]]
+FORWARD_ALONE = 128  # from this side on, nothing is trained
+BASELINE = "LightningDiT"
+
+
+def in_turn(subjects: dict[str, Subject], part: str, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Returns (seconds by the device, by the wall) of each subject, all taken in turn after one warm-up."""
+    runs = {name: subject.run(part) for name, subject in subjects.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for number in tqdm(range(rounds + 1), part, unit="round", leave=False):
+        for name, run in runs.items():
+            taken = clock.time(run)
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def summarise(times: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
+    """Returns for each subject medians, spread, and its time over LightningDiT's, round by round."""
+    rows = {}
+    for name, taken in times.items():
+        seconds, wall = ([pair[i] for pair in taken] for i in (0, 1))
+        theirs = [pair[0] for pair in times[name.replace("FlashDiT", BASELINE)]]
+        ratios = [ours / other for ours, other in zip(seconds, theirs, strict=True)]
+        rows[name] = {
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "max_s": max(seconds),
+            "median_wall_s": statistics.median(wall),
+            "images_per_s": batch / statistics.median(seconds),
+            "time_over_lightningdit": statistics.median(ratios),
+            "ratio_spread": (min(ratios), max(ratios)),
+        }
+    return rows
+
+
+def measure_side(side: int, arguments: argparse.Namespace, clock: Clock) -> Rows:
+    """Returns one row for each part and subject at one latent size."""
+    torch.compiler.reset()
+    batch = max(1, arguments.batch * 256 // side**2)
+    ways = ("eager", "compiled") if arguments.compile else ("eager",)
+    subjects = {
+        f"{name} {way}": Subject(name, side, batch, way == "compiled", arguments)
+        for way in ways
+        for name in MODELS
+    }
+    parts = [part for part in arguments.parts if side < FORWARD_ALONE or part.endswith(FORWARD)]
+    rows = []
+    for part in tqdm(parts, f"{side}²", unit="part"):
+        found = summarise(in_turn(subjects, part, arguments.rounds, clock), batch)
+        for name, row in found.items():
+            flops = subjects[name].flops(part)
+            rate = {"flops_per_s": flops * row["images_per_s"]} if flops else {}
+            rows.append({"side": side, "batch": batch, "part": part, "subject": name, **row, **rate})
+    return rows
+
+
+def add_memory(rows: Rows, arguments: argparse.Namespace) -> None:
+    """Adds the peak memory of whole-model parts, each run once in a fresh process."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process holds is not left to them
+    for row in tqdm([row for row in rows if "flops_per_s" in row], "memory", unit="process"):
+        name = f"{row['part']}:{row['subject']}:{row['side']}"
+        command = [sys.executable, "-m", "benchmarks.flashdit", "--memory-of", name]
+        for option in ("size", "device", "dtype", "batch", "depth", "threads"):
+            command += [f"--{option}", str(getattr(arguments, option))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        row["peak_memory_gib"] = float(done.stdout.split()[-1]) / 2**30
+
+
+def memory_of(name: str, arguments: argparse.Namespace) -> int:
+    """Returns the peak bytes of this process after the run `part:subject:side`."""
+    part, subject, side = name.split(":")
+    batch = max(1, arguments.batch * 256 // int(side) ** 2)
+    model, way = subject.split()
+    Subject(model, int(side), batch, way == "compiled", arguments).run(part)()
+    if arguments.device != "cpu":
+        return peak_memory_bytes(torch.device(arguments.device))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def exponents(rows: Rows) -> dict[str, float]:
+    """Returns for each part and subject the exponent of tokens in the time of an image, by least squares."""
+    found = {}
+    for part, subject in dict.fromkeys((row["part"], row["subject"]) for row in rows):
+        points = [(row["side"] ** 2, 1 / row["images_per_s"]) for row in rows_of(rows, part, subject)]
+        if len(points) > 1:
+            tokens, seconds = np.log(np.array(points).T)
+            found[f"{part}: {subject}"] = float(np.polyfit(tokens, seconds, 1)[0])
+    return found
+
+
+def rows_of(rows: Rows, part: str, subject: str) -> Rows:
+    """Returns the rows of one part and subject."""
+    return [row for row in rows if (row["part"], row["subject"]) == (part, subject)]
+
+
+def table(content: dict[str, Any]) -> str:
+    """Returns the Markdown."""
+    about, peak = content["about"], content["matmul_peak_flops"]
+    kept = "freed memory is kept" if about["memory_kept"] else "freed memory goes back to the system"
+    lines = [
+        f"size {about['size']} of depth {about['depth']}, {about['dtype']}, {about['device']}, "
+        f"{about['gpu'] or about['processor']}, {about['threads']} thread(s), {kept}; matmul peak "
+        f"{peak / 1e12:.3g} TFLOP/s; load {about['load_before']:.1f} before and {about['load_after']:.1f} "
+        f"after; time by {about['clock']}, medians of {about['rounds']} interleaved rounds; torch "
+        f"{about['torch']}",
+        "",
+        "| latents, batch | part | model | ms an image | spread | images/s | time over LightningDiT's | "
+        "of matmul peak | peak memory |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in content["rows"]:
+        scale = 1e3 / row["batch"]
+        low, high = row["ratio_spread"]
+        cells = [
+            f"{row['side']}², {row['batch']}",
+            row["part"],
+            row["subject"],
+            f"{row['median_s'] * scale:.4g}",
+            f"{row['min_s'] * scale:.4g}–{row['max_s'] * scale:.4g}",
+            f"{row['images_per_s']:.4g}",
+            "1"
+            if BASELINE in row["subject"]
+            else f"{row['time_over_lightningdit']:.3f} ({low:.3f}–{high:.3f})",
+            f"{row['flops_per_s'] / peak:.0%}" if "flops_per_s" in row else "",
+            f"{row['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Time of an image grows with its tokens to the power of:", ""]
+    lines += [f"- {name}: {exponent:.3f}" for name, exponent in content["exponents"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Draws seconds of an image against tokens, a panel for each part."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    figure, panels = new_axes(parts, "tokens")
+    for axes, part in zip(panels, parts, strict=True):
+        for subject, colour in zip(subjects, COLOURS, strict=False):
+            of_subject = rows_of(rows, part, subject)
+            tokens = [row["side"] ** 2 for row in of_subject]
+            axes.loglog(
+                tokens, [1 / row["images_per_s"] for row in of_subject], "o-", color=colour, label=subject
+            )
+        axes.set_ylabel("seconds an image", fontsize=9)
+        axes.set_xticks([side**2 for side in (16, 32, 64, 128)], [f"{side}²" for side in (16, 32, 64, 128)])
+        axes.minorticks_off()
+    panels[0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def parse() -> argparse.Namespace:
+    """Returns the options, with what depends on the device filled in."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    add_device(parser)
+    add = parser.add_argument
+    add("--size", choices=SIZES, help="default: XL on a GPU, B on a CPU")
+    add("--dtype", choices=DTYPES, help="bfloat16 is autocast (default: bfloat16 on a GPU, float32 on a CPU)")
+    add(
+        "--sides", type=int, nargs="+", default=[16, 32, 64, 128], help="of the latents; 128 is forward alone"
+    )
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--batch", type=int, help="images at 16²; larger latents take as many tokens (default: 128 or 16)")
+    add("--depth", type=int, help="blocks, where the size's own would take too long")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=1, help="of a CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile as well (default: on a GPU)")
+    add("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="see flashdit.heap")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    add("--quick", action="store_true", help="2 blocks, sides 16 and 32, peak memory not measured")
+    add("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    defaults = {"size": "XL" if on_gpu else "B", "dtype": "bfloat16" if on_gpu else "float32"}
+    defaults |= {"batch": 128 if on_gpu else 16, "compile": on_gpu}
+    if arguments.quick:
+        arguments.sides, arguments.memory, arguments.depth = [16, 32], False, arguments.depth or 2
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.depth = arguments.depth or SIZES[arguments.size]["depth"]
+    return arguments
+
+
+def main() -> None:
+    """Times both models in turn and writes JSON, table and plot."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        print(memory_of(arguments.memory_of, arguments))
+        return
+    on_cpu = torch.device(arguments.device).type == "cpu"
+    clock, device = Clock(arguments.device), torch.device(arguments.device)
+    about = machine() | vars(arguments) | {"clock": clock.unit}
+    about["memory_kept"] = on_cpu and arguments.keep_memory and keep_freed_memory()
+    peaks, rows = [matmul_peak(device, DTYPES[arguments.dtype])], []
+    for side in arguments.sides:
+        rows += measure_side(side, arguments, clock)
+        peaks.append(matmul_peak(device, DTYPES[arguments.dtype]))
+    if arguments.memory:
+        add_memory(rows, arguments)
+    about["load_after"] = os.getloadavg()[0]
+    content = {"about": about, "matmul_peak_flops": max(peaks), "rows": rows, "exponents": exponents(rows)}
+    depth = "" if arguments.depth == SIZES[arguments.size]["depth"] else f"_depth{arguments.depth}"
+    quick = "_quick" if arguments.quick else ""
+    name = f"flashdit_{arguments.size}{depth}_{device.type}_{arguments.dtype}{quick}"
+    save(name, content, table(content))
+    draw(rows, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
