@@ -24,6 +24,7 @@ demo: install
 	@echo 'Try next:'
 	@echo '  $(BIN)/python sample.py --class seven 3 --num-images 20 --cfg-scale 3 --seed 1'
 	@echo '  $(BIN)/python train.py run.dir=runs/windows model.attention.name=window'
+	@echo '  $(BIN)/python -m flashdit.app'
 	@echo '  $(BIN)/accelerate launch train.py --config configs/flashdit_xl.yaml data.path=LATENTS'
 
 test: lint type unit
@@ -43,7 +44,7 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.backbones --backward --batch 8
 	$(BIN)/python -m benchmarks.backbones --size 384 --batch 4
 	$(BIN)/python -m benchmarks.backbones --compile --models Iwin-T Swin-T
-	$(BIN)/python -m benchmarks.flashdit
+	$(BIN)/python -m benchmarks.flashdit --depth 1 --no-memory
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.sampling

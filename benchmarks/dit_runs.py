@@ -52,7 +52,7 @@ class Subject:
             width = self.options["hidden_size"]
             self.x, self.t = torch.randn(batch, 32, side, side), torch.rand(batch)
             self.y, self.target = torch.randint(1000, (batch,)), torch.randn(batch, 32, side, side)
-            self.map = torch.randn(batch, side, side, width, requires_grad=True)
+            self.map = torch.randn(batch, side, side, width, dtype=self.dtype, requires_grad=True)
             self.upstream = torch.randn(batch, side, side, width)
         self.attention = cast(nn.Module, self.model.blocks[0].attn)
         if compiled:

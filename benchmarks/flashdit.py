@@ -25,9 +25,10 @@ from flashdit.charts import COLOURS, new_axes, save_figure
 from flashdit.cli import add_device, run_script
 from flashdit.heap import keep_freed_memory
 from flashdit.models.dit import SIZES
-from flashdit.training.meter import matmul_peak, peak_memory_bytes
+from flashdit.training.meter import matmul_peak
 
 Rows = list[dict[str, Any]]
+SIDES = (16, 32, 64, 128)
 FORWARD_ALONE = 128  # from this side on, nothing is trained
 BASELINE = "LightningDiT"
 
@@ -63,31 +64,56 @@ def summarise(times: dict[str, Any], batch: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def images(side: int, arguments: argparse.Namespace) -> int:
+    """Returns the images of a batch of latents of this side: as many tokens as at 16²."""
+    return max(1, arguments.batch * 256 // side**2)
+
+
 def measure_side(side: int, arguments: argparse.Namespace, clock: Clock) -> Rows:
     """Returns one row for each part and subject at one latent size."""
     torch.compiler.reset()
-    batch = max(1, arguments.batch * 256 // side**2)
+    batch = images(side, arguments)
     ways = ("eager", "compiled") if arguments.compile else ("eager",)
-    subjects = {
-        f"{name} {way}": Subject(name, side, batch, way == "compiled", arguments)
-        for way in ways
-        for name in MODELS
-    }
     parts = [part for part in arguments.parts if side < FORWARD_ALONE or part.endswith(FORWARD)]
+    subjects, memory = {}, {}
+    for way in ways:
+        for name in MODELS:
+            subject = f"{name} {way}"
+            held = torch.cuda.memory_allocated() if on_gpu(arguments) else 0
+            subjects[subject] = Subject(name, side, batch, way == "compiled", arguments)
+            if on_gpu(arguments) and arguments.memory:
+                memory |= {(subject, part): gpu_memory(subjects[subject], part) - held for part in parts}
     rows = []
     for part in tqdm(parts, f"{side}²", unit="part"):
         found = summarise(in_turn(subjects, part, arguments.rounds, clock), batch)
         for name, row in found.items():
             flops = subjects[name].flops(part)
-            rate = {"flops_per_s": flops * row["images_per_s"]} if flops else {}
-            rows.append({"side": side, "batch": batch, "part": part, "subject": name, **row, **rate})
+            row |= {"side": side, "batch": batch, "part": part, "subject": name}
+            if flops:
+                row["flops_per_s"] = flops * row["images_per_s"]
+            if (name, part) in memory:
+                row["peak_memory_gib"] = memory[name, part] / 2**30
+            rows.append(row)
     return rows
 
 
-def add_memory(rows: Rows, arguments: argparse.Namespace) -> None:
-    """Adds the peak memory of whole-model parts, each run once in a fresh process."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what this process holds is not left to them
+def on_gpu(arguments: argparse.Namespace) -> bool:
+    """Returns whether the models run on a GPU."""
+    return torch.device(arguments.device).type == "cuda"
+
+
+def gpu_memory(subject: Subject, part: str) -> int:
+    """Returns the peak bytes allocated while a part runs, after one warm-up."""
+    run = subject.run(part)
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def add_cpu_memory(rows: Rows, arguments: argparse.Namespace) -> None:
+    """Adds the peak memory of the parts of whole models, each run once in a fresh process."""
     for row in tqdm([row for row in rows if "flops_per_s" in row], "memory", unit="process"):
         name = f"{row['part']}:{row['subject']}:{row['side']}"
         command = [sys.executable, "-m", "benchmarks.flashdit", "--memory-of", name]
@@ -97,14 +123,12 @@ def add_memory(rows: Rows, arguments: argparse.Namespace) -> None:
         row["peak_memory_gib"] = float(done.stdout.split()[-1]) / 2**30
 
 
-def memory_of(name: str, arguments: argparse.Namespace) -> int:
+def cpu_memory(name: str, arguments: argparse.Namespace) -> int:
     """Returns the peak bytes of this process after the run `part:subject:side`."""
     part, subject, side = name.split(":")
-    batch = max(1, arguments.batch * 256 // int(side) ** 2)
     model, way = subject.split()
+    batch = images(int(side), arguments)
     Subject(model, int(side), batch, way == "compiled", arguments).run(part)()
-    if arguments.device != "cpu":
-        return peak_memory_bytes(torch.device(arguments.device))
     status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -175,7 +199,7 @@ def draw(rows: Rows, path: Path) -> None:
                 tokens, [1 / row["images_per_s"] for row in of_subject], "o-", color=colour, label=subject
             )
         axes.set_ylabel("seconds an image", fontsize=9)
-        axes.set_xticks([side**2 for side in (16, 32, 64, 128)], [f"{side}²" for side in (16, 32, 64, 128)])
+        axes.set_xticks([side**2 for side in SIDES], [f"{side}²" for side in SIDES])
         axes.minorticks_off()
     panels[0].legend(fontsize=7)
     save_figure(figure, path)
@@ -188,9 +212,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--size", choices=SIZES, help="default: XL on a GPU, B on a CPU")
     add("--dtype", choices=DTYPES, help="bfloat16 is autocast (default: bfloat16 on a GPU, float32 on a CPU)")
-    add(
-        "--sides", type=int, nargs="+", default=[16, 32, 64, 128], help="of the latents; 128 is forward alone"
-    )
+    add("--sides", type=int, nargs="+", default=list(SIDES), help="of the latents; 128 is forward alone")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--batch", type=int, help="images at 16²; larger latents take as many tokens (default: 128 or 16)")
     add("--depth", type=int, help="blocks, where the size's own would take too long")
@@ -202,9 +224,9 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="2 blocks, sides 16 and 32, peak memory not measured")
     add("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    defaults = {"size": "XL" if on_gpu else "B", "dtype": "bfloat16" if on_gpu else "float32"}
-    defaults |= {"batch": 128 if on_gpu else 16, "compile": on_gpu}
+    gpu = on_gpu(arguments)
+    defaults = {"size": "XL" if gpu else "B", "dtype": "bfloat16" if gpu else "float32"}
+    defaults |= {"batch": 128 if gpu else 16, "compile": gpu}
     if arguments.quick:
         arguments.sides, arguments.memory, arguments.depth = [16, 32], False, arguments.depth or 2
     for name, value in defaults.items():
@@ -214,28 +236,35 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def file_name(arguments: argparse.Namespace) -> str:
+    """Returns the name of the results; a depth and sides that are not the usual ones are in it."""
+    name = f"flashdit_{arguments.size}_{torch.device(arguments.device).type}_{arguments.dtype}"
+    if arguments.depth != SIZES[arguments.size]["depth"]:
+        name += f"_depth{arguments.depth}"
+    if arguments.sides != list(SIDES):
+        name += "_sides" + "-".join(map(str, arguments.sides))
+    return name
+
+
 def main() -> None:
     """Times both models in turn and writes JSON, table and plot."""
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
-        print(memory_of(arguments.memory_of, arguments))
+        print(cpu_memory(arguments.memory_of, arguments))
         return
-    on_cpu = torch.device(arguments.device).type == "cpu"
     clock, device = Clock(arguments.device), torch.device(arguments.device)
     about = machine() | vars(arguments) | {"clock": clock.unit}
-    about["memory_kept"] = on_cpu and arguments.keep_memory and keep_freed_memory()
+    about["memory_kept"] = device.type == "cpu" and arguments.keep_memory and keep_freed_memory()
     peaks, rows = [matmul_peak(device, DTYPES[arguments.dtype])], []
     for side in arguments.sides:
         rows += measure_side(side, arguments, clock)
         peaks.append(matmul_peak(device, DTYPES[arguments.dtype]))
-    if arguments.memory:
-        add_memory(rows, arguments)
+    if arguments.memory and not on_gpu(arguments):
+        add_cpu_memory(rows, arguments)
     about["load_after"] = os.getloadavg()[0]
     content = {"about": about, "matmul_peak_flops": max(peaks), "rows": rows, "exponents": exponents(rows)}
-    depth = "" if arguments.depth == SIZES[arguments.size]["depth"] else f"_depth{arguments.depth}"
-    quick = "_quick" if arguments.quick else ""
-    name = f"flashdit_{arguments.size}{depth}_{device.type}_{arguments.dtype}{quick}"
+    name = file_name(arguments)
     save(name, content, table(content))
     draw(rows, RESULTS / f"{name}.png")
 

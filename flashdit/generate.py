@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flashdit.classes import balanced_labels, class_ids
 from flashdit.flow.guidance import check_interval, evaluations, guide
 from flashdit.flow.samplers import ADAPTIVE, make_sampler, time_grid
+from flashdit.heap import keep_freed_memory
 from flashdit.latents import LatentSpace
 from flashdit.models.dit import FlashDiT
 from flashdit.registry import unknown
@@ -133,6 +134,8 @@ class ImageGenerator:
     def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str]):
         self.model, self.space, self.class_names = model, space, class_names
         self.velocity: nn.Module = model
+        if space.mean.device.type == "cpu":
+            keep_freed_memory()
         self.num_classes = model.num_classes
         config = model.config
         self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])

@@ -59,6 +59,11 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {value}")
+        if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
+            raise ValueError(
+                "training.keep_matmuls needs gradient_checkpointing and no compile, which does as much by itself, "
+                f"got gradient_checkpointing={self.gradient_checkpointing} and compile={self.compile}"
+            )
 
 
 class LoopConfig(Protocol):

@@ -20,7 +20,8 @@ LAUNCHERS = {
     3: ["-m", "torch.distributed.run", "--nproc_per_node", "3"],
 }
 COUNT = 199  # divisible by neither 2 nor 3
-RTOL = {"fd_199": 1e-9, "sfd_199": 1e-6}  # near-empty spatial dimensions take the root of a rounding error
+# The moments agree to 1e-9; in near-empty dimensions a distance takes the root of their rounding.
+RTOL = {"fd_199": 1e-7, "sfd_199": 1e-6}
 
 
 def evaluate(world: int, folder: Path, samples: Path, *words: str) -> subprocess.CompletedProcess:
