@@ -61,7 +61,7 @@ class TrainingOptions:
                 raise ValueError(f"training.{name} must be at least 1, got {value}")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(
-                "training.keep_matmuls needs gradient_checkpointing and no compile, which does as much by itself, "
+                "training.keep_matmuls needs gradient_checkpointing and no compile, which does it by itself, "
                 f"got gradient_checkpointing={self.gradient_checkpointing} and compile={self.compile}"
             )
 
