@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flashdit.classes import balanced_labels, random_labels
-from flashdit.cli import SAMPLING, add_device, add_sampling, run_script, sampling_options
+from flashdit.cli import SAMPLING, add_device, add_sampling, run_script
 from flashdit.evaluation.cache import CACHE_VARIABLE, FeatureCache
 from flashdit.evaluation.compare import column_names, comparison_rows, read_result, verdicts
 from flashdit.evaluation.evaluate import Plan, evaluate_fully
@@ -19,11 +18,12 @@ from flashdit.evaluation.ranks import processes
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reference_file import NUM_IMAGES, write_reference
 from flashdit.evaluation.report import markdown_table, print_rows, print_table, write_report
-from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names, default_metrics
-from flashdit.evaluation.sources import DigitsSource, GeneratedSource, open_source
+from flashdit.evaluation.scoring import METRICS, check_names
+from flashdit.evaluation.sources import DigitsSource, open_source
 from flashdit.evaluation.table import append_csv, check_csv
 from flashdit.files import write_atomically
-from flashdit.generate import CheckpointGenerator, load_generator
+from flashdit.generate import load_generator
+from flashdit.plans import check_batch_size, chosen_metrics, generated_source, open_extractor, reference_name
 
 LABELS = ("balanced", "random")
 
@@ -96,52 +96,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             )
 
 
-def check_batch_size(arguments: argparse.Namespace) -> None:
-    """Refuses an empty batch."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, got {arguments.batch_size}")
-
-
 def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Opens samples or generator, extractor and reference; returns them and the file to write."""
     check_arguments(arguments)
-    here = arguments.device
     generator = None
     if not arguments.samples:
-        generator = load_generator(arguments.checkpoint, here, arguments.vae, arguments.ema)
-    is_digits = generator is not None and generator.data_name == "digits"
-    reference_name = arguments.reference or ("digits" if is_digits else None)
-    if reference_name is None:
-        raise ValueError("this needs a --reference: an ADM npz, a folder of images, or 'digits'")
-    name = arguments.extractor or ("digits" if reference_name == "digits" else "inception")
-    extractor = build_extractor(name, arguments.extractor_weights).to(here)
+        generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
+    name = reference_name(arguments, generator)
+    extractor = open_extractor(arguments, name)
     classes = extractor.class_names if generator is None else generator.class_names
-    metrics = arguments.metrics or default_metrics(extractor, classes)
-    check_accuracy(metrics, extractor, classes)
+    metrics = chosen_metrics(arguments, extractor, classes)
     if generator is None:
         samples = open_source(arguments.samples, arguments.num_images, extractor.class_names or ())
         default_output = arguments.samples.with_name(f"{arguments.samples.stem}.metrics.json")
     else:
-        samples = generated_source(arguments, generator, 1000 if reference_name == "digits" else 50_000)
+        samples = generated_source(arguments, generator, name)
         default_output = generator.run_dir / "eval" / "metrics.json"
     output = output_file(arguments.output, default_output)
     cache = None if arguments.no_cache else FeatureCache()
-    return Plan(samples, extractor, Reference(reference_name, extractor), metrics, cache), output
-
-
-def generated_source(
-    arguments: argparse.Namespace, generator: CheckpointGenerator, default_count: int
-) -> GeneratedSource:
-    """Returns the source that samples from a generator, its options checked."""
-    options = sampling_options(arguments, generator)
-    count = default_count if arguments.num_images is None else arguments.num_images
-    if count < 1:
-        raise ValueError(f"--num-images must be positive, got {count}")
-    if arguments.labels == "random":
-        labels = random_labels(count, range(max(1, generator.num_classes)), options.seed)
-    else:
-        labels = balanced_labels(count, generator.num_classes, options.seed)
-    return GeneratedSource(generator, labels, options)
+    return Plan(samples, extractor, Reference(name, extractor), metrics, cache), output
 
 
 def output_file(given: Path | None, default: Path) -> Path:

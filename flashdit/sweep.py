@@ -13,18 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashdit.classes import balanced_labels, random_labels
-from flashdit.cli import add_device, add_sampling, sampling_options
+from flashdit.cli import add_device, add_sampling
 from flashdit.evaluation.cache import FeatureCache
 from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.extractors import build_extractor
 from flashdit.evaluation.ranks import processes
 from flashdit.evaluation.reference import KeptReference
 from flashdit.evaluation.report import EvalResult
-from flashdit.evaluation.scoring import METRICS, check_accuracy, check_names, default_metrics
+from flashdit.evaluation.scoring import METRICS, check_names
 from flashdit.evaluation.sources import GeneratedSource
 from flashdit.evaluation.sweeps import Sweep, read_sweeps, table_rows, write_sweep
-from flashdit.generate import CheckpointGenerator, load_generator
+from flashdit.generate import load_generator
+from flashdit.plans import check_batch_size, chosen_metrics, generated_source, open_extractor, reference_name
 
 MOST_SCALES = 1000
 LABELS = ("balanced", "random")
@@ -91,37 +90,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Returns what every scale shares, its samples at the checkpoint's own scale, and the folder to write."""
     check_names(arguments.metrics or ())
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, got {arguments.batch_size}")
+    check_batch_size(arguments)
     generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
-    name = arguments.reference or ("digits" if generator.data_name == "digits" else None)
-    if name is None:
-        raise ValueError("this needs a --reference: an ADM npz, a folder of images, or 'digits'")
-    kind = arguments.extractor or ("digits" if name == "digits" else "inception")
-    extractor = build_extractor(kind, arguments.extractor_weights).to(arguments.device)
-    metrics = arguments.metrics or default_metrics(extractor, generator.class_names)
-    check_accuracy(metrics, extractor, generator.class_names)
-    samples = first_samples(arguments, generator, 1000 if name == "digits" else 50_000)
+    name = reference_name(arguments, generator)
+    extractor = open_extractor(arguments, name)
+    metrics = chosen_metrics(arguments, extractor, generator.class_names)
+    samples = generated_source(arguments, generator, name)
     output = arguments.output or generator.run_dir / "eval" / "sweep"
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got {output}")
     cache = None if arguments.no_cache else FeatureCache()
     return Plan(samples, extractor, KeptReference(name, extractor), metrics, cache), output
-
-
-def first_samples(
-    arguments: argparse.Namespace, generator: CheckpointGenerator, default_count: int
-) -> GeneratedSource:
-    """Returns the samples at the checkpoint's own scale, their options checked."""
-    options = sampling_options(arguments, generator)
-    count = default_count if arguments.num_images is None else arguments.num_images
-    if count < 1:
-        raise ValueError(f"--num-images must be positive, got {count}")
-    if arguments.labels == "random":
-        labels = random_labels(count, range(max(1, generator.num_classes)), options.seed)
-    else:
-        labels = balanced_labels(count, generator.num_classes, options.seed)
-    return GeneratedSource(generator, labels, options)
 
 
 def at_scale(plan: Plan, scale: float) -> Plan:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.config import RunConfig, to_yaml
 from flashdit.encode import open_latents
@@ -27,6 +27,7 @@ from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.generate import ImageGenerator, SamplingOptions, balanced_labels, nfe
 from flashdit.latents import LatentSpace
+from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
 from flashdit.pictures import labelled_grid, rows_by_class
@@ -148,16 +149,17 @@ class Trainer(TrainingLoop):
         return loss.mean(), {name: value.mean() for name, value in terms.items()}
 
     def forward_flops(self) -> float:
-        """Returns the FLOPs of one forward pass, counted on a model without memory."""
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            FlashDiT(**self.config.model).eval()(torch.zeros(1, *self.data.shape), torch.zeros(1))
-        return counter.get_total_flops()
+        """Returns the FLOPs of one forward pass."""
+        return forward_flops(self.config.model)
+
+    @cached_property
+    def copy(self) -> FlashDiT:
+        """The one copy of the model, on the CPU, frozen and in evaluation mode."""
+        with torch.random.fork_rng():
+            return FlashDiT(**self.config.model).eval().requires_grad_(False)
 
     def _holding(self, weights: dict[str, Tensor]) -> FlashDiT:
-        """Returns the one copy of the model, on the CPU and in evaluation mode, with these weights."""
-        if not hasattr(self, "copy"):
-            with torch.random.fork_rng():
-                self.copy = FlashDiT(**self.config.model).eval().requires_grad_(False)
+        """Returns the copy with these weights."""
         self.copy.load_state_dict(weights)
         return self.copy
 
@@ -169,6 +171,8 @@ class Trainer(TrainingLoop):
     def look(self, average: dict[str, Tensor]) -> dict[str, float]:
         """Writes a grid of the EMA's samples, and scores them, each where it is due."""
         preview, evaluation = map(self.due, self.look_every())
+        if not (evaluation or self.main):
+            return {}  # the main process alone draws previews
         model = self._holding(average)
         model.to(self.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         generator = TrainedGenerator(model, self.space, self.class_names, self.step)

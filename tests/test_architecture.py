@@ -15,6 +15,7 @@ LAYERS = [  # of flashdit; rooms in one set never import each other
     {"pipeline", "evaluation", "encode_folder", "samples"},
     {"config"},
     {"trainer", "cli", "assets", "classification"},
+    {"plans"},
     {"sweep", "export", "budget", "curves", "studio"},
     {"plot", "posthoc", "estimate", "page"},
     {"app"},

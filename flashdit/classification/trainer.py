@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,11 +99,14 @@ class ClassifierTrainer(TrainingLoop):
             make_model(self.config.model).eval()(torch.zeros(1, 3, *self.form.image_size))
         return counter.get_total_flops()
 
+    @cached_property
+    def copy(self) -> nn.Module:
+        """The one copy of the model, frozen, that holds the average to be evaluated."""
+        with torch.random.fork_rng():
+            return make_model(self.config.model).requires_grad_(False).to(self.device)
+
     def look(self, average: dict[str, Tensor]) -> dict[str, float]:
         """Returns the EMA's accuracy on the held-out images."""
-        if not hasattr(self, "copy"):
-            with torch.random.fork_rng():
-                self.copy = make_model(self.config.model).requires_grad_(False).to(self.device)
         self.copy.load_state_dict(average)
         self.accuracy = evaluate_classifier(
             self.copy,
