@@ -260,11 +260,16 @@ def main() -> None:
     for side in arguments.sides:
         rows += measure_side(side, arguments, clock)
         peaks.append(matmul_peak(device, DTYPES[arguments.dtype]))
+        write(rows, peaks, about, file_name(arguments))
     if arguments.memory and not on_gpu(arguments):
         add_cpu_memory(rows, arguments)
+        write(rows, peaks, about, file_name(arguments))
+
+
+def write(rows: Rows, peaks: list[float], about: dict[str, Any], name: str) -> None:
+    """Writes JSON, table and plot of what has been measured so far."""
     about["load_after"] = os.getloadavg()[0]
     content = {"about": about, "matmul_peak_flops": max(peaks), "rows": rows, "exponents": exponents(rows)}
-    name = file_name(arguments)
     save(name, content, table(content))
     draw(rows, RESULTS / f"{name}.png")
 

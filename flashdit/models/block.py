@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashdit.models.attention import ATTENTIONS, Place
@@ -52,8 +53,9 @@ class FlashDiTBlock(nn.Module):
             scale_msa, gate_msa, scale_mlp, gate_mlp = chunks.chunk(4, dim=-1)
             shift_msa = shift_mlp = None
         attended = self.attn(modulate(self.norm1(x), scale_msa, shift_msa))
-        x = x + gate_msa[:, None, None] * attended
-        return x + gate_mlp[:, None, None] * self.mlp(modulate(self.norm2(x), scale_mlp, shift_mlp))
+        x = torch.addcmul(x, gate_msa[:, None, None], attended)
+        projected = self.mlp(modulate(self.norm2(x), scale_mlp, shift_mlp))
+        return torch.addcmul(x, gate_mlp[:, None, None], projected)
 
 
 class FinalLayer(nn.Module):

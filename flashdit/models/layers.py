@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,5 +75,5 @@ def make_norm(name: str, dim: int) -> nn.Module:
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """Returns x · (1 + scale) + shift; scale and shift (b, c) hold for every token of x (b, h, w, c)."""
-    scaled = x * (1 + scale[:, None, None])
-    return scaled if shift is None else scaled + shift[:, None, None]
+    factor = 1 + scale[:, None, None]
+    return x * factor if shift is None else torch.addcmul(shift[:, None, None], x, factor)
