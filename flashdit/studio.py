@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.classes import class_ids, equal_shares
@@ -23,7 +23,7 @@ from flashdit.cli import SAMPLING, sampling_options
 from flashdit.flow.guidance import guide
 from flashdit.flow.path import data_prediction
 from flashdit.flow.samplers import ADAPTIVE
-from flashdit.generate import Batch, CheckpointGenerator, SamplingOptions, load_generator
+from flashdit.generate import Batch, CheckpointGenerator, SamplingOptions, Velocity, load_generator
 from flashdit.pictures import save_png
 from flashdit.samples import GRID, GRID_CLASSES, SampleFolder, make_recipe
 
@@ -149,7 +149,7 @@ def _check_at_most(name: str, value: int | None, most: int) -> None:
         raise ValueError(f"{name} must be at most {most} on this page, got {value}")
 
 
-class Watched(nn.Module):
+class Watched:
     """A velocity model that keeps what it predicts of the data, for the first image of a batch.
 
     (x_t, t, y) → v, as the model itself; x_t has B rows, or 2B where guidance needs both velocities.
@@ -161,12 +161,11 @@ class Watched(nn.Module):
         scale: Guidance scale.
     """
 
-    def __init__(self, model: nn.Module, labels: Tensor, null_label: int, scale: float):
-        super().__init__()
+    def __init__(self, model: Velocity, labels: Tensor, null_label: int, scale: float):
         self.model, self.labels, self.null_label, self.scale = model, labels, null_label, scale
         self.predictions: dict[float, Tensor] = {}
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Returns the model's velocity."""
         v = self.model(x, t, y)
         x_t, time = x[:1], float(t[0])
