@@ -118,6 +118,5 @@ class IwinBlock(nn.Module):
         normed = self.norm1(x)
         mixed = None if self.attn is None else self.attn(normed)
         if self.dwconv is not None and self.structure != "S3":
-            local = self.dwconv(normed if self.structure == "S1" else x)
-            mixed = local if mixed is None else mixed + local
+            mixed = self.dwconv(normed if self.structure == "S1" else x, mixed)
         return x if mixed is None else x + self.drop_path(mixed)

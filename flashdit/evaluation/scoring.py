@@ -17,6 +17,7 @@ from flashdit.evaluation.metrics import (
     inception_score,
     kernel_distance,
     precision,
+    precision_recall,
     recall,
 )
 from flashdit.evaluation.statistics import ImageStatistics
@@ -95,6 +96,11 @@ def sample_recall(samples: ImageStatistics, reference: ImageStatistics) -> tuple
     return (recall(pool_rows(reference), pool_rows(samples)),)
 
 
+def both_shares(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns precision and recall."""
+    return precision_recall(pool_rows(reference), pool_rows(samples))
+
+
 def pool_kernel_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
     """Returns mean and standard deviation over subsets of the kernel distance of the pool features."""
     real, fake = pool_rows(reference), pool_rows(samples)
@@ -116,6 +122,7 @@ METRICS = {
     "kid": Metric(("pool",), ("kid", "kid_std"), pool_kernel_distance),
     "accuracy": Metric(("logits",), ("accuracy",), class_accuracy),
 }
+PRECISION_RECALL = Metric(("pool",), ("precision", "recall"), both_shares)
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -149,6 +156,15 @@ def parts_needed(names: Iterable[str]) -> set[str]:
     return {part for name in names for part in METRICS[name].needs}
 
 
+def computations(names: Iterable[str]) -> list[Metric]:
+    """Returns what computes these metrics; precision and recall together meet each pair of images once."""
+    names = list(names)
+    if {"precision", "recall"} <= {*names}:
+        rest = [name for name in names if name != "recall"]
+        return [PRECISION_RECALL if name == "precision" else METRICS[name] for name in rest]
+    return [METRICS[name] for name in names]
+
+
 def compute_scores(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> Scores:
     """Returns every score that the statistics allow, and the reason for every other one.
 
@@ -162,8 +178,7 @@ def compute_scores(names: Iterable[str], samples: ImageStatistics, reference: Im
     """
     assert samples.count is not None
     scores = Scores(count=samples.count)
-    for name in names:
-        metric = METRICS[name]
+    for metric in computations(names):
         try:
             values: tuple[float | None, ...] = metric.compute(samples, reference)
         except Unavailable as reason:

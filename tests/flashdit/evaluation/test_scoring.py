@@ -68,6 +68,11 @@ def test_precision_and_recall_are_not_exchanged(held_out):
     scores = compute_scores(["precision", "recall"], half, held_out).values
     assert scores["precision"] > 0.8, "real sevens lie among the real digits"
     assert scores["recall"] < 0.2, "most digits do not lie among the sevens"
+    apart = (
+        compute_scores(["recall"], half, held_out).values
+        | compute_scores(["precision"], half, held_out).values
+    )
+    assert scores == apart, "together they meet each pair of images once"
 
 
 def test_default_metrics_are_all_that_apply_but_kid():
