@@ -15,6 +15,7 @@ from torch import nn
 
 import iwin_core  # noqa: F401 - registers the Iwin entry points
 from benchmarks.side_by_side import interleaved, machine, save, summary
+from flashdit.heap import keep_freed_memory
 
 MODELS = {
     "Iwin-T": ("iwin_tiny_patch4_window7_224", "iwin_tiny_patch4_window12_384"),
@@ -83,7 +84,7 @@ def main() -> None:
         status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
         print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
         return
-    about = machine() | vars(arguments)
+    about = machine() | vars(arguments) | {"memory_kept": keep_freed_memory()}
     runs = {name: make_run(name, *shape, arguments.compile) for name in arguments.models}
     seconds = interleaved(runs, arguments.rounds, "backbones")
     write(seconds, about, arguments)
@@ -93,10 +94,11 @@ def write(seconds: dict[str, list[float]], about: dict, arguments: argparse.Name
     """Writes the JSON and the Markdown table."""
     kind = "forward + backward" if arguments.backward else "forward"
     how = "compiled" if arguments.compile else "eager"
+    kept = "freed memory is kept" if about["memory_kept"] else "freed memory goes back to the system"
     lines = [
         f"{kind}, {how}, {arguments.size} px, batch {arguments.batch}, float32, {about['threads']} thread(s) "
-        f"of {about['processor']}, load {about['load_before']:.1f} before; medians of {arguments.rounds} "
-        "interleaved rounds",
+        f"of {about['processor']}, {kept}, load {about['load_before']:.1f} before; medians of "
+        f"{arguments.rounds} interleaved rounds",
         "",
         "| model | images/s | times as fast as Swin | spread | peak memory (eager) |",
         "|---|---:|---:|---:|---:|",

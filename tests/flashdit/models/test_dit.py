@@ -1,8 +1,11 @@
 import itertools
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.testing import assert_close
 
 from flashdit import FlashDiT
 from flashdit.models.attention import ATTENTIONS
@@ -214,3 +217,15 @@ def test_latents_that_do_not_fit_are_named():
         model(torch.zeros(2, 3, 8, 7), torch.rand(2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="unknown size 'XXL'"):
         FlashDiT.from_size("XXL")
+
+
+@pytest.mark.slow
+def test_compiled_block_fuses_all_between_its_matrix_products():
+    block, x, cond = tiny(patch_size=2).eval().blocks[0], torch.randn(2, 8, 12, 16), torch.randn(2, 16)
+    with torch.no_grad():
+        expected = block(x, cond)
+        found, [code] = run_and_get_code(torch.compile(block, fullgraph=True), x, cond)
+    assert_close(found, expected)
+    # SiLU; norm, modulation and windows; the convolution's input; sum, gate, norm, modulation; SwiGLU; gate
+    calls = re.findall(r"^ +cpp_fused_\w+\(", code.partition("def call")[2], re.MULTILINE)
+    assert 0 < len(calls) <= 6
