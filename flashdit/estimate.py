@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flashdit import budget
 from flashdit.budget import (
@@ -22,7 +22,7 @@ from flashdit.budget import (
 from flashdit.cli import run_script
 from flashdit.config import DEFAULT, RunConfig, check, read
 from flashdit.data.digits import digits
-from flashdit.models.costs import activations, forward_flops
+from flashdit.models.costs import Activations, activations, forward_flops
 from flashdit.training.loop import share_of_batch
 
 IMAGENET_IMAGES = 1_281_167  # of its training split
@@ -101,7 +101,8 @@ def facts(
     of_digits = config.data["name"] == "digits"
     epoch = arguments.images or (len(digits("train")[1]) if of_digits else IMAGENET_IMAGES)
     run = training.steps * training.global_batch_size
-    flops = 6 * multiply_adds * (4 / 3 if training.gradient_checkpointing else 1)
+    again = training.gradient_checkpointing and not training.keep_matmuls
+    flops = 6 * multiply_adds * (4 / 3 if again else 1)
     epoch_s, run_s = (train_seconds(flops, images, gpus, peak, mfu) for images in (epoch, run))
     shares = f"{gpus} × {training.accumulation} × {share_of_batch(training, gpus)}"
     kept, one = kept_checkpoints(training), checkpoint_bytes(config, counts)
@@ -122,18 +123,13 @@ def facts(
     return lines
 
 
-def memory_table(config: RunConfig, counts: Counts, gpus: int) -> Table:
-    """Returns the memory of one GPU: a row for each thing it holds, a column for each strategy."""
-    kept, again = activations(config.model, config.training.precision != "fp32")
-    strategies = {"DDP": False, "FSDP2": True} if gpus > 1 else {"1 GPU": False}
-    columns = {
-        f"{name}{recomputed}": memory_bytes(config, counts, saved, gpus, sharded)
-        for name, sharded in strategies.items()
-        for recomputed, saved in (("", kept), (", recomputed", again))
-    }
-    table = Table("each GPU holds", caption="recomputed: with training.gradient_checkpointing=true")
-    for name in columns:
-        table.add_column(name, justify="right")
+def memory_table(
+    config: RunConfig, counts: Counts, ways: Mapping[str, Activations], gpus: int, sharded: bool
+) -> Table:
+    """Returns the memory of one GPU: a row for what it holds, a column for each way of `activations`."""
+    columns = {way: memory_bytes(config, counts, saved, gpus, sharded) for way, saved in ways.items()}
+    name = "FSDP2" if sharded else "DDP" if gpus > 1 else "1 GPU"
+    table = Table(f"{name}: each holds", *(Column(way, justify="right") for way in columns))
     for row in next(iter(columns.values())):
         cells = [column[row] for column in columns.values()]
         if any(cells):
@@ -152,7 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         about.add_row(name, text)
     console = Console()
     console.print(about)
-    console.print(memory_table(config, counts, arguments.gpus))
+    ways = activations(config.model, config.training.precision != "fp32")
+    for sharded in (False, True) if arguments.gpus > 1 else (False,):
+        console.print(memory_table(config, counts, ways, arguments.gpus, sharded))
+    console.print(
+        "recomputed: training.gradient_checkpointing=true; products kept: training.keep_matmuls=true too"
+    )
     console.print("the formulas: python -m flashdit.estimate --help", style="dim")
 
 

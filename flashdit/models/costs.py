@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.models.dit import FlashDiT
+from flashdit.models.recompute import KEPT
+
+RECOMPUTED = ("all kept", "recomputed", "products kept")
+Count = Callable[[FlashDiT, int, bool], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +46,11 @@ def forward_flops(options: Mapping[str, Any]) -> int:
     return counter.get_total_flops()
 
 
-def activations(options: Mapping[str, Any], low_precision: bool) -> tuple[Activations, Activations]:
-    """Returns the activations of a training step, all kept and with blocks computed again.
+def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Activations]:
+    """Returns the activations of a training step by what is kept of the blocks: RECOMPUTED's names.
 
     Blocks that are computed again keep their inputs alone, and one block at a time keeps everything:
-    again = inputs + (all − inputs) / depth.
+    inputs + (all − inputs) / depth. With products kept, their outputs stay as well, in that block too.
 
     Args:
         options: Arguments of FlashDiT.
@@ -52,30 +58,58 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> tuple[Activa
     """
     with torch.device("meta"):
         depth = len(FlashDiT(**options).blocks)
-    kept, inputs = (_measure(options, depth, low_precision, again) for again in (False, True))
-    again = Activations(
-        fixed=inputs.fixed + (kept.fixed - inputs.fixed) / depth,
-        per_image=inputs.per_image + (kept.per_image - inputs.per_image) / depth,
+    kept, inputs, products = (
+        _measure(options, depth, low_precision, count) for count in (saved_bytes, input_bytes, product_bytes)
     )
-    return kept, again
+    fixed, per_image = (kept.fixed - inputs.fixed) / depth, (kept.per_image - inputs.per_image) / depth
+    again = Activations(fixed=inputs.fixed + fixed, per_image=inputs.per_image + per_image)
+    also = products.per_image * (1 - 1 / depth)
+    return dict(zip(RECOMPUTED, (kept, again, replace(again, per_image=again.per_image + also)), strict=True))
 
 
-def _measure(options: Mapping[str, Any], depth: int, low_precision: bool, again: bool) -> Activations:
-    """Returns what is saved as lines through batches of 1 and 2 and depths of 1 and 2: blocks are alike."""
+def _measure(options: Mapping[str, Any], depth: int, low_precision: bool, count: Count) -> Activations:
+    """Returns what is counted as lines through batches of 1 and 2 and depths of 1 and 2: blocks are alike."""
     lines = []
     for blocks in (1, 2):
         as_deep: dict[str, Any] = {**options, "depth": blocks}
         with FakeTensorMode():
             model = FlashDiT(**as_deep).train()
-            if again:
-                model.enable_gradient_checkpointing()
-            one, two = (saved_bytes(model, batch, low_precision) for batch in (1, 2))
+            one, two = (count(model, batch, low_precision) for batch in (1, 2))
         lines.append(Activations(fixed=2 * one - two, per_image=two - one))
     shallow, deeper = lines
     return Activations(
         fixed=shallow.fixed + (depth - 1) * (deeper.fixed - shallow.fixed),
         per_image=shallow.per_image + (depth - 1) * (deeper.per_image - shallow.per_image),
     )
+
+
+def input_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:
+    """Returns the bytes that autograd saves where blocks are computed again."""
+    model.enable_gradient_checkpointing()
+    return saved_bytes(model, batch, low_precision)
+
+
+def product_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:
+    """Returns the bytes of the outputs of matrix products and attention, which `keep_matmuls` keeps."""
+    with Products() as products, torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+        model(*_inputs(model, batch))
+    return products.total
+
+
+class Products(TorchDispatchMode):
+    """Sums the bytes of the outputs of KEPT's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator."""
+        out = function(*args, **(kwargs or {}))
+        if function in KEPT:
+            tensors = (tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+            self.total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return out
 
 
 def saved_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:

@@ -15,8 +15,9 @@ from flashdit.budget import (
     train_seconds,
 )
 from flashdit.files import write_json
-from flashdit.models.costs import Activations, activations, forward_flops, saved_bytes
+from flashdit.models.costs import RECOMPUTED, Activations, activations, forward_flops, saved_bytes
 from flashdit.models.dit import FlashDiT
+from flashdit.models.recompute import keep_matmuls
 from flashdit.trainer import Trainer
 from flashdit.training.checkpoint import list_checkpoints, prune, step_folder
 from flashdit.training.ema import Ema, EmaOptions
@@ -56,7 +57,7 @@ def test_parameters_and_multiply_adds_are_those_of_the_sizes(name, parameters, m
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda spec: spec["name"])
 def test_a_model_without_memory_saves_what_a_real_one_does(attention, low_precision):
     options = SMALL | {"attention": attention}
-    kept, again = activations(options, low_precision)
+    kept, again, _ = activations(options, low_precision).values()
     model = FlashDiT(**options).train()
     assert kept.of(5) == saved_bytes(model, 5, low_precision)
     model.enable_gradient_checkpointing()
@@ -65,11 +66,11 @@ def test_a_model_without_memory_saves_what_a_real_one_does(attention, low_precis
     assert (kept.fixed > 0) == low_precision, "only autocast copies weights"
 
 
-def measured_peak(options, images, low_precision, recomputed):
+def measured_peak(options, images, low_precision, way):
     """Returns the most bytes that a training step really holds on the CPU."""
     model = FlashDiT(**options).train()
-    if recomputed:
-        model.enable_gradient_checkpointing()
+    if way != "all kept":
+        model.enable_gradient_checkpointing(keep_matmuls if way == "products kept" else None)
     optimizer, ema = make_optimizer(model.parameters(), OptimizerOptions()), Ema(model, EmaOptions())
     x, t, y = torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.int64)
 
@@ -95,16 +96,18 @@ def measured_peak(options, images, low_precision, recomputed):
     return peak
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("way", RECOMPUTED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_sum_is_within_a_tenth_of_the_measured_peak(precision, recomputed):
+def test_the_sum_is_within_a_tenth_of_the_measured_peak(precision, way):
     settings = config.load(None, ["training.global_batch_size=6", f"training.precision={precision}"])
     settings = replace(settings, model=SMALL)
-    saved = activations(SMALL, precision == "bf16")[recomputed]
+    saved = activations(SMALL, precision == "bf16")[way]
     expected = memory_bytes(settings, count_parameters(settings), saved, gpus=1, sharded=False)["sum"]
-    measured = measured_peak(SMALL, 6, precision == "bf16", recomputed)
+    measured = measured_peak(SMALL, 6, precision == "bf16", way)
     assert measured == pytest.approx(expected, rel=0.1)
-    assert expected > 2 * 20 * count_parameters(settings).all or recomputed, "activations outweigh the rest"
+    assert expected > 2 * 20 * count_parameters(settings).all or way == "recomputed", (
+        "activations outweigh the rest"
+    )
 
 
 def test_strategies_share_what_they_say():
@@ -182,18 +185,21 @@ def test_the_command_prints_it_and_allocates_nothing(capsys, monkeypatch):
     for text in ("675,284,384", "114.74 G", "71.7 epochs of 1,000,000", "40% of 989", "2 kept × 10.06 GiB"):
         assert text in printed, printed
     assert all(
-        name in printed for name in ("DDP, recomputed", "FSDP2", "activations", "low-precision weights")
+        name in printed
+        for name in ("DDP: each holds", "FSDP2", "products kept", "activations", "low-precision weights")
     )
 
 
 def test_recomputed_blocks_cost_a_third_more_time(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     hours = []
-    for value in ("false", "true"):
-        estimate.main(["--gpus", "1", "--peak-tflops", "0.00001", f"training.gradient_checkpointing={value}"])
+    again = "training.gradient_checkpointing=true"
+    for overrides in ([], [again], [again, "training.keep_matmuls=true"]):
+        estimate.main(["--gpus", "1", "--peak-tflops", "0.00001", *overrides])
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "GPU hours" in line)
         hours.append(float(line.split("│")[2].replace(",", "")))
     assert hours[1] / hours[0] == pytest.approx(4 / 3, rel=1e-3)
+    assert hours[2] == hours[0], "where products are kept, none is computed again"
 
 
 def test_what_cannot_be_is_one_sentence(exit_message):
