@@ -47,7 +47,7 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.flashdit --depth 1 --no-memory
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
-	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.sampling --compile
 
 faults: export OMP_NUM_THREADS = 1
 faults: install  # kills, full disks and broken data: how many training survives
