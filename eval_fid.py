@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flashdit.cli import SAMPLING, add_device, add_sampling, run_script
+from flashdit.cli import SAMPLING, add_device, add_sampling, open_generator, run_script
 from flashdit.evaluation.cache import CACHE_VARIABLE, FeatureCache
 from flashdit.evaluation.compare import column_names, comparison_rows, read_result, verdicts
 from flashdit.evaluation.evaluate import Plan, evaluate_fully
@@ -22,7 +22,6 @@ from flashdit.evaluation.scoring import METRICS, check_names
 from flashdit.evaluation.sources import DigitsSource, open_source
 from flashdit.evaluation.table import append_csv, check_csv
 from flashdit.files import write_atomically
-from flashdit.generate import load_generator
 from flashdit.plans import check_batch_size, chosen_metrics, generated_source, open_extractor, reference_name
 
 LABELS = ("balanced", "random")
@@ -89,7 +88,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"give --samples or --checkpoint, got {arguments.samples} and {arguments.checkpoint}"
         )
-    for option in (*SAMPLING, "vae", "labels"):
+    for option in (*SAMPLING, "vae", "compile", "labels"):
         if getattr(arguments, option) is not None:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for sampling from a --checkpoint, got it with --samples"
@@ -101,7 +100,7 @@ def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     check_arguments(arguments)
     generator = None
     if not arguments.samples:
-        generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
+        generator = open_generator(arguments)
     name = reference_name(arguments, generator)
     extractor = open_extractor(arguments, name)
     classes = extractor.class_names if generator is None else generator.class_names

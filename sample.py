@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.classes import ALL, class_ids, equal_shares, random_labels
-from flashdit.cli import add_device, add_sampling, run_script, sampling_options
-from flashdit.generate import CheckpointGenerator, SamplingOptions, load_generator
+from flashdit.cli import add_device, add_sampling, open_generator, run_script, sampling_options
+from flashdit.generate import CheckpointGenerator, SamplingOptions
 from flashdit.registry import unknown
 from flashdit.samples import FORMATS, GRID, GRID_CLASSES, PER_CLASS, SampleFolder, digest, make_recipe
 
@@ -44,7 +44,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", default="balanced", help="balanced: equal shares, in order (default); random: drawn")
     add("--num-images", type=int, help=f"in all, shared among the classes (default: {PER_CLASS} a class)")
     add("--batch-size", type=int, help="images at a time; changes no image")
-    add("--compile", action="store_true", help="compile the model (on a GPU, CUDA graphs): slow to start")
     add("--output", type=Path, help="folder for the images (default: in the run's samples/)")
     add("--format", default="both", help=f"{' or '.join(FORMATS)} (default: both)")
     add_device(parser)
@@ -75,7 +74,6 @@ def open_folder(
         labels,
         options,
         order=arguments.labels,
-        is_compiled=arguments.compile,
         form=arguments.format,
     )
     name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
@@ -115,11 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     state = PartialState(cpu=torch.device(arguments.device).type == "cpu")
     device = arguments.device if state.num_processes == 1 or state.device is None else state.device
-    generator = load_generator(arguments.checkpoint, device, arguments.vae, arguments.ema)
+    generator = open_generator(arguments, device)
     options = sampling_options(arguments, generator)
     folder = open_folder(arguments, generator, options)
-    if arguments.compile:
-        generator.compile()
     sample(folder, generator, options, state)
     if state.is_main_process:
         recipe = folder.read_recipe()

@@ -14,7 +14,7 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from flashdit.flow.samplers import ADAPTIVE, SAMPLERS
-from flashdit.generate import DTYPES, CheckpointGenerator, SamplingOptions
+from flashdit.generate import DTYPES, CheckpointGenerator, SamplingOptions, load_generator
 
 SAMPLING = (
     *("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
@@ -60,7 +60,24 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help=f"of the model's matrix products: {' or '.join(DTYPES)}")
     add("--atol", type=float, help="absolute tolerance of an adaptive sampler")
     add("--rtol", type=float, help="relative tolerance of an adaptive sampler")
-    group.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="compile the model, on a GPU into CUDA graphs: slow to start, then faster",
+    )
+
+
+def open_generator(
+    arguments: argparse.Namespace, device: torch.device | str | None = None
+) -> CheckpointGenerator:
+    """Returns the generator of `--checkpoint`, on a device or `--device`, compiled if that was asked for."""
+    where = arguments.device if device is None else device
+    generator = load_generator(arguments.checkpoint, where, arguments.vae, arguments.ema)
+    if arguments.compile:
+        generator.compile()
+    return generator
 
 
 def sampling_options(arguments: argparse.Namespace, generator: CheckpointGenerator) -> SamplingOptions:

@@ -135,6 +135,7 @@ class ImageGenerator:
     def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str]):
         self.model, self.space, self.class_names = model, space, class_names
         self.velocity: Velocity = model
+        self.is_compiled = False
         if space.mean.device.type == "cpu":
             keep_freed_memory()
         self.num_classes = model.num_classes
@@ -146,6 +147,7 @@ class ImageGenerator:
         compiled = torch.compile(self.model, mode="reduce-overhead")
         # A graph's next run overwrites its output, which a multistep sampler still needs.
         self.velocity = lambda x, t, y: compiled(x, t, y).clone()
+        self.is_compiled = True
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         """Returns (C, H, W) of the latents of images of the wanted size.
@@ -303,7 +305,7 @@ class CheckpointGenerator(ImageGenerator):
         self.run_dir = checkpoint.parent.parent
 
     def recipe(self) -> dict[str, Any]:
-        """Returns what identifies the model: checkpoint, step, weight hash, VAE."""
+        """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
         digest = hashlib.sha256()
         for path in sorted((self.checkpoint / self.weights).glob("*.safetensors")):
             with path.open("rb") as file:
@@ -316,6 +318,7 @@ class CheckpointGenerator(ImageGenerator):
             "weights_sha256": digest.hexdigest(),
             "vae": self.space.options.vae,
             "vae_identity": self.space.identity,
+            "compile": self.is_compiled,
         }
 
     def nfe(self, options: SamplingOptions) -> int | None:

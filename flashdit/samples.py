@@ -42,7 +42,6 @@ def make_recipe(
     options: SamplingOptions,
     *,
     order: str = "balanced",
-    is_compiled: bool = False,
     form: str = "both",
 ) -> dict[str, Any]:
     """Returns all that images are made with.
@@ -52,14 +51,12 @@ def make_recipe(
         labels: (N,) int64.
         options: How to sample.
         order: How the labels came about, `balanced` or `random`.
-        is_compiled: Whether the model runs compiled.
         form: One of `FORMATS`.
     """
     return {
         **generator.recipe(),
         "sampling": asdict(options),
         "nfe": generator.nfe(options),
-        "compile": is_compiled,
         "device": generator.space.mean.device.type,
         "labels": f"{order}{', in order' if order == 'balanced' else ''}",
         "classes": labels.unique().tolist(),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashdit.cli import add_device, add_sampling
+from flashdit.cli import add_device, add_sampling, open_generator
 from flashdit.evaluation.cache import FeatureCache
 from flashdit.evaluation.evaluate import Plan, evaluate
 from flashdit.evaluation.ranks import processes
@@ -22,7 +22,6 @@ from flashdit.evaluation.report import EvalResult
 from flashdit.evaluation.scoring import METRICS, check_names
 from flashdit.evaluation.sources import GeneratedSource
 from flashdit.evaluation.sweeps import Sweep, read_sweeps, table_rows, write_sweep
-from flashdit.generate import load_generator
 from flashdit.plans import check_batch_size, chosen_metrics, generated_source, open_extractor, reference_name
 
 MOST_SCALES = 1000
@@ -91,7 +90,7 @@ def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Returns what every scale shares, its samples at the checkpoint's own scale, and the folder to write."""
     check_names(arguments.metrics or ())
     check_batch_size(arguments)
-    generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
+    generator = open_generator(arguments)
     name = reference_name(arguments, generator)
     extractor = open_extractor(arguments, name)
     metrics = chosen_metrics(arguments, extractor, generator.class_names)

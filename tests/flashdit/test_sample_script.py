@@ -65,6 +65,18 @@ def test_pictures_arrays_grid_and_recipe_say_the_same(run, tiny_checkpoint, caps
         assert json.loads(picture.text["recipe"])["weights_sha256"] == recipe["weights_sha256"]
 
 
+def test_a_compiled_model_is_told_of(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    plain, fast = run("plain", "--num-images", 2), run("fast", "--num-images", 2, "--compile")
+    assert [json.loads((folder / "recipe.json").read_text())["compile"] for folder in (plain, fast)] == [
+        False,
+        True,
+    ]
+    assert len(compiled) == 1
+    assert np.array_equal(arrays(plain)[0], arrays(fast)[0])
+
+
 @pytest.mark.parametrize(
     ("form", "others"), [("png", ["000000.png", "000001.png"]), ("npz", ["samples.npz"])]
 )

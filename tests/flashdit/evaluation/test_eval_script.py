@@ -70,7 +70,7 @@ class StandInGenerator:
 @pytest.fixture
 def generator(tmp_path, monkeypatch) -> StandInGenerator:
     stand_in = StandInGenerator(tmp_path / "run")
-    monkeypatch.setattr(eval_fid, "load_generator", lambda checkpoint, device, vae, weights: stand_in)
+    monkeypatch.setattr(eval_fid, "open_generator", lambda arguments: stand_in)
     return stand_in
 
 
@@ -134,6 +134,7 @@ def test_checkpoint_is_sampled_and_its_recipe_recorded_in_the_run(main, generato
         (["--extractor-weights", "w.pth"], "unknown option of extractor 'digits' 'weights'"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
         (["--samples", "a.npz", "--checkpoint", "b"], r"give --samples or --checkpoint, got a\.npz and b"),
+        (["--samples", "a.npz", "--compile"], "--compile is for sampling from a --checkpoint"),
         (["--samples", "a.npz", "--cfg-scale", "2"], "--cfg-scale is for sampling from a --checkpoint"),
         (["--samples", "a.npz"], "this needs a --reference"),
         (["--samples", "absent.npz", "--reference", "digits"], r"an existing npz or folder, got absent\.npz"),
