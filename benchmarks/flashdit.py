@@ -8,6 +8,7 @@ CUDA device is, the defaults are XL in bf16, eager and compiled; else B in float
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from flashdit.training.meter import matmul_peak
 
 Rows = list[dict[str, Any]]
 SIDES = (16, 32, 64, 128)
+SETTING = ("size", "depth", "dtype", "device", "batch", "threads", "memory_kept", "processor", "gpu", "torch")
 FORWARD_ALONE = 128  # from this side on, nothing is trained
 BASELINE = "LightningDiT"
 
@@ -93,7 +95,7 @@ def measure_side(side: int, arguments: argparse.Namespace, clock: Clock) -> Rows
                 row["flops_per_s"] = flops * row["images_per_s"]
             if (name, part) in memory:
                 row["peak_memory_gib"] = memory[name, part] / 2**30
-            rows.append(row)
+            rows.append(row | {"load": os.getloadavg()[0]})
     return rows
 
 
@@ -152,13 +154,13 @@ def rows_of(rows: Rows, part: str, subject: str) -> Rows:
 def table(content: dict[str, Any]) -> str:
     """Returns the Markdown."""
     about, peak = content["about"], content["matmul_peak_flops"]
+    loads = [row["load"] for row in content["rows"]]
     kept = "freed memory is kept" if about["memory_kept"] else "freed memory goes back to the system"
     lines = [
         f"size {about['size']} of depth {about['depth']}, {about['dtype']}, {about['device']}, "
         f"{about['gpu'] or about['processor']}, {about['threads']} thread(s), {kept}; matmul peak "
-        f"{peak / 1e12:.3g} TFLOP/s; load {about['load_before']:.1f} before and {about['load_after']:.1f} "
-        f"after; time by {about['clock']}, medians of {about['rounds']} interleaved rounds; torch "
-        f"{about['torch']}",
+        f"{peak / 1e12:.3g} TFLOP/s; load {min(loads):.1f}–{max(loads):.1f}; time by {about['clock']}, "
+        f"medians of {about['rounds']} interleaved rounds; torch {about['torch']}",
         "",
         "| latents, batch | part | model | ms an image | spread | images/s | time over LightningDiT's | "
         "of matmul peak | peak memory |",
@@ -237,12 +239,10 @@ def parse() -> argparse.Namespace:
 
 
 def file_name(arguments: argparse.Namespace) -> str:
-    """Returns the name of the results; a depth and sides that are not the usual ones are in it."""
+    """Returns the name of the results; a depth that is not the size's own is in it."""
     name = f"flashdit_{arguments.size}_{torch.device(arguments.device).type}_{arguments.dtype}"
     if arguments.depth != SIZES[arguments.size]["depth"]:
         name += f"_depth{arguments.depth}"
-    if arguments.sides != list(SIDES):
-        name += "_sides" + "-".join(map(str, arguments.sides))
     return name
 
 
@@ -267,8 +267,13 @@ def main() -> None:
 
 
 def write(rows: Rows, peaks: list[float], about: dict[str, Any], name: str) -> None:
-    """Writes JSON, table and plot of what has been measured so far."""
-    about["load_after"] = os.getloadavg()[0]
+    """Writes JSON, table and plot of what has been measured so far, and at other sides before."""
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {"about": {}, "rows": []}
+    if all(earlier["about"].get(key) == about[key] for key in SETTING):
+        rows = rows + [row for row in earlier["rows"] if row["side"] not in about["sides"]]
+        peaks = [*peaks, earlier["matmul_peak_flops"]]
+    rows = sorted(rows, key=lambda row: row["side"])
     content = {"about": about, "matmul_peak_flops": max(peaks), "rows": rows, "exponents": exponents(rows)}
     save(name, content, table(content))
     draw(rows, RESULTS / f"{name}.png")
