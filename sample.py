@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from flashdit.registry import unknown
 from flashdit.samples import FORMATS, GRID, GRID_CLASSES, PER_CLASS, SampleFolder, digest, make_recipe
 
 LABELS = ("balanced", "random")
+PATIENCE = timedelta(days=1)  # between the first process that is done and the last
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,7 +113,7 @@ def sample(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, checks it, samples, and says where the grid lies."""
     arguments = parse(argv)
-    state = PartialState(cpu=torch.device(arguments.device).type == "cpu")
+    state = PartialState(cpu=torch.device(arguments.device).type == "cpu", timeout=PATIENCE)
     device = arguments.device if state.num_processes == 1 or state.device is None else state.device
     generator = open_generator(arguments, device)
     options = sampling_options(arguments, generator)

@@ -8,6 +8,7 @@ CUDA device is, the defaults are XL in bf16, eager and compiled; else B in float
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from flashdit.training.meter import matmul_peak
 Rows = list[dict[str, Any]]
 SIDES = (16, 32, 64, 128)
 SETTING = ("size", "depth", "dtype", "device", "batch", "threads", "memory_kept", "processor", "gpu", "torch")
+LARGE_BYTES = 100 * 2**30  # of a GPU on which four XL models with optimisers and a batch of 128 fit
 FORWARD_ALONE = 128  # from this side on, nothing is trained
 BASELINE = "LightningDiT"
 
@@ -74,6 +76,7 @@ def images(side: int, arguments: argparse.Namespace) -> int:
 def measure_side(side: int, arguments: argparse.Namespace, clock: Clock) -> Rows:
     """Returns one row for each part and subject at one latent size."""
     torch.compiler.reset()
+    gc.collect()  # a compiled block refers to itself
     batch = images(side, arguments)
     ways = ("eager", "compiled") if arguments.compile else ("eager",)
     parts = [part for part in arguments.parts if side < FORWARD_ALONE or part.endswith(FORWARD)]
@@ -84,7 +87,8 @@ def measure_side(side: int, arguments: argparse.Namespace, clock: Clock) -> Rows
             held = torch.cuda.memory_allocated() if on_gpu(arguments) else 0
             subjects[subject] = Subject(name, side, batch, way == "compiled", arguments)
             if on_gpu(arguments) and arguments.memory:
-                memory |= {(subject, part): gpu_memory(subjects[subject], part) - held for part in parts}
+                whole = [part for part in parts if subjects[subject].flops(part)]
+                memory |= {(subject, part): gpu_memory(subjects[subject], part) - held for part in whole}
     rows = []
     for part in tqdm(parts, f"{side}²", unit="part"):
         found = summarise(in_turn(subjects, part, arguments.rounds, clock), batch)
@@ -216,7 +220,11 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="bfloat16 is autocast (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--sides", type=int, nargs="+", default=list(SIDES), help="of the latents; 128 is forward alone")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--batch", type=int, help="images at 16²; larger latents take as many tokens (default: 128 or 16)")
+    add(
+        "--batch",
+        type=int,
+        help="images at 16²; larger latents take as many tokens (GPU: 128, below 100 GiB 32; CPU: 16)",
+    )
     add("--depth", type=int, help="blocks, where the size's own would take too long")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=1, help="of a CPU")
@@ -228,7 +236,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     gpu = on_gpu(arguments)
     defaults = {"size": "XL" if gpu else "B", "dtype": "bfloat16" if gpu else "float32"}
-    defaults |= {"batch": 128 if gpu else 16, "compile": gpu}
+    is_large = gpu and torch.cuda.get_device_properties(arguments.device).total_memory > LARGE_BYTES
+    defaults |= {"batch": 128 if is_large else 32 if gpu else 16, "compile": gpu}
     if arguments.quick:
         arguments.sides, arguments.memory, arguments.depth = [16, 32], False, arguments.depth or 2
     for name, value in defaults.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.side_by_side import interleaved, machine, save, summary
 from flashdit import generate
+from flashdit.cli import add_device
 from flashdit.evaluation.evaluate import Plan, evaluate
 from flashdit.evaluation.extractors import build_extractor
 from flashdit.evaluation.reference import KeptReference
@@ -85,7 +86,8 @@ def quality(
     """Returns Fréchet distance and accuracy of so many images."""
     labels = balanced_labels(count, generator.num_classes, options.seed)
     samples = GeneratedSource(generator, labels, options)
-    return evaluate(Plan(samples, reference.extractor, reference, METRICS)).scores.values
+    plan = Plan(samples, reference.extractor, reference, METRICS)
+    return evaluate(plan, device=str(generator.space.mean.device)).scores.values
 
 
 def measure(
@@ -93,7 +95,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a record for each way to sample."""
     base = replace(generator.sampling, cfg_scale=arguments.cfg_scale, batch_size=arguments.batch)
-    reference = KeptReference("digits", build_extractor("digits").eval())
+    reference = KeptReference("digits", build_extractor("digits").to(arguments.device))
     ways = {f"{name} {steps}": replace(base, sampler=name, steps=steps) for name, steps in SOLVERS}
 
     def baseline() -> None:
@@ -144,6 +146,7 @@ def to_markdown(records: list[dict[str, Any]], cfg_scale: float) -> str:
 def main() -> None:
     """Measures every way to sample and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    add_device(parser)
     parser.add_argument("--checkpoint", help="a run on digits (default: the newest run)")
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--batch", type=int, default=50, help="images of a timed draw")
@@ -153,9 +156,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time the compiled model as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    generator, compiled = load_generator(arguments.checkpoint), None
+    generator, compiled = load_generator(arguments.checkpoint, arguments.device), None
     if arguments.compile:
-        compiled = load_generator(arguments.checkpoint)
+        compiled = load_generator(arguments.checkpoint, arguments.device)
         compiled.compile()
     content = {"machine": machine(), "options": vars(arguments)}
     records = measure(generator, compiled, arguments)

@@ -14,8 +14,8 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
                    recomputed, they are the inputs of all blocks and everything of one block; and of all
                    blocks the products, where those are kept
   FSDP2            weights, EMA, AdamW and gradients / N, but gradients whole where batches are accumulated;
-                   gathered: what is in no block, two blocks and the gradients of one, at 2 bytes a parameter
-                   in bf16 and fp16 and 4 in fp32
+                   gathered: what is in no block and two blocks, at 2 bytes a parameter in bf16 and fp16 and
+                   4 in fp32, and the gradients of one at 4
   checkpoint       weights + EMA + AdamW; how many are kept follows from training.steps, save_every, keep_last
                    and keep_every
   snapshots        4 P bytes for each of ema.power_widths every ema.snapshot_every steps
@@ -84,9 +84,9 @@ def memory_bytes(
         "weights": 4 * counts.all / shards,
         "EMA": 4 * counts.all * (1 + len(config.ema.power_widths)) / shards,
         "AdamW": 8 * counts.trained / shards,
-        "gradients": width * counts.trained if accumulated else 4 * counts.trained / shards,
+        "gradients": 4 * counts.trained / (1 if accumulated else shards),
         "DDP's buckets": 0 if sharded or gpus == 1 else 4 * counts.trained,
-        "gathered": width * (counts.outside + 3 * counts.block) if sharded else 0,
+        "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
         "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
         "activations": images * saved.per_image,
     }

@@ -14,6 +14,7 @@ from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
 from flashdit.latents import LatentOptions, LatentSpace, channel_statistics, encode_images, load_vae
 from flashdit.seeds import generator_for
+from flashdit.tf32 import allow_tf32
 
 BATCH = 64
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,8 +92,7 @@ class MirrorEncoder:
         vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.vae, self.device, self.seed = vae, device, seed
         self.autocast, self.dtype = AUTOCAST[precision], DTYPES[dtype]
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        allow_tf32(precision == "tf32")
 
     def shape(self, image_size: int) -> tuple[int, ...]:
         """Returns the shape (C, H, W) of a latent of images (3, S, S).

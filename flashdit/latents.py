@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flashdit.vae_ldm import load_ldm_vae
 
+DECODED_AT_ONCE = 32
+"""Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
 DIGITS_VAE = Path(__file__).parent / "assets" / "digits_vae"
 
 
@@ -121,7 +123,8 @@ class LatentSpace:
             ValueError: If the space has no VAE.
         """
         vae = self.need_vae()
-        pixels = vae.decode(self.denormalise(latents).to(vae.dtype)).sample  # type: ignore[union-attr]
+        parts = self.denormalise(latents).to(vae.dtype).split(DECODED_AT_ONCE)
+        pixels = torch.cat([vae.decode(part).sample for part in parts])  # type: ignore[union-attr]
         return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def need_vae(self) -> AutoencoderKL:

@@ -155,7 +155,7 @@ class Trainer(TrainingLoop):
     @cached_property
     def copy(self) -> FlashDiT:
         """The one copy of the model, on the CPU, frozen and in evaluation mode."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             return FlashDiT(**self.config.model).eval().requires_grad_(False)
 
     def _holding(self, weights: dict[str, Tensor]) -> FlashDiT:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # of flashdit; rooms in one set never import each other
-    {"registry", "seeds", "files", "vae_ldm", "heap"},
+    {"registry", "seeds", "files", "vae_ldm", "heap", "tf32"},
     {"models", "flow", "latents", "data", "training", "classes"},
     {"encode", "generate", "pictures", "start", "charts", "card"},
     {"pipeline", "evaluation", "encode_folder", "samples"},

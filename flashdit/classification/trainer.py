@@ -102,7 +102,7 @@ class ClassifierTrainer(TrainingLoop):
     @cached_property
     def copy(self) -> nn.Module:
         """The one copy of the model, frozen, that holds the average to be evaluated."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             return make_model(self.config.model).requires_grad_(False).to(self.device)
 
     def look(self, average: dict[str, Tensor]) -> dict[str, float]:

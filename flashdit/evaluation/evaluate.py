@@ -71,9 +71,9 @@ def check_image_sizes(plan: Plan) -> None:
         raise ValueError(f"samples and reference must be images of one size (h×w), got {known}")
 
 
-def digits_floor(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
+def digits_floor(plan: Plan, train: ImageStatistics, reference: ImageStatistics, device: str) -> Scores:
     """Returns the scores of the real training split, and the extractor's accuracy on the held-out one."""
-    floor = compute_scores(plan.metrics, train, reference)
+    floor = compute_scores(plan.metrics, train, reference, device)
     if "accuracy" in plan.metrics:  # of images that the extractor was not trained on
         floor.values |= compute_scores(["accuracy"], reference, reference).values
     return floor
@@ -121,8 +121,8 @@ def evaluate_fully(
     result = None
     with ranks.agree():
         if ranks.is_main:
-            floor = digits_floor(plan, train, reference) if train else None
-            scores = compute_scores(plan.metrics, samples, reference)
+            floor = digits_floor(plan, train, reference, device) if train else None
+            scores = compute_scores(plan.metrics, samples, reference, device)
             stages.mark("metrics")
             result = told(plan, scores, floor, stages.seconds, device, ranks)
             result.warnings += cautions(plan.metrics, samples, reference)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,18 +76,6 @@ class InceptionOptions:
 @dataclass(kw_only=True)
 class DigitsOptions:
     """The digits classifier has no options."""
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Runs without TF32 and with one kernel per shape, whatever the process allows elsewhere."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def file_digest(path: Path) -> str:

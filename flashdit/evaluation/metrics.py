@@ -154,5 +154,5 @@ def kernel_distance(
             f"got {subsets=}, {subset_size=}, real={len(real)}, fake={len(fake)}"
         )
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "rng_seed": seed, "verbose": False}
-    result = kid_features_to_metric(fake.double(), real.double(), **options)
+    result = kid_features_to_metric(fake.double().cpu(), real.double().cpu(), **options)
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -165,19 +165,24 @@ def computations(names: Iterable[str]) -> list[Metric]:
     return [METRICS[name] for name in names]
 
 
-def compute_scores(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> Scores:
+def compute_scores(
+    names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics, device: str = "cpu"
+) -> Scores:
     """Returns every score that the statistics allow, and the reason for every other one.
 
     Args:
         names: Keys of `METRICS`.
         samples: What is scored.
         reference: What it is held against.
+        device: Where precision and recall are counted; changes no number.
 
     Raises:
         ValueError: If a metric refuses its input, such as fewer images than neighbours.
     """
     assert samples.count is not None
     scores = Scores(count=samples.count)
+    if reference.pool is not None:  # the other set follows it
+        reference = replace(reference, pool=reference.pool.to(device))
     for metric in computations(names):
         try:
             values: tuple[float | None, ...] = metric.compute(samples, reference)

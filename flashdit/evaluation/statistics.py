@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.evaluation.cache import FeatureCache
-from flashdit.evaluation.features import FORWARD_ROWS, Extractor, full_float32
+from flashdit.evaluation.features import FORWARD_ROWS, Extractor
 from flashdit.evaluation.moments import Moments
 from flashdit.evaluation.ranks import Ranks
 from flashdit.evaluation.sources import Source
+from flashdit.tf32 import full_float32
 
 Part = dict[str, Tensor]  # fields of ImageStatistics; empty where the extractor has no such features
 
@@ -90,7 +91,7 @@ class Share:
         _, mean, covariance = MOMENTS[part]
         if moments is None or not ranks.is_main:
             return {}
-        return {mean: moments.mean, covariance: moments.covariance}
+        return {mean: moments.mean.cpu(), covariance: moments.covariance.cpu()}  # where files and caches are
 
     def _all_rows(self, part: str, ranks: Ranks) -> Part:
         """Returns the rows of all processes in the order of the images."""

@@ -16,12 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from flashdit.files import write_atomically
 from flashdit.heap import keep_freed_memory
 from flashdit.seeds import generator_for
+from flashdit.tf32 import allow_tf32
 from flashdit.training.checkpoint import (
     check_room,
     check_unchanged,
@@ -157,6 +159,7 @@ class TrainingLoop(ABC):
         if training.compile == "model":
             self.model.compile()
         elif training.compile == "block":
+            torch._dynamo.config.optimize_ddp = False  # DDP's buckets would cut blocks into smaller graphs
             for block in self.blocks():
                 block.compile()
         optimizer = make_optimizer(self.parameter_groups(), self.config.optimizer)
@@ -352,12 +355,26 @@ class TrainingLoop(ABC):
 
 def make_accelerator(training: TrainingOptions) -> Accelerator:
     """Returns the Accelerator of the run; what it is launched with decides on processes and sharding."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.tf32
-    return Accelerator(
+    allow_tf32(training.tf32)
+    accelerator = Accelerator(
         mixed_precision=precision_name(training.precision),
         gradient_accumulation_steps=training.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.timeout_s))],
     )
+    set_shard_precision(accelerator, training.precision)
+    return accelerator
+
+
+def set_shard_precision(accelerator: Accelerator, precision: str) -> None:
+    """Makes FSDP2 gather weights in the precision, add gradients in float32 and leave inputs as they are.
+
+    Accelerate's own policy would round times and add gradients in bf16.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and precision != "fp32":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
 
 
 def as_batch(items: Any) -> Batch:

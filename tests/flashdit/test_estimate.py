@@ -124,10 +124,10 @@ def test_strategies_share_what_they_say():
     for name in ("weights", "EMA", "AdamW", "gradients"):
         assert sharded[name] == ddp[name] / 8
     assert sharded["activations"] == ddp["activations"] == 11 * 128
-    assert sharded["gathered"] == 2 * (counts.outside + 3 * counts.block)
+    assert sharded["gathered"] == 2 * (counts.outside + 2 * counts.block) + 4 * counts.block
     assert counts.outside + 28 * counts.block == p
     accumulated = memory_bytes(xl("training.accumulation=4"), counts, saved, gpus=8, sharded=True)
-    assert (accumulated["gradients"], accumulated["activations"]) == (2 * p, 11 * 32)
+    assert (accumulated["gradients"], accumulated["activations"]) == (4 * p, 11 * 32)
 
 
 def test_frozen_parameters_have_no_moments():

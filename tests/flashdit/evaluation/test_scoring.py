@@ -75,6 +75,18 @@ def test_precision_and_recall_are_not_exchanged(held_out):
     assert scores == apart, "together they meet each pair of images once"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scores_on_a_gpu_equal_those_on_the_cpu(held_out):
+    names = [name for name in METRICS if name != "kid"]
+    found = []
+    for device in ("cpu", "cuda"):
+        extractor = EXTRACTORS.build("digits").to(device)
+        samples = collect(DigitsSource("train"), extractor, PARTS, 100, device)
+        found.append(compute_scores(names, samples, held_out, device).values)
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
 def test_default_metrics_are_all_that_apply_but_kid():
     assert default_metrics(EXTRACTOR, CLASS_NAMES) == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
     assert default_metrics(EXTRACTOR, None) == ["fid", "sfid", "is", "precision", "recall"]

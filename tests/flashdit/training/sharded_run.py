@@ -22,6 +22,7 @@ def make_sharding_accelerator(training):
     )
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    loop.set_shard_precision(accelerator, training.precision)
     return accelerator
 
 

@@ -1,10 +1,12 @@
 """FSDP2 on two CPU processes: the same training as one process, and one kind of checkpoint for both."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -50,3 +52,16 @@ def test_sharded_training_equals_plain_training_and_each_resumes_the_other(tiny_
             torch.testing.assert_close(
                 got[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_sharded_training_in_bf16_follows_plain_training_in_bf16(tiny_overrides, tmp_path):
+    tiny_overrides = [*tiny_overrides, "training.precision=bf16", "training.steps=3", "training.log_every=1"]
+    runs = {name: tmp_path / name for name in ("plain", "sharded")}
+    Trainer(config.load(None, [*tiny_overrides, f"run.dir={runs['plain']}"])).fit()
+    train_sharded(*tiny_overrides, f"run.dir={runs['sharded']}")
+    losses = {
+        name: [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for name, folder in runs.items()
+    }
+    assert len(losses["plain"]) == 3
+    assert losses["sharded"] == pytest.approx(losses["plain"], rel=5e-3)
