@@ -44,7 +44,8 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.backbones --backward --batch 8
 	$(BIN)/python -m benchmarks.backbones --size 384 --batch 4
 	$(BIN)/python -m benchmarks.backbones --compile --models Iwin-T Swin-T
-	$(BIN)/python -m benchmarks.flashdit --depth 1 --no-memory
+	$(BIN)/python -m benchmarks.flashdit --batch 8 --compile --no-memory  # hours; with --depth 1 minutes
+	$(BIN)/python -m benchmarks.flashdit --size XL --depth 1 --batch 8
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.sampling --compile
