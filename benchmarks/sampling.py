@@ -25,9 +25,12 @@ from flashdit.evaluation.extractors import build_extractor
 from flashdit.evaluation.reference import KeptReference
 from flashdit.evaluation.sources import GeneratedSource
 from flashdit.flow.guidance import scale_at
-from flashdit.generate import CheckpointGenerator, SamplingOptions, balanced_labels, load_generator
+from flashdit.generate import CheckpointGenerator, SamplingOptions, balanced_labels, load_generator, nfe
 
-BASELINE = "both halves, euler 250"
+BASELINE, EXACT = "both halves, euler 250", "euler 250"
+COMPILED = ("euler 25", "dpm++2m 15", "unipc 10")
+"""Solvers whose compiled model is measured too."""
+Way = tuple[CheckpointGenerator, SamplingOptions]
 METRICS = ["fid", "accuracy"]
 SOLVERS = (
     ("euler", 250),
@@ -96,29 +99,35 @@ def measure(
     """Returns a record for each way to sample."""
     base = replace(generator.sampling, cfg_scale=arguments.cfg_scale, batch_size=arguments.batch)
     reference = KeptReference("digits", build_extractor("digits").to(arguments.device))
-    ways = {f"{name} {steps}": replace(base, sampler=name, steps=steps) for name, steps in SOLVERS}
+    ways: dict[str, Way] = {
+        f"{name} {steps}": (generator, replace(base, sampler=name, steps=steps)) for name, steps in SOLVERS
+    }
+    ways[f"{EXACT}, guided always"] = generator, replace(ways[EXACT][1], cfg_interval=(0.0, 1.0))
+    if compiled is not None:
+        ways |= {f"{name}, compiled": (compiled, ways[name][1]) for name in COMPILED}
 
     def baseline() -> None:
         with guided_always():
-            draw(generator, replace(base, sampler="euler", steps=250), arguments.batch)
+            draw(*ways[EXACT], arguments.batch)
 
     runs: dict[str, Callable[[], object]] = {BASELINE: baseline}
-    for name, options in ways.items():
-        runs[name] = lambda options=options: draw(generator, options, arguments.batch)
-        if compiled is not None:
-            runs[f"{name} compiled"] = lambda options=options: draw(compiled, options, arguments.batch)
+    for name, way in ways.items():
+        runs[name] = lambda way=way: draw(*way, arguments.batch)
     seconds = interleaved(runs, arguments.rounds, "sampling")
     speeds = {name: summary(taken, seconds[BASELINE]) for name, taken in seconds.items()}
-    exact = quality(generator, ways["euler 250"], arguments.num_images, reference)
-    records = []
-    for name, options in ways.items():
-        found = exact if name == "euler 250" else quality(generator, options, arguments.num_images, reference)
-        record = {"way": name, "evaluations": generator.nfe(options), "speed": speeds[name]}
-        if compiled is not None:
-            record["compiled"] = speeds[f"{name} compiled"]
-        over = found["fid"] / exact["fid"]
-        records.append(record | {"frechet": found["fid"], "over": over, "accuracy": found["accuracy"]})
-    return records
+    found = {name: quality(*way, arguments.num_images, reference) for name, way in ways.items()}
+    return [
+        {
+            "way": name,
+            "evaluations": nfe(options),
+            "images_per_s": arguments.batch / speeds[name]["median_s"],
+            "speed": speeds[name],
+            "frechet": found[name]["fid"],
+            "over": found[name]["fid"] / found[EXACT]["fid"],
+            "accuracy": found[name]["accuracy"],
+        }
+        for name, (_, options) in ways.items()
+    ]
 
 
 def to_markdown(records: list[dict[str, Any]], cfg_scale: float) -> str:
@@ -126,15 +135,15 @@ def to_markdown(records: list[dict[str, Any]], cfg_scale: float) -> str:
     lines = [
         f"Guidance {cfg_scale:g}; times as fast as LightningDiT's 250 Euler updates of both halves.",
         "",
-        "| way | evaluations | times as fast | compiled | Fréchet | over euler 250 | accuracy |",
+        "| way | evaluations | images/s | times as fast | Fréchet | over euler 250 | accuracy |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
-        speeds = [record[key]["times_as_fast"] if key in record else None for key in ("speed", "compiled")]
         cells = [
             record["way"],
             str(record["evaluations"]),
-            *("" if speed is None else f"{speed:.1f}" for speed in speeds),
+            f"{record['images_per_s']:.3g}",
+            f"{record['speed']['times_as_fast']:.1f}",
             f"{record['frechet']:.4f}",
             f"{record['over']:.3f}",
             f"{record['accuracy']:.1%}",
@@ -153,7 +162,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="images that quality is taken of")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="time the compiled model as well")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled model as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     generator, compiled = load_generator(arguments.checkpoint, arguments.device), None
