@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--labels", default="balanced", help="balanced: equal shares, in order (default); random: drawn")
     add("--num-images", type=int, help=f"in all, shared among the classes (default: {PER_CLASS} a class)")
-    add("--batch-size", type=int, help="images at a time; changes no image")
+    add("--batch-size", type=int, help="images at a time; moves no value by more than a grey level")
     add("--output", type=Path, help="folder for the images (default: in the run's samples/)")
     add("--format", default="both", help=f"{' or '.join(FORMATS)} (default: both)")
     add_device(parser)

@@ -42,9 +42,7 @@ def _about(config: Mapping[str, Any], class_names: Sequence[str]) -> str:
     options = ", ".join(f"{key} {value}" for key, value in config["attention"].items() if key != "name")
     attention = config["attention"]["name"] + (f" ({options})" if options else "")
     names = ", ".join(class_names[:NAMED]) + (" …" if len(class_names) > NAMED else "")
-    model = (
-        f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}, {attention}"
-    )
+    model = f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}"
     return (
         f"A class-conditional latent diffusion transformer trained by flow matching: {model}, attention: "
         f"{attention}; latents {channels}×{size}×{size}. It knows {len(class_names)} classes: {names}."
@@ -64,7 +62,15 @@ pipe = FlashDiTPipeline.from_pretrained("PATH_OR_REPOSITORY")
 image = pipe(
     {label}, guidance_scale={scale}, guidance_interval=({low}, {high}), num_inference_steps={steps}
 ).images[0]
-```"""
+```{_native(sampling)}"""
+
+
+def _native(sampling: Mapping[str, Any]) -> str:
+    """Returns what is to be known where the run itself samples in another way than by Euler steps."""
+    name = sampling.get("sampler", "euler")
+    if name == "euler":
+        return ""
+    return f"\n\nThe run samples by {name}; this pipeline takes Euler steps unless its scheduler is changed."
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -37,10 +37,28 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def check_device(name: str) -> str:
+    """Returns the name of a device that this machine has.
+
+    Raises:
+        OSError: If it has none of that name; argparse would put its usage before a ValueError.
+    """
+    try:
+        device = torch.device(name)
+        count = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError):  # torch knows no such kind, or it computes nothing
+        count = 0
+    if not count or (device.index or 0) >= count:
+        raise OSError(f"--device must be one of this machine, such as cpu, got {name}")
+    return name
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     """Adds `--device`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"where to run (default here: {device})")
+    parser.add_argument(
+        "--device", type=check_device, default=device, help=f"where to run (default here: {device})"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

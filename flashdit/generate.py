@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flashdit.latents import LatentSpace
 from flashdit.models.dit import FlashDiT
 from flashdit.registry import unknown
 from flashdit.seeds import generator_for
-from flashdit.training.checkpoint import find_checkpoint, read_state
+from flashdit.training.checkpoint import LATENTS, find_checkpoint, newest_run, read_state
 
 __all__ = [
     "Batch",
@@ -84,7 +85,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if min(self.atol, self.rtol) <= 0:
+        if not (self.atol > 0 and self.rtol > 0):
             raise ValueError(f"atol and rtol must be positive, got {self.atol} and {self.rtol}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
@@ -289,8 +290,8 @@ class CheckpointGenerator(ImageGenerator):
             self.step: int = state["step"]
             self.sampling = SamplingOptions(**state["sampling"])
             class_names = list(state["class_names"])
-            space = LatentSpace.load(checkpoint / "latents.safetensors", vae)
-        except (KeyError, TypeError, OSError, SafetensorError) as error:
+            space = LatentSpace.load(checkpoint / LATENTS, vae)
+        except (KeyError, TypeError, AttributeError, JSONDecodeError, OSError, SafetensorError) as error:
             raise ValueError(
                 f"a checkpoint must be whole and of a FlashDiT, {checkpoint} is not: {error}"
             ) from error
@@ -343,4 +344,5 @@ def load_generator(
     Raises:
         ValueError: If there is no checkpoint, or its VAE is missing or another one.
     """
-    return CheckpointGenerator(find_checkpoint(checkpoint), device, vae, weights)
+    chosen = newest_run(holding=LATENTS) if checkpoint is None else checkpoint
+    return CheckpointGenerator(find_checkpoint(chosen), device, vae, weights)

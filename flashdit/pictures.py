@@ -21,10 +21,15 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(image: Tensor, path: Path, about: Mapping[str, str] | None = None) -> None:
     """Writes uint8 (3, H, W) as a PNG, with text chunks where `about` gives some."""
+    to_pil(image).save(path, pnginfo=png_text(about or {}))
+
+
+def png_text(about: Mapping[str, str]) -> PngInfo:
+    """Returns text chunks for a PNG."""
     info = PngInfo()
-    for key, value in (about or {}).items():
+    for key, value in about.items():
         info.add_text(key, value)
-    to_pil(image).save(path, pnginfo=info)
+    return info
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Tensor]]], title: str = "") -> Image.Image:

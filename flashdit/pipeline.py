@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -22,6 +23,7 @@ from flashdit.classes import class_ids
 from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
 
+ROUNDING = 1e-6
 Label = int | str
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Any]]
 
@@ -41,6 +43,7 @@ class FlashDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _num_timesteps, _interrupt = 0, False
     _callback_tensor_inputs = ("latents",)
     transformer: FlashDiT
     vae: AutoencoderKL
@@ -91,6 +94,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Returns an image for each class.
 
@@ -108,33 +112,57 @@ class FlashDiTPipeline(DiffusionPipeline):
             callback_on_step_end: Called as (pipe, step, timestep, {"latents": …}) after each step; the
                 latents that it returns replace ours.
             callback_on_step_end_tensor_inputs: What the callback gets, of `latents`.
+            num_images_per_prompt: Images of each class, next to one another.
 
         Raises:
             ValueError: If a class, a size, the interval or the scheduler cannot be.
         """
         check_interval(guidance_interval)
         check_scheduler(self.scheduler)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, got {sorted(unknown)}")
         device = self._execution_device
-        labels = torch.tensor(self.label_ids(class_labels), device=device)
+        ids = self.label_ids(class_labels)
+        if not ids or num_images_per_prompt < 1:
+            raise ValueError(
+                f"there must be an image to make, got {len(ids)} classes, {num_images_per_prompt=}"
+            )
+        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
         shape = (len(labels), *self.latent_shape(height, width))
         x = self._noise(shape, generator, latents, device)
-        v = guide(self._velocity, labels, self.transformer.num_classes, guidance_scale, guidance_interval)
+        # Their sigmas are float32: a time that stands for an end of the interval may lie this far beyond it.
+        interval = (max(0, guidance_interval[0] - ROUNDING), min(1, guidance_interval[1] + ROUNDING))
+        v = guide(self._velocity, labels, self.transformer.num_classes, guidance_scale, interval)
         set_timesteps(self.scheduler, num_inference_steps, device)
-        # Their float32 sigmas would miss the ends of the guidance interval by a rounding error.
-        times = [round(1 - sigma, 6) for sigma in self.scheduler.sigmas.tolist()]
+        times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
+        takes = inspect.signature(self.scheduler.step).parameters
+        draws = {"generator": generator} if "generator" in takes else {}
+        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         bar: Any = self.progress_bar
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
+            if self._interrupt:
+                break
             slope = -v(x, times[step])  # theirs is dx/dσ
-            x = self.scheduler.step(slope, timestep, x, return_dict=False)[0]
+            x = self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0]
             if callback_on_step_end is not None:
                 given = {"latents": x} if callback_on_step_end_tensor_inputs else {}
                 x = (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
         images: Any = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call, as diffusers' own callbacks ask for them."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the last call; it does so by `pipe._interrupt = True`."""
+        return self._interrupt
 
     def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
         """Returns the numbers of classes given by number or name.
@@ -144,14 +172,14 @@ class FlashDiTPipeline(DiffusionPipeline):
         """
         if isinstance(class_labels, Tensor):
             class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, (int, str)):
+        elif isinstance(class_labels, (str, int, np.integer)):
             class_labels = [class_labels]
         count = len(self.class_names)
         ids = []
         for label in class_labels:
             if isinstance(label, str):
                 ids += class_ids([label], self.class_names)
-            elif 0 <= label < max(1, count):
+            elif isinstance(label, (int, np.integer)) and 0 <= label < max(1, count):
                 ids.append(int(label))
             else:
                 raise ValueError(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flashdit.files import write_atomically, write_json
 from flashdit.generate import Batch, CheckpointGenerator, SamplingOptions
-from flashdit.pictures import labelled_grid, rows_by_class, save_png
+from flashdit.pictures import labelled_grid, png_text, rows_by_class, save_png
 from flashdit.registry import unknown
 
 FORMATS = ("png", "npz", "both")
@@ -59,7 +59,8 @@ def make_recipe(
         "nfe": generator.nfe(options),
         "device": generator.space.mean.device.type,
         "labels": f"{order}{', in order' if order == 'balanced' else ''}",
-        "classes": labels.unique().tolist(),
+        "classes": list(dict.fromkeys(labels.tolist())),
+        "labels_sha256": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "num_images": len(labels),
         "format": form,
         "title": f"step {generator.step}, {options}",
@@ -222,7 +223,8 @@ class SampleFolder:
         names = [self._name(i) for i in range(int(classes.max()) + 1)]
         rows = rows_by_class(batch, self.labels[chosen], names, PER_CLASS)
         grid = labelled_grid(rows, self.recipe.get("title", ""))
-        write_atomically(self.path / GRID, lambda temporary: grid.save(temporary, format="png"))
+        info = png_text({"recipe": json.dumps(self.recipe)})
+        write_atomically(self.path / GRID, lambda temporary: grid.save(temporary, format="png", pnginfo=info))
 
     def _pixels(self, i: int) -> np.ndarray:
         """Returns one sample (H, W, 3) from its PNG."""

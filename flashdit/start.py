@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from flashdit.models.dit import FlashDiT
 from flashdit.models.lightningdit import ROPE_KEYS, read_state
 from flashdit.models.weights import fit_weights
 from flashdit.training.checkpoint import find_checkpoint, read_weights
+
+UNSEEN = ("num_heads", "time_scale")
+"""Options that no tensor's shape shows: with others, the weights load and mean nothing."""
+
+
+def check_unseen(model: FlashDiT, folder: Path) -> None:
+    """Raises ValueError if a model folder's weights were trained with other such options."""
+    theirs = json.loads((folder / "config.json").read_text())
+    other = [f"{key}={theirs[key]}" for key in UNSEEN if key in theirs and theirs[key] != model.config[key]]
+    if other:
+        raise ValueError(f"weights need the options they were trained with, {folder} has {', '.join(other)}")
 
 
 def start_from(model: FlashDiT, source: Path | str) -> list[str]:
@@ -29,9 +41,9 @@ def start_from(model: FlashDiT, source: Path | str) -> list[str]:
         raise ValueError(f"weights must be a run, a checkpoint, a model folder or a file, got {path}")
     if path.is_file():
         weights = read_state(path)
-    elif (path / "config.json").is_file():
-        weights = read_weights(path)
     else:
-        weights = read_weights(find_checkpoint(path) / "ema")
+        folder = path if (path / "config.json").is_file() else find_checkpoint(path) / "ema"
+        check_unseen(model, folder)
+        weights = read_weights(folder)
     weights = {key: value for key, value in weights.items() if key not in ROPE_KEYS}
     return fit_weights(model, weights, new_classes=True)

@@ -137,9 +137,10 @@ def plan(generator: CheckpointGenerator, request: Request) -> Plan:
         )
     }
     arguments = argparse.Namespace(**{name: given.get(name) for name in (*SAMPLING, "batch_size")})
-    options = sampling_options(arguments, generator)
+    # First, since even the time grid of too many steps fills the memory.
     for name, most in (("steps", MAX_STEPS), ("height", MAX_SIDE), ("width", MAX_SIDE)):
         _check_at_most(name, getattr(request, name), most)
+    options = sampling_options(arguments, generator)
     return Plan(generator=generator, labels=equal_shares(request.num_images, ids), options=options)
 
 

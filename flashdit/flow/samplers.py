@@ -22,6 +22,9 @@ Sampler = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
 Draw = Callable[[int], Tensor]
 
 
+MAX_STEPS = 1_000_000
+
+
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """Returns steps + 1 times from 0 to 1.
 
@@ -38,6 +41,8 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps must be at most {MAX_STEPS:,}, got {steps}")
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be positive, got {shift}")
     lin = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -199,7 +204,12 @@ def dopri5(
     def slope(t: Tensor, x_t: Tensor) -> Tensor:
         return v(x_t, float(t)).to(x_t.dtype)
 
-    path = odeint(slope, state, span, method="dopri5", atol=atol, rtol=rtol, options=options)
+    try:
+        path = odeint(slope, state, span, method="dopri5", atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # torchdiffeq's word for a step of no size, or a velocity not finite
+        raise ValueError(
+            f"dopri5 must be able to keep its tolerances, got {atol=}, {rtol=}: {error}"
+        ) from error
     assert isinstance(path, Tensor)  # a tuple only for a state that is one
     return path[-1].to(x.dtype)
 

@@ -33,6 +33,10 @@ def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: If the file cannot be read as one.
     """
     state = source if isinstance(source, Mapping) else _read_file(Path(source))
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"LightningDiT weights must be tensors by name, got {type(state).__name__} in {source}"
+        )
     for name in WRAPPERS:
         if isinstance(state.get(name), Mapping):
             state = state[name]
@@ -126,5 +130,5 @@ def load_lightningdit(
     model = model_type(**config)
     new = fit_weights(model, {key: value for key, value in state.items() if key not in ROPE_KEYS})
     if new:
-        logger.info("new and zero-initialised: %s", ", ".join(new))
+        logger.warning("new and zero-initialised: %s", ", ".join(new))
     return model.eval()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 LABELS = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
 
@@ -31,7 +33,8 @@ def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool
     """
     own, state = model.state_dict(), dict(given)
     if POSITIONS not in own:
-        state.pop(POSITIONS, None)
+        if state.pop(POSITIONS, None) is not None:
+            logger.warning("these weights know a position table, which position_embedding=none leaves out")
     elif POSITIONS not in state or state[POSITIONS].shape != own[POSITIONS].shape:
         state[POSITIONS] = own[POSITIONS]
     new = [key for key in own if ".dwconv." in key and key not in state]

@@ -31,6 +31,7 @@ from flashdit.registry import unknown
 FORMAT = 1
 PREFIX = "step_"
 STATE = "state.json"
+LATENTS = "latents.safetensors"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -43,13 +44,19 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if (path / STATE).is_file())
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
+def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
     """Returns the run below `root` whose latest checkpoint is newest.
+
+    Args:
+        root: Folder of the runs.
+        holding: A file that the latest checkpoint must hold, such as a generative model's `LATENTS`.
 
     Raises:
         ValueError: If no run has a checkpoint.
     """
-    runs = [run for run in root.glob("*") if list_checkpoints(run)]
+    runs = [
+        run for run in root.glob("*") for last in list_checkpoints(run)[-1:] if (last / holding).is_file()
+    ]
     if not runs:
         raise ValueError(f"no run with a checkpoint in {root}: train one first (python train.py)")
     return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)

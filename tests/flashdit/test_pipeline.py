@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback
 from PIL import Image
 
 import flashdit
@@ -225,3 +226,65 @@ def test_public_names_load_when_asked_for():
     assert flashdit.__all__ == ["FlashDiT", "FlashDiTPipeline"]
     with pytest.raises(AttributeError, match="no attribute 'FlashDit'"):
         flashdit.FlashDit  # noqa: B018
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(30, (1 / 3, 1.0)), (7, (2 / 7, 6 / 7))])
+def test_steps_on_the_ends_of_the_interval_are_guided_as_natively(generator, pipe, steps, interval):
+    options = SamplingOptions(steps=steps, cfg_scale=4.0, cfg_interval=interval)
+    native, _ = generator.latents(IDS, LABELS, options)
+    found = exact(pipe, generator, options, output_type="latent")
+    torch.testing.assert_close(found, native, rtol=0, atol=1e-4)
+
+
+def test_a_scheduler_that_draws_takes_the_generator(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    one, same, other = (
+        pipe(0, num_inference_steps=3, generator=torch.Generator().manual_seed(seed), output_type="np").images
+        for seed in (0, 0, 1)
+    )
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_schedulers_made_from_the_configuration_keep_path_and_shift(tiny_checkpoint, tmp_path):
+    generator = load_generator(tiny_checkpoint)
+    generator.sampling = SamplingOptions(shift=0.25)
+    make_pipeline(generator).save_pretrained(tmp_path)
+    pipe = FlashDiTPipeline.from_pretrained(tmp_path)
+    for scheduler in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        swapped = scheduler.from_config(pipe.scheduler.config)
+        assert (swapped.config.flow_shift, swapped.config.use_flow_sigmas) == (4.0, True)
+
+
+def test_several_images_of_each_class_lie_next_to_one_another(pipe):
+    many = pipe([0, 2], num_images_per_prompt=2, num_inference_steps=2, latents=torch.ones(4, 1, 16, 16))
+    one = pipe([0, 0, 2, 2], num_inference_steps=2, latents=torch.ones(4, 1, 16, 16))
+    assert [image.tobytes() for image in many.images] == [image.tobytes() for image in one.images]
+
+
+class Stops(PipelineCallback):
+    """A callback of diffusers' own kind, which ends the run after its second step."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        assert pipeline.num_timesteps == 5
+        self.steps = step_index + 1
+        pipeline._interrupt = step_index == 1
+        return callback_kwargs
+
+
+def test_a_callback_of_diffusers_own_kind_can_end_a_run(pipe):
+    callback = Stops(cutoff_step_ratio=None, cutoff_step_index=0)
+    pipe(0, num_inference_steps=5, callback_on_step_end=callback)
+    assert callback.steps == 2
+    assert pipe.interrupt
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([], "there must be an image to make, got 0 classes"), ([1.5], "1.5")]
+)
+def test_labels_that_are_none_are_refused(pipe, labels, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(labels)
+    assert len(pipe(np.int64(1), num_inference_steps=1).images) == 1

@@ -83,8 +83,11 @@ def test_a_compiled_model_is_told_of(run, monkeypatch):
 def test_a_format_alone_writes_the_same_images(run, form, others):
     out, both = run("out", "--num-images", 2, "--format", form), run("both", "--num-images", 2)
     assert sorted(path.name for path in out.iterdir()) == sorted(["grid.png", "recipe.json", *others])
-    same = ["grid.png", "samples.npz"] if form == "npz" else ["grid.png"]
-    assert [name for name in same if files(out)[name] != files(both)[name]] == []
+    if form == "npz":
+        assert files(out)["samples.npz"] == files(both)["samples.npz"]
+    ours, theirs = Image.open(out / "grid.png"), Image.open(both / "grid.png")
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert json.loads(ours.text["recipe"])["format"] == form, "the grid carries its recipe too"
     if form == "png":
         assert np.array_equal(np.asarray(Image.open(out / "000001.png")), arrays(both)[0][1])
 
@@ -134,6 +137,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_images(run, tiny_checkpoint
     assert files(out) == files(whole)
 
 
+def test_classes_in_another_order_are_another_recipe(run, exit_message):
+    out = run("out", "--class", 1, 0, "--num-images", 4)
+    assert json.loads((out / "recipe.json").read_text())["classes"] == [1, 0]
+    before = files(out)
+    with pytest.raises(ValueError, match="labels_sha256"):
+        run("out", "--class", 0, 1, "--num-images", 4)
+    assert files(out) == before
+
+
 def test_a_finished_folder_is_left_as_it_is(run, monkeypatch):
     out = run("out", "--num-images", 3)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -164,8 +176,10 @@ def test_two_processes_write_what_one_writes(run, tiny_checkpoint, tmp_path):
 @pytest.fixture
 def foreign(tiny_checkpoint, tmp_path):
     """Returns folders that look like checkpoints and are none of ours."""
-    for name in ("half", "other", "vae"):
+    for name in ("half", "other", "vae", "list", "empty"):
         shutil.copytree(tiny_checkpoint, tmp_path / name)
+    (tmp_path / "list" / "state.json").write_text("[]")
+    (tmp_path / "empty" / "state.json").write_text("")
     (tmp_path / "half" / "latents.safetensors").write_bytes(b"cut")
     (tmp_path / "other" / "ema" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     space = load_generator(tiny_checkpoint).space
@@ -195,6 +209,12 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--cfg-scale", "nan"], "cfg_scale must be finite, got nan"),
         (["--sampler", "dpm"], "unknown sampler 'dpm'; did you mean 'dpm++2m'"),
         (["--dtype", "fp8"], "unknown dtype 'fp8' (known: bf16, fp16, fp32)"),
+        (["--device", "gpu"], "--device must be one of this machine, such as cpu, got gpu"),
+        (["--device", "cuda:99"], "--device must be one of this machine, such as cpu, got cuda:99"),
+        (["--steps", "1000000000000000"], "steps must be at most 1,000,000, got 1000000000000000"),
+        (["--atol", "nan"], "atol and rtol must be positive, got nan and 1e-05"),
+        (["--checkpoint", "list"], "a checkpoint must be whole and of a FlashDiT, list is not"),
+        (["--checkpoint", "empty"], "a checkpoint must be whole and of a FlashDiT, empty is not"),
         (["--atol", "0"], "atol and rtol must be positive, got 0.0 and 1e-05"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
         (["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
@@ -217,6 +237,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert message in exit_message(sample, *given)
     assert files(foreign) | files(tiny_checkpoint) == before
     assert not (foreign / "out").exists()
+
+
+def test_tolerances_that_cannot_be_kept_are_told_of(tiny_checkpoint, tmp_path):
+    options = ["--sampler", "dopri5", "--atol", "1e-30", "--rtol", "1e-30", "--num-images", 1]
+    argv = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", *options]
+    with pytest.raises(ValueError, match="dopri5 must be able to keep its tolerances, got atol=1e-30"):
+        sample.main([str(word) for word in argv])
 
 
 def test_samples_of_another_recipe_are_not_mixed(run, monkeypatch, exit_message, tiny_checkpoint, capsys):

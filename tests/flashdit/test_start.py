@@ -115,3 +115,18 @@ def test_a_run_starts_from_another_once_and_says_what_is_new(tiny_overrides, tin
     trainer.fit()
     again = Trainer(config.load(None, [*more, "training.steps=4"]))
     assert again.step == 2, "the run itself goes on; its start is not taken again"
+
+
+@pytest.mark.parametrize("option", [{"num_heads": 4}, {"time_scale": 1000.0}])
+def test_options_that_no_shape_shows_must_be_the_same(tmp_path, option):
+    seeded(0, **option).save_pretrained(tmp_path / "folder")
+    (key, value), *_ = option.items()
+    with pytest.raises(ValueError, match=f"options they were trained with, .* has {key}={value}"):
+        start_from(seeded(1), tmp_path / "folder")
+
+
+def test_positions_that_are_left_out_are_told_of(tmp_path, caplog):
+    seeded(0, **GLOBAL).save_pretrained(tmp_path / "folder")
+    new = start_from(seeded(1), tmp_path / "folder")
+    assert new
+    assert "position table, which position_embedding=none leaves out" in caplog.text

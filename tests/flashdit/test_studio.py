@@ -156,6 +156,7 @@ def test_no_class_means_the_first_ones_as_in_sample_py(generator):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 100_000}, "steps must be at most 1000 on this page, got 100000"),
+        ({"steps": 10**15}, "steps must be at most 1000 on this page"),
         ({"num_images": 0}, "num_images must be at least 1, got 0"),
         ({"num_images": 65}, "num_images must be at most 64 on this page, got 65"),
         (

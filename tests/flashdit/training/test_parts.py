@@ -161,6 +161,8 @@ def test_newest_run_is_the_default(tmp_path, monkeypatch):
     os.utime(newest, (2e9, 2e9))
     assert newest_run().name == "b"
     assert find_checkpoint(None).name == "step_00000003"
+    (newest.parents[2] / "a" / "checkpoints" / "step_00000005" / "latents.safetensors").touch()
+    assert newest_run(holding="latents.safetensors").name == "a", "a classifier's run holds none"
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
