@@ -29,10 +29,6 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
     options, space = generator.sampling, generator.space
     # Ours is t = s·u / (1 + (s − 1)·u); for σ = 1 − t that is the same formula with 1/s.
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / options.shift)
-    # So that other schedulers made `from_config(pipe.scheduler.config)` follow the same path and shift.
-    scheduler.register_to_config(
-        flow_shift=1 / options.shift, use_flow_sigmas=True, prediction_type="flow_prediction"
-    )
     recipe = generator.recipe() | {"name": name, "sampling": asdict(options)}
     for path in ("checkpoint", "vae"):  # of no use to anybody else
         recipe.pop(path)

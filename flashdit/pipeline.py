@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from flashdit.card import model_card
 from flashdit.classes import class_ids
+from flashdit.files import write_json
 from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
 
 ROUNDING = 1e-6
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+"""What makes diffusers' multistep schedulers follow the linear path."""
 Label = int | str
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Any]]
 
@@ -61,6 +65,9 @@ class FlashDiTPipeline(DiffusionPipeline):
         recipe: dict[str, Any] | None = None,
     ):
         super().__init__()
+        given: Any = scheduler
+        if is_flow_matching(given):  # what is made `from_config` of it follows the same path and shift
+            given.register_to_config(**FLOW, flow_shift=given.config.get("shift", 1.0))
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         channels = transformer.config["in_channels"]
         mean, std = latents_mean or [0.0] * channels, latents_std or [1.0] * channels
@@ -232,19 +239,32 @@ class FlashDiTPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """Writes the pipeline and its model card, README.md."""
         super().save_pretrained(str(save_directory), *arguments, **options)
-        (Path(save_directory) / "README.md").write_text(self.card())
+        self._complete(Path(save_directory))
 
     def _upload_folder(self, working_dir: str | Path, *arguments: Any, **options: Any) -> Any:
         """Uploads a folder, our model card in place of the empty one that diffusers puts there."""
-        (Path(working_dir) / "README.md").write_text(self.card())
+        self._complete(Path(working_dir))
         return super()._upload_folder(working_dir, *arguments, **options)
+
+    def _complete(self, folder: Path) -> None:
+        """Writes the card, and takes out of the scheduler's file what its own class would warn of."""
+        (folder / "README.md").write_text(self.card())
+        path = folder / "scheduler" / "scheduler_config.json"
+        if is_flow_matching(self.scheduler):
+            config = json.loads(path.read_text())
+            kept = {key: value for key, value in config.items() if key not in (*FLOW, "flow_shift")}
+            write_json(path, kept)
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Returns whether a scheduler knows no other path than ours."""
+    return type(scheduler).__name__.startswith("FlowMatch")
 
 
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError unless the scheduler follows the linear path with velocity prediction."""
     config: Mapping[str, Any] = scheduler.config
-    is_multistep = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    if not (is_multistep or type(scheduler).__name__.startswith("FlowMatch")):
+    if not (is_flow_matching(scheduler) or all(config.get(key) == FLOW[key] for key in FLOW)):
         raise ValueError(
             "the scheduler must be a FlowMatch… one, or have use_flow_sigmas=True and "
             f"prediction_type='flow_prediction', got {type(scheduler).__name__}"

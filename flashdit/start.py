@@ -17,9 +17,11 @@ UNSEEN = ("num_heads", "time_scale")
 def check_unseen(model: FlashDiT, folder: Path) -> None:
     """Raises ValueError if a model folder's weights were trained with other such options."""
     theirs = json.loads((folder / "config.json").read_text())
-    other = [f"{key}={theirs[key]}" for key in UNSEEN if key in theirs and theirs[key] != model.config[key]]
+    own = model.config
+    other = [f"{key}={own[key]} for {theirs[key]}" for key in UNSEEN if theirs.get(key, own[key]) != own[key]]
     if other:
-        raise ValueError(f"weights need the options they were trained with, {folder} has {', '.join(other)}")
+        rule = f"weights need the options they were trained with, those of {folder} too"
+        raise ValueError(f"{rule}, got {', '.join(other)}")
 
 
 def start_from(model: FlashDiT, source: Path | str) -> list[str]:

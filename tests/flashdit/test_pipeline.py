@@ -1,3 +1,4 @@
+import logging
 import shutil
 
 import numpy as np
@@ -246,11 +247,16 @@ def test_a_scheduler_that_draws_takes_the_generator(pipe):
     assert not np.array_equal(one, other)
 
 
-def test_schedulers_made_from_the_configuration_keep_path_and_shift(tiny_checkpoint, tmp_path):
+def test_schedulers_made_from_the_configuration_keep_path_and_shift(
+    tiny_checkpoint, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     generator = load_generator(tiny_checkpoint)
     generator.sampling = SamplingOptions(shift=0.25)
     make_pipeline(generator).save_pretrained(tmp_path)
-    pipe = FlashDiTPipeline.from_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        pipe = FlashDiTPipeline.from_pretrained(tmp_path)
+    assert "will be ignored" not in caplog.text
     for scheduler in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
         swapped = scheduler.from_config(pipe.scheduler.config)
         assert (swapped.config.flow_shift, swapped.config.use_flow_sigmas) == (4.0, True)
