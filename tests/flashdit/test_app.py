@@ -149,6 +149,11 @@ def recipe_of(data):
         return json.loads(picture.text["recipe"])
 
 
+def whole_pictures(folder):
+    """Returns the downloaded pictures that are complete: the browser makes a file before it fills it."""
+    return [data for path in folder.glob("flashdit*.png") if b"IEND" in (data := path.read_bytes())[-12:]]
+
+
 @needs_browser
 def test_a_click_shows_the_images_of_sample_py_and_gives_them_with_their_recipe(page, home, tmp_path):
     write(page, "classes", "Seven")
@@ -173,7 +178,7 @@ def test_a_click_shows_the_images_of_sample_py_and_gives_them_with_their_recipe(
     ]
     page.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     find(page, "#download-0")[0].click()
-    grid = wait(page, lambda: [path.read_bytes() for path in tmp_path.glob("flashdit*.png")])[0]
+    grid = wait(page, lambda: whole_pictures(tmp_path))[0]
     assert np.array_equal(pixels(grid), pixels(out / "grid.png"))
     theirs = json.loads((out / "recipe.json").read_text())
     for data in (grid, *map(fetch, (*images, *film))):
