@@ -20,8 +20,9 @@ from flashdit.classification.data import HeldOutExamples, TrainExamples, check_s
 from flashdit.classification.evaluate import Accuracy, evaluate_classifier
 from flashdit.classification.model import InputFormat, decay_groups, input_format, load_weights, make_model
 from flashdit.config import to_yaml
+from flashdit.training.accelerator import precision_name
 from flashdit.training.checkpoint import list_checkpoints
-from flashdit.training.loop import Batch, TrainingLoop, precision_name
+from flashdit.training.loop import Batch, TrainingLoop
 from iwin_core import IwinTransformer
 
 

@@ -8,22 +8,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from flashdit.files import write_atomically
 from flashdit.heap import keep_freed_memory
 from flashdit.seeds import generator_for
-from flashdit.tf32 import allow_tf32
+from flashdit.training.accelerator import DTYPES, make_accelerator
 from flashdit.training.checkpoint import (
     check_room,
     check_unchanged,
@@ -46,7 +43,6 @@ from flashdit.training.state import load_model_state, load_optimizer_state, mode
 from flashdit.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = dict[str, Tensor]
 
 
@@ -353,38 +349,9 @@ class TrainingLoop(ABC):
         self.accelerator.wait_for_everyone()
 
 
-def make_accelerator(training: TrainingOptions) -> Accelerator:
-    """Returns the Accelerator of the run; what it is launched with decides on processes and sharding."""
-    allow_tf32(training.tf32)
-    accelerator = Accelerator(
-        mixed_precision=precision_name(training.precision),
-        gradient_accumulation_steps=training.accumulation,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.timeout_s))],
-    )
-    set_shard_precision(accelerator, training.precision)
-    return accelerator
-
-
-def set_shard_precision(accelerator: Accelerator, precision: str) -> None:
-    """Makes FSDP2 gather weights in the precision, add gradients in float32 and leave inputs as they are.
-
-    Accelerate's own policy would round times and add gradients in bf16.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and precision != "fp32":
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-
-
 def as_batch(items: Any) -> Batch:
     """Returns a batch: some data sets make it at once, others give its examples."""
     return items if isinstance(items, dict) else default_collate(items)
-
-
-def precision_name(precision: str) -> str:
-    """Returns what Accelerate calls a precision."""
-    return "no" if precision == "fp32" else precision
 
 
 def share_of_batch(training: TrainingOptions, processes: int) -> int:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from flashdit import config
 from flashdit.trainer import Trainer
 from flashdit.training import loop
+from flashdit.training.accelerator import set_shard_precision
 
 make_accelerator = loop.make_accelerator
 
@@ -22,7 +23,7 @@ def make_sharding_accelerator(training):
     )
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
-    loop.set_shard_precision(accelerator, training.precision)
+    set_shard_precision(accelerator, training.precision)
     return accelerator
 
 
