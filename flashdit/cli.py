@@ -14,7 +14,8 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from flashdit.flow.samplers import ADAPTIVE, SAMPLERS
-from flashdit.generate import DTYPES, CheckpointGenerator, SamplingOptions, load_generator
+from flashdit.generate import CheckpointGenerator, SamplingOptions, load_generator
+from flashdit.training.options import DTYPES
 
 SAMPLING = (
     *("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),

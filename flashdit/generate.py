@@ -25,6 +25,7 @@ from flashdit.models.dit import FlashDiT
 from flashdit.registry import unknown
 from flashdit.seeds import generator_for
 from flashdit.training.checkpoint import LATENTS, find_checkpoint, newest_run, read_state
+from flashdit.training.options import DTYPES
 
 __all__ = [
     "Batch",
@@ -37,7 +38,6 @@ __all__ = [
     "nfe",
 ]
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True)

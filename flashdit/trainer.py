@@ -32,7 +32,7 @@ from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
 from flashdit.pictures import labelled_grid, rows_by_class
 from flashdit.start import start_from
-from flashdit.training.checkpoint import list_checkpoints
+from flashdit.training.checkpoint import LATENTS, list_checkpoints
 from flashdit.training.examples import Examples
 from flashdit.training.loop import Batch, TrainingLoop
 
@@ -207,7 +207,7 @@ class Trainer(TrainingLoop):
         folder.mkdir()
         self._holding(weights).save_pretrained(folder / "model")
         self._holding(average).save_pretrained(folder / "ema")
-        self.space.save(folder / "latents.safetensors")
+        self.space.save(folder / LATENTS)
 
     def describe(self) -> dict[str, Any]:
         """Returns what sampling needs to know of the run."""

@@ -10,9 +10,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flashdit.tf32 import allow_tf32
-from flashdit.training.options import TrainingOptions
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from flashdit.training.options import DTYPES, TrainingOptions
 
 
 def make_accelerator(training: TrainingOptions) -> Accelerator:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flashdit.files import write_atomically
 from flashdit.heap import keep_freed_memory
 from flashdit.seeds import generator_for
-from flashdit.training.accelerator import DTYPES, make_accelerator
+from flashdit.training.accelerator import make_accelerator
 from flashdit.training.checkpoint import (
     check_room,
     check_unchanged,
@@ -36,7 +36,7 @@ from flashdit.training.examples import positions
 from flashdit.training.guard import SkipGuard, TermSignal
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
-from flashdit.training.options import LoopConfig, TrainingOptions
+from flashdit.training.options import DTYPES, LoopConfig, TrainingOptions
 from flashdit.training.power_ema import PowerEma, Profile
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
 from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state

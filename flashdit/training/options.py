@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from flashdit.registry import unknown
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions of matrix products, in training and in sampling, by name."""
 COMPILES = ("none", "block", "model")
 
 
@@ -51,7 +54,7 @@ class TrainingOptions:
 
     def check(self) -> None:
         """Raises ValueError for counts that are not positive and for unknown names."""
-        for name, known in (("precision", PRECISIONS), ("compile", COMPILES)):
+        for name, known in (("precision", DTYPES), ("compile", COMPILES)):
             if getattr(self, name) not in known:
                 raise unknown(f"training.{name}", getattr(self, name), known)
         counts = ("steps", "global_batch_size", "accumulation", "log_every", "save_every", "max_skips")
