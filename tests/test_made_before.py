@@ -17,11 +17,18 @@ import train_classifier
 from flashdit import posthoc
 
 OLD = Path(__file__).parent / "made_before"
-OVERRIDES = (  # what the run was trained with, by config digits.yaml
-    "run.dir=runs/tiny model.hidden_size=8 model.depth=1 training.save_every=5 training.log_every=5 "
-    "training.preview_every=0 ema.power_widths=[0.05,0.1] ema.snapshot_every=5 optimizer.decay_steps=20 "
-    "training.global_batch_size=4"
-).split()
+OVERRIDES = [
+    "run.dir=runs/tiny",
+    "model.hidden_size=8",
+    "model.depth=1",
+    "training.save_every=5",
+    "training.log_every=5",
+    "training.preview_every=0",
+    "ema.power_widths=[0.05,0.1]",
+    "ema.snapshot_every=5",
+    "optimizer.decay_steps=20",
+    "training.global_batch_size=4",
+]
 
 
 @pytest.fixture
@@ -62,7 +69,20 @@ def test_finished_folder_of_samples_is_known_as_finished(old):
 
 
 def test_scores_are_those_of_the_old_code(old):
-    eval_fid.main("--checkpoint runs/tiny --num-images 20 --steps 4 --output new --csv scores.csv".split())
+    eval_fid.main(
+        [
+            "--checkpoint",
+            "runs/tiny",
+            "--num-images",
+            "20",
+            "--steps",
+            "4",
+            "--output",
+            "new",
+            "--csv",
+            "scores.csv",
+        ]
+    )
     new = json.loads((old / "new" / "metrics.json").read_text())
     want = json.loads((OLD / "run/eval/cfg_1.0/metrics.json").read_text())
     assert new["schema"] == want["schema"]
@@ -114,10 +134,15 @@ def test_snapshots_of_the_old_average_give_new_widths(old):
 
 
 def test_classifier_is_scored_and_goes_on(old, capsys):
-    overrides = (
-        "run.dir=runs/classifier model.embed_dim=8 model.depths=[1,1] model.num_heads=[1,2] "
-        "training.save_every=4 training.log_every=2 training.preview_every=4"
-    ).split()
+    overrides = [
+        "run.dir=runs/classifier",
+        "model.embed_dim=8",
+        "model.depths=[1,1]",
+        "model.num_heads=[1,2]",
+        "training.save_every=4",
+        "training.log_every=2",
+        "training.preview_every=4",
+    ]
     train_classifier.main(["--eval-only", *overrides])
     assert "top-1 8.61%" in capsys.readouterr().out
     train_classifier.main([*overrides, "training.steps=6"])
@@ -126,6 +151,6 @@ def test_classifier_is_scored_and_goes_on(old, capsys):
 
 def test_encoded_folder_is_whole_for_its_pictures(old, capsys):
     before = {path: path.stat().st_mtime_ns for path in (old / "latents").rglob("*.safetensors")}
-    encode_latents.main("--images pictures --vae digits --out latents --image-size 16".split())
+    encode_latents.main(["--images", "pictures", "--vae", "digits", "--out", "latents", "--image-size", "16"])
     assert {path: path.stat().st_mtime_ns for path in (old / "latents").rglob("*.safetensors")} == before
     assert "4 of 4 images" in capsys.readouterr().out
