@@ -24,7 +24,7 @@ demo: install
 	@echo 'Try next:'
 	@echo '  $(BIN)/python sample.py --class seven 3 --num-images 20 --cfg-scale 3 --seed 1'
 	@echo '  $(BIN)/python train.py run.dir=runs/windows model.attention.name=window'
-	@echo '  $(BIN)/python -m flashdit.app'
+	@echo '  $(BIN)/python -m flashdit.commands.app'
 	@echo '  $(BIN)/accelerate launch train.py --config configs/flashdit_xl.yaml data.path=LATENTS'
 
 test: lint type unit
@@ -55,9 +55,9 @@ faults: install  # kills, full disks and broken data: how many training survives
 	$(BIN)/python -m benchmarks.faults
 
 assets: install  # trains the committed digits autoencoder and classifier again
-	$(BIN)/python -m flashdit.assets.train_autoencoder
-	$(BIN)/python -m flashdit.assets.train_classifier
-	$(BIN)/python -m flashdit.plot runs/digits --write-reference flashdit/assets/curves/digits.json  # after make demo
+	$(BIN)/python -m tools.digits_autoencoder
+	$(BIN)/python -m tools.digits_classifier
+	$(BIN)/python -m flashdit.commands.plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -21,10 +21,11 @@ from einops import rearrange
 from torch import Tensor
 
 from benchmarks.side_by_side import machine, save
-from flashdit.evaluation.classifier import load_digits_classifier
-from flashdit.files import write_atomically
-from flashdit.generate import CheckpointGenerator, balanced_labels, load_generator
-from flashdit.pictures import labelled_grid, rows_by_class
+from flashdit.digits.classifier import load_digits_classifier
+from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
+from flashdit.sampling.classes import balanced_labels
+from flashdit.shared.files import write_atomically
+from flashdit.shared.pictures import labelled_grid, rows_by_class
 from iwin_core.attention import IwinAttention
 
 RESULTS = Path(__file__).with_name("results")

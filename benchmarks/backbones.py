@@ -15,7 +15,7 @@ from torch import nn
 
 import iwin_core  # noqa: F401 - registers the Iwin entry points
 from benchmarks.side_by_side import interleaved, machine, save, summary
-from flashdit.heap import keep_freed_memory
+from flashdit.shared.process import keep_freed_memory
 
 MODELS = {
     "Iwin-T": ("iwin_tiny_patch4_window7_224", "iwin_tiny_patch4_window12_384"),

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from benchmarks.side_by_side import machine, save
 from flashdit.data.shards import LatentShards, write_shard
+from flashdit.flow.examples import Examples
 from flashdit.flow.times import TIMES
-from flashdit.seeds import generator_for
-from flashdit.training.examples import Examples, positions
-from flashdit.training.loop import as_batch
+from flashdit.shared.seeds import generator_for
+from flashdit.training.loop import as_batch, positions
 
 SHAPE = (32, 16, 16)
 SHARDS = 4

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flashdit.models.costs import forward_flops
-from flashdit.models.dit import SIZES, FlashDiT
+from flashdit.models.dit import FlashDiT
+from flashdit.models.sizes import SIZES
 from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.optim import OptimizerOptions, make_optimizer
 

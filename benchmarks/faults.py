@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from flashdit import config
 from flashdit.data.shards import write_shard, write_statistics
+from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
-from flashdit.training.checkpoint import list_checkpoints
 from flashdit.training.meter import TIMINGS
 
 ROOT = Path(__file__).parents[1]

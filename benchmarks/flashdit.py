@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from benchmarks.dit_runs import DTYPES, FORWARD, MODELS, PARTS, Clock, Subject
 from benchmarks.side_by_side import RESULTS, machine, save
-from flashdit.charts import COLOURS, new_axes, save_figure
-from flashdit.cli import add_device, run_script
-from flashdit.heap import keep_freed_memory
-from flashdit.models.dit import SIZES
+from flashdit.models.sizes import SIZES
+from flashdit.shared.charts import COLOURS, new_axes, save_figure
+from flashdit.shared.command import add_device, run_script
+from flashdit.shared.process import keep_freed_memory
 from flashdit.training.meter import matmul_peak
 
 Rows = list[dict[str, Any]]
@@ -229,7 +229,12 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=1, help="of a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile as well (default: on a GPU)")
-    add("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="see flashdit.heap")
+    add(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="see flashdit.shared.process",
+    )
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     add("--quick", action="store_true", help="2 blocks, sides 16 and 32, peak memory not measured")
     add("--memory-of", help=argparse.SUPPRESS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import interleaved, machine, save, summary
-from flashdit.cli import run_script
+from flashdit.shared.command import run_script
 from iwin_core import kernels
 from iwin_core.kernels import eager
 

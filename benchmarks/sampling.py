@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import interleaved, machine, save, summary
-from flashdit import generate
-from flashdit.cli import add_device
 from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.extractors import build_extractor
+from flashdit.evaluation.features.extractors import build_extractor
+from flashdit.evaluation.images.sources import GeneratedSource
 from flashdit.evaluation.reference import KeptReference
-from flashdit.evaluation.sources import GeneratedSource
 from flashdit.flow.guidance import scale_at
-from flashdit.generate import CheckpointGenerator, SamplingOptions, balanced_labels, load_generator, nfe
+from flashdit.sampling import generator as generate
+from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
+from flashdit.sampling.classes import balanced_labels
+from flashdit.sampling.options import SamplingOptions, nfe
+from flashdit.shared.command import add_device
 
 BASELINE, EXACT = "both halves, euler 250", "euler 250"
 COMPILED = ("euler 25", "dpm++2m 15", "unipc 10")

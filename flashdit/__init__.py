@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashdit.models.dit import FlashDiT
-    from flashdit.pipeline import FlashDiTPipeline
+    from flashdit.sampling.pipeline import FlashDiTPipeline
 
 __all__ = ["FlashDiT", "FlashDiTPipeline"]
-HOMES = {"FlashDiT": "flashdit.models.dit", "FlashDiTPipeline": "flashdit.pipeline"}
+HOMES = {"FlashDiT": "flashdit.models.dit", "FlashDiTPipeline": "flashdit.sampling.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -59,7 +59,7 @@ def features_in_a_temporary_folder(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def exit_message(capsys):
     """Returns a function that runs a script's main and gives its one line on stderr, at exit status 2."""
-    from flashdit.cli import run_script
+    from flashdit.shared.command import run_script
 
     def run(script, *argv):
         with pytest.raises(SystemExit) as exit_info:

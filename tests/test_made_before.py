@@ -14,7 +14,7 @@ import eval_fid
 import sample
 import train
 import train_classifier
-from flashdit import posthoc
+from flashdit.commands import posthoc
 
 OLD = Path(__file__).parent / "made_before"
 OVERRIDES = [
@@ -112,7 +112,9 @@ def test_reference_file_scores_its_own_images_as_the_set_does(old):
 def test_exported_pipeline_makes_the_old_images(old):
     from flashdit import FlashDiTPipeline
 
-    assets = next(Path(train.__file__).parent.joinpath("flashdit").rglob("digits_vae/*.safetensors"))
+    assets = next(
+        Path(train.__file__).parent.joinpath("flashdit").rglob("digits/assets/autoencoder/*.safetensors")
+    )
     shutil.copy(assets, old / "exported" / "vae")
     pipe = FlashDiTPipeline.from_pretrained(str(old / "exported"))
     pipe.set_progress_bar_config(disable=True)

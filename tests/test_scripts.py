@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import eval_fid
-import sample
-import train
+from flashdit.commands import evaluate as eval_fid
+from flashdit.commands import sample, train
 from flashdit.training.meter import TIMINGS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
 LAUNCH_2 = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_2)]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdit.data.manifest import check_files, read_manifest
-from flashdit.files import write_atomically
+from flashdit.shared.files import write_atomically
 
 SHARDS = "latents_rank*_shard*.safetensors"
 TENSORS = ("latents", "latents_flip", "labels")

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from flashdit.data.digits import CLASS_NAMES, digits
 from flashdit.data.shards import LatentShards
-from flashdit.registry import Registry
+from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.shared.registry import Registry
 
 DATASETS = Registry("data")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -6,13 +6,13 @@ import time
 from collections.abc import Collection
 from typing import NamedTuple
 
-from flashdit.evaluation.cache import FeatureCache
-from flashdit.evaluation.features import Extractor
-from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
-from flashdit.evaluation.ranks import Ranks
-from flashdit.evaluation.reference import Reference
-from flashdit.evaluation.report import EvalResult, names_of
-from flashdit.evaluation.scoring import (
+from flashdit.evaluation.features.cache import FeatureCache
+from flashdit.evaluation.features.features import Extractor
+from flashdit.evaluation.features.ranks import Ranks
+from flashdit.evaluation.features.statistics import ImageStatistics, collect
+from flashdit.evaluation.images.sources import DigitsSource, Source
+from flashdit.evaluation.metrics.metrics import NEIGHBOURS, SPLIT_SIZE
+from flashdit.evaluation.metrics.scoring import (
     KERNEL_SUBSET,
     Scores,
     cautions,
@@ -20,8 +20,8 @@ from flashdit.evaluation.scoring import (
     compute_scores,
     parts_needed,
 )
-from flashdit.evaluation.sources import DigitsSource, Source
-from flashdit.evaluation.statistics import ImageStatistics, collect
+from flashdit.evaluation.reference import Reference
+from flashdit.evaluation.reports.report import EvalResult, names_of
 
 
 class Plan(NamedTuple):

@@ -16,7 +16,7 @@ from torchdiffeq import odeint
 
 from flashdit.flow.guidance import Velocity
 from flashdit.flow.path import data_prediction, score
-from flashdit.registry import unknown
+from flashdit.shared.registry import unknown
 
 Sampler = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
 Draw = Callable[[int], Tensor]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flashdit.registry import Registry
+from flashdit.shared.registry import Registry
 
 TIMES = Registry("time distribution")
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashdit.models.embed import rope_tables, rotate
-from flashdit.registry import Registry
+from flashdit.shared.registry import Registry
 from iwin_core import IwinAttention
 
 ATTENTIONS = Registry("attention")

@@ -16,18 +16,8 @@ from flashdit.models.attention import Place
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
 from flashdit.models.layers import RMSNorm
-from flashdit.registry import unknown
-
-SIZES = {
-    "nano": {"depth": 4, "hidden_size": 64, "num_heads": 2},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-    "1p0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
-    "1p6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
-}
-IWIN = {"name": "iwin", "window": 4, "kernel": 3}
+from flashdit.models.sizes import IWIN, SIZES
+from flashdit.shared.registry import unknown
 
 
 class FlashDiT(ModelMixin, ConfigMixin):

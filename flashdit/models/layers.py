@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdit.registry import unknown
+from flashdit.shared.registry import unknown
 
 NORM_EPS = 1e-6
 

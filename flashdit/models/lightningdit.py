@@ -121,7 +121,7 @@ def load_lightningdit(
     Raises:
         ValueError: If weights are missing, left over or of another shape, or `num_heads` cannot be inferred.
     """
-    from flashdit.models.dit import SIZES
+    from flashdit.models.sizes import SIZES
 
     state = read_state(source)
     config = infer_config(state, SIZES) | dict(overrides)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from flashdit.tf32 import allow_tf32
+from flashdit.shared.process import allow_tf32
 from flashdit.training.options import DTYPES, TrainingOptions
 
 

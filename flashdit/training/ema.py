@@ -21,7 +21,7 @@ class EmaOptions:
     """Whether early updates keep only (1 + n) / (10 + n), so that the initial weights are soon forgotten."""
     power_widths: list[float] = field(default_factory=list)
     """Relative widths of power-function averages to track as well, such as 0.05 and 0.10; from their
-    snapshots `python -m flashdit.posthoc` makes averages of any width. An empty list tracks nothing."""
+    snapshots `flashdit posthoc` makes averages of any width. An empty list tracks nothing."""
     snapshot_every: int = 5_000
     """Steps between those snapshots, which are all kept; 16 in a run give widths of 0.03 to 0.20."""
 

@@ -17,22 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from flashdit.files import write_atomically
-from flashdit.heap import keep_freed_memory
-from flashdit.seeds import generator_for
+from flashdit.shared.files import write_atomically
+from flashdit.shared.process import keep_freed_memory
+from flashdit.shared.runs import list_checkpoints, read_state, read_weights, step_folder
+from flashdit.shared.seeds import generator_for
 from flashdit.training.accelerator import make_accelerator
-from flashdit.training.checkpoint import (
-    check_room,
-    check_unchanged,
-    list_checkpoints,
-    prune,
-    read_state,
-    read_weights,
-    step_folder,
-    write_checkpoint,
-)
+from flashdit.training.checkpoint import check_room, check_unchanged, prune, write_checkpoint
 from flashdit.training.ema import Ema
-from flashdit.training.examples import positions
 from flashdit.training.guard import SkipGuard, TermSignal
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
@@ -373,3 +364,20 @@ def whole_norm(norm: Any) -> Tensor:
     """Returns the gradient norm as one number of the whole model, also where the gradients lie in shards."""
     norm = torch.as_tensor(norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def positions(
+    start: int, updates: int, batch_size: int, accumulation: int, rank: int, ranks: int
+) -> list[range]:
+    """Returns the positions of each batch of one process, in order.
+
+    Args:
+        start: Images seen before.
+        updates: Optimiser steps to come.
+        batch_size: Images of one process in one accumulated part.
+        accumulation: Parts of an optimiser step.
+        rank: This process.
+        ranks: How many processes there are.
+    """
+    parts = range(rank, updates * accumulation * ranks, ranks)
+    return [range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flashdit.registry import unknown
+from flashdit.shared.registry import unknown
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
@@ -78,3 +78,26 @@ class LoopConfig(Protocol):
     ema: EmaOptions
     training: TrainingOptions
     tracking: TrackingOptions
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where a run lies."""
+
+    dir: str = ""
+    """The run's folder; the same folder resumes the run."""
+
+
+def check_run(config: LoopConfig) -> None:
+    """Raises ValueError for what cannot be in the options that every trainer has."""
+    if not config.run.dir:
+        raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
+    if config.seed < 0:
+        raise ValueError(f"seed must not be negative, got {config.seed}")
+    config.training.check()
+    decay_steps, steps = config.optimizer.decay_steps, config.training.steps
+    if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
+        raise ValueError(
+            "training.steps must not pass optimizer.decay_steps, where the learning rate has come to 0, "
+            f"got {steps} and {decay_steps}"
+        )

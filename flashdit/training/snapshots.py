@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashdit.files import write_atomically
+from flashdit.shared.files import write_atomically
 from flashdit.training.power_ema import Profile
 
 SNAPSHOTS = "ema_snapshots"

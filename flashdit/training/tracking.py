@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashdit.files import write_atomically
+from flashdit.shared.files import write_atomically
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"

@@ -2,12 +2,13 @@ import pytest
 import yaml
 
 from flashdit import config
+from flashdit.shared.settings import to_yaml
 
 
 def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
     loaded = config.load()
     assert loaded.data == {"name": "digits"}
-    (tmp_path / "saved.yaml").write_text(config.to_yaml(loaded))
+    (tmp_path / "saved.yaml").write_text(to_yaml(loaded))
     assert config.load(tmp_path / "saved.yaml") == loaded
 
 

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from flashdit import FlashDiT, config
-from flashdit.data.digits import digits
-from flashdit.generate import SamplingOptions, load_generator
-from flashdit.pictures import to_pil
+from flashdit.digits.images import digits
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.options import SamplingOptions
+from flashdit.shared.pictures import to_pil
 from flashdit.trainer import Trainer
 from flashdit.training.meter import TIMINGS
 

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flashdit.data.digits import digits
 from flashdit.data.sources import DATASETS, centre_crop
+from flashdit.digits.images import digits
 
 
 @pytest.fixture

@@ -2,32 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from flashdit.evaluation.features import EXTRACTORS
-from flashdit.evaluation.report import EvalResult, names_of
-from flashdit.evaluation.scoring import Scores
+from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.metrics.scoring import Scores
+from flashdit.evaluation.reports.report import EvalResult, names_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
-
-
-def random_inception_tensor(key: str, shape: torch.Size, draws: np.random.RandomState) -> torch.Tensor:
-    x = draws.standard_normal(tuple(shape))
-    if key.endswith("conv.weight"):
-        x = x * np.sqrt(2 / np.prod(shape[1:]))
-    elif key == "fc.weight":
-        x = x * 4 / np.sqrt(2048)
-    elif key.endswith("bn.weight"):
-        x = 1 + 0.1 * x
-    elif key.endswith("running_mean"):
-        x = 0.05 * x
-    elif key.endswith("running_var"):
-        x = 1 + 0.2 * np.abs(x)
-    else:
-        x = 0.1 * x
-    return torch.from_numpy(x.astype(np.float32))
 
 
 @pytest.fixture(autouse=True)
@@ -61,23 +42,3 @@ def result_of():
         return EvalResult(**(fields | changes))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of torch-fidelity's 472 tensors, random by the recipe of golden/eval/values.json (96 MB)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args, **kwargs):
-            """Loads nothing: the shapes are all that is wanted."""
-
-    empty = tmp_path_factory.mktemp("inception") / "empty.pth"
-    torch.save({}, empty)
-    network = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(empty))
-    shapes = {key: value.shape for key, value in network.state_dict().items() if "num_batches" not in key}
-    draws = np.random.RandomState(2024)
-    weights = {key: random_inception_tensor(key, shapes[key], draws) for key in sorted(shapes)}
-    path = empty.with_name("random.pth")
-    torch.save(weights, path)
-    return path

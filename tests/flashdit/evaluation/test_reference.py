@@ -7,13 +7,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from flashdit.evaluation.features import EXTRACTORS
-from flashdit.evaluation.folders import FolderSource
-from flashdit.evaluation.npz import NpzSource
-from flashdit.evaluation.reference import Reference
-from flashdit.evaluation.reference_file import chosen_ids, write_reference
-from flashdit.evaluation.sources import DigitsSource
-from flashdit.evaluation.statistics import collect
+from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.features.statistics import collect
+from flashdit.evaluation.images.folders import FolderSource
+from flashdit.evaluation.images.npz import NpzSource
+from flashdit.evaluation.images.sources import DigitsSource
+from flashdit.evaluation.reference import Reference, chosen_ids, write_reference
 
 EXTRACTOR = EXTRACTORS.build("digits")
 POOL, SPATIAL = EXTRACTOR.pool_dimensions, EXTRACTOR.spatial_dimensions

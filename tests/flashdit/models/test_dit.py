@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from flashdit import FlashDiT
 from flashdit.models.attention import ATTENTIONS
-from flashdit.models.dit import SIZES
+from flashdit.models.sizes import SIZES
 
 LIGHTNINGDIT = {"attention": {"name": "global", "rope": True}, "position_embedding": "sincos"}
 FLASHDIT_PARAMETERS = {

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from flashdit import config
+from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.trainer import Trainer
-from flashdit.training import checkpoint
 from flashdit.training.meter import TIMINGS, Meter, matmul_peak
 from flashdit.training.snapshots import list_snapshots
 
@@ -79,7 +79,7 @@ def test_sigterm_saves_within_the_step_and_the_next_start_goes_on(tiny_overrides
     run.fit()
     assert run.step == 3
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "ended")] == ["step_00000003"]
+    assert [path.name for path in list_checkpoints(tmp_path / "ended")] == ["step_00000003"]
     trainer(ended).fit()
     assert_same_end(tmp_path / "run", tmp_path / "ended")
 
@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_everything_unto
         after = weights(run_dir, 5, part)
         assert any(not value.equal(after[name]) for name, value in weights(run_dir, 4, part).items())
     assert_equal(moments(run_dir, 3), moments(run_dir, 4))
-    state = checkpoint.read_state(run_dir / "checkpoints" / "step_00000006")
+    state = read_state(run_dir / "checkpoints" / "step_00000006")
     assert (state["skipped"], state["skipped_in_a_row"], state["ema_updates"]) == (1, 0, 5)
     logged = {record["step"]: record for record in records(run_dir)}
     assert "loss" not in logged[4]
@@ -155,7 +155,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_its_last_checkpoint(tiny_
     run.poisoned_steps = (3, 4, 5)
     with pytest.raises(FloatingPointError, match=r"got 2 steps in a row up to step 4 where it was not"):
         run.fit()
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_00000002"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000002"]
 
 
 def test_gradients_are_clipped_to_the_limit_and_their_norm_is_logged(tiny_overrides, tmp_path):
@@ -174,7 +174,7 @@ def test_gradients_are_clipped_to_the_limit_and_their_norm_is_logged(tiny_overri
 
 def test_the_last_checkpoints_and_every_so_manyth_are_kept(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.save_every=1", "training.keep_last=2", "training.keep_every=3").fit()
-    kept = [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")]
+    kept = [path.name for path in list_checkpoints(tmp_path / "run")]
     assert kept == ["step_00000003", "step_00000005", "step_00000006"]
 
 

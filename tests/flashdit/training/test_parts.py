@@ -6,8 +6,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from flashdit.files import write_json
-from flashdit.training.checkpoint import (
+from flashdit.flow.examples import Examples
+from flashdit.shared.files import write_json
+from flashdit.shared.runs import (
     find_checkpoint,
     list_checkpoints,
     newest_run,
@@ -15,7 +16,7 @@ from flashdit.training.checkpoint import (
     step_folder,
 )
 from flashdit.training.ema import Ema, EmaOptions
-from flashdit.training.examples import Examples, positions
+from flashdit.training.loop import positions
 from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer
 from flashdit.training.tracking import Tracker, TrackingOptions
 

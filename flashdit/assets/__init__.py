@@ -1,1 +1,0 @@
-"""Small weights committed with the package, for the digits default."""

@@ -1,0 +1,1 @@
+"""One file a command of `flashdit`, and the arguments they share."""

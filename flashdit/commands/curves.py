@@ -1,0 +1,156 @@
+"""Curves of a run: read from metrics.jsonl, smoothed, thinned; and those that ship with presets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flashdit.shared.files import write_atomically
+from flashdit.training.tracking import METRICS
+
+SHIPPED = Path(__file__).parents[1] / "digits" / "assets" / "curves"
+TASK = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
+SCORES = ("fid", "fd", "sfid", "kid", "is_mean", "precision", "recall", "accuracy", "ema_top")  # beginnings
+REFERENCE_POINTS = 100
+Curve = list[tuple[float, float]]
+"""(images seen, value), by rising images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCurves:
+    """What a run recorded, or a thinned copy of it."""
+
+    name: str
+    task: dict[str, Any]
+    """Its configuration as far as it says what a loss is of."""
+    curves: dict[str, Curve]
+    """By metric."""
+
+
+def is_score(metric: str) -> bool:
+    """Returns whether a metric is of evaluations within training: few points, which are not smoothed."""
+    return metric.startswith(SCORES)
+
+
+def read_run(run: Path) -> RunCurves:
+    """Returns the curves of a run's folder.
+
+    Raises:
+        ValueError: If it is no run or its records cannot be read.
+    """
+    path = run / METRICS
+    if not path.is_file():
+        raise ValueError(f"a run must be a folder that holds {METRICS}, got {run}")
+    curves: dict[str, Curve] = {}
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):  # a running or killed process is within it
+            break
+        for name, point in _points(line, path, number):
+            curves.setdefault(name, []).append(point)
+    if not curves:
+        raise ValueError(f"a run must have logged before it can be drawn, {path} is empty")
+    config = run / "config.yaml"
+    stated = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    return RunCurves(
+        name=run.resolve().name, task={key: stated[key] for key in TASK if key in stated}, curves=curves
+    )
+
+
+def _points(line: str, path: Path, number: int) -> list[tuple[str, tuple[float, float]]]:
+    """Returns the finite numbers of a record with its images seen."""
+    try:
+        record = json.loads(line)
+        images = float(record["images_seen"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold a record with images_seen in each line, line {number} is not"
+        ) from error
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    return [(name, (images, float(value))) for name, value in numbers.items() if math.isfinite(value)]
+
+
+def smooth(curve: Curve, share: float) -> Curve:
+    """Returns the means of a curve under a kernel that falls off exponentially to both sides.
+
+    It is never longer than a tenth of the images seen, so that a steep beginning stays as it is.
+
+    Args:
+        curve: By rising images.
+        share: Length over which the kernel falls to 1/e, as a share of the whole length; 0 leaves the curve.
+    """
+    if share <= 0 or len(curve) < 3:
+        return curve
+    length = share * (curve[-1][0] - curve[0][0])
+    before, after = _running_sums(curve, length), _running_sums(curve[::-1], length)[::-1]
+    return [
+        (images, (sum_b + sum_a - value) / (weight_b + weight_a - 1))
+        for (images, value), (sum_b, weight_b), (sum_a, weight_a) in zip(curve, before, after, strict=True)
+    ]
+
+
+def _running_sums(curve: Curve, length: float) -> list[tuple[float, float]]:
+    """Returns at each point the weighted sum of all up to it, and the sum of the weights."""
+    sums, total, weight, last = [], 0.0, 0.0, curve[0][0]
+    for images, value in curve:
+        local = min(length, 0.1 * min(images, last))
+        kept = math.exp(-abs(images - last) / local) if local > 0 else 0.0
+        total, weight, last = kept * total + value, kept * weight + 1, images
+        sums.append((total, weight))
+    return sums
+
+
+def thin(curve: Curve, points: int) -> Curve:
+    """Returns at most so many points of a curve: the means of equal runs of neighbours, to 5 digits."""
+    size = -(-len(curve) // points)
+    groups = [curve[start : start + size] for start in range(0, len(curve), size)]
+    return [
+        (
+            sum(images for images, _ in group) / len(group),
+            float(f"{sum(v for _, v in group) / len(group):.5g}"),
+        )
+        for group in groups
+    ]
+
+
+def write_reference(run: RunCurves, metrics: Sequence[str], path: Path) -> None:
+    """Writes a thinned copy of a run, as it ships with its preset."""
+    curves = {name: thin(run.curves[name], REFERENCE_POINTS) for name in metrics}
+    text = json.dumps(asdict(RunCurves(name=run.name, task=run.task, curves=curves))) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_reference(path: Path) -> RunCurves:
+    """Returns the curves that `write_reference` wrote.
+
+    Raises:
+        ValueError: If the file is none of these.
+    """
+    try:
+        content = json.loads(path.read_text())
+        curves = {
+            name: [(float(x), float(y)) for x, y in points] for name, points in content["curves"].items()
+        }
+        return RunCurves(name=content["name"], task=content["task"], curves=curves)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a reference must be a file of --write-reference, {path} is not: {error}"
+        ) from error
+
+
+def shipped_references(runs: Sequence[RunCurves]) -> list[RunCurves]:
+    """Returns the shipped references whose task is that of one of the runs: their losses can be compared."""
+    known = [read_reference(path) for path in sorted(SHIPPED.glob("*.json"))]
+    return [reference for reference in known if any(holds(run.task, reference.task) for run in runs)]
+
+
+def holds(config: Any, part: Any) -> bool:
+    """Returns whether a configuration has every key of another one with the same value."""
+    if isinstance(config, Mapping) and isinstance(part, Mapping):
+        return all(key in config and holds(config[key], value) for key, value in part.items())
+    return config == part

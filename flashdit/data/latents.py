@@ -1,0 +1,132 @@
+"""Pixels ⇄ VAE latents ⇄ normalised latents; the sole owner of mean, std and multiplier."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashdit.data.autoencoders import load_vae, vae_identity
+
+DECODED_AT_ONCE = 32
+"""Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
+
+
+@dataclass(kw_only=True)
+class LatentOptions:
+    """Options of the latent space."""
+
+    vae: str | None = None
+    """`digits`, folder or hub name of a diffusers AutoencoderKL, or an LDM-layout checkpoint file such as
+    LightningDiT's; None leaves pixels out of reach."""
+    multiplier: float = 1.0
+    """Factor on normalised latents."""
+
+
+def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and standard deviation of each channel: (N, C, H, W) → (1, C, 1, 1) twice.
+
+    Raises:
+        ValueError: If a channel is constant, which no standard deviation can normalise.
+    """
+    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), keepdim=True)
+    if not (std > 0).all():
+        raise ValueError(f"every latent channel must vary over the data, got std {std.flatten().tolist()}")
+    return mean.float(), std.float()
+
+
+class LatentSpace:
+    """Where the model lives: (z − mean) / std · multiplier of a VAE's latents z, per channel.
+
+    Args:
+        mean: (1, C, 1, 1).
+        std: (1, C, 1, 1), positive.
+        options: The VAE's name and the multiplier.
+        vae: The VAE itself; None where only normalisation is needed.
+        identity: The VAE's identity where `vae` is None.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        options: LatentOptions,
+        vae: AutoencoderKL | None = None,
+        identity: str | None = None,
+    ):
+        self.mean, self.std = mean, std
+        self.options = options
+        self.vae = vae
+        self.identity = vae_identity(vae) if vae is not None else identity
+
+    def to(self, device: torch.device | str) -> LatentSpace:
+        """Moves the statistics and the VAE to a device and returns the space."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        if self.vae is not None:
+            self.vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return self
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Returns the model's latents of VAE latents (B, C, H, W)."""
+        return (latents - self.mean) / self.std * self.options.multiplier
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Returns the VAE latents of the model's latents (B, C, H, W)."""
+        return latents / self.options.multiplier * self.std + self.mean
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the images of the model's latents: (B, C, H, W) → uint8 (B, 3, H·f, W·f).
+
+        Raises:
+            ValueError: If the space has no VAE.
+        """
+        vae = self.need_vae()
+        parts = self.denormalise(latents).to(vae.dtype).split(DECODED_AT_ONCE)
+        pixels = torch.cat([vae.decode(part).sample for part in parts])  # type: ignore[union-attr]
+        return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    def need_vae(self) -> AutoencoderKL:
+        """Returns the VAE, or says how to give one."""
+        if self.vae is None:
+            raise ValueError(
+                "pixels need the VAE that these latents come from: give its folder (--vae, latents.vae)"
+            )
+        return self.vae
+
+    def save(self, path: Path) -> None:
+        """Writes mean, std, the VAE's name and identity as one safetensors file."""
+        about = json.dumps(asdict(self.options) | {"identity": self.identity})
+        save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, path, metadata={"space": about})
+
+    @classmethod
+    def load(cls, path: Path, vae: str | None = None) -> LatentSpace:
+        """Returns a saved space with its VAE.
+
+        Args:
+            path: A file of `save`.
+            vae: Folder of the VAE, where it is no longer where it was in training.
+
+        Raises:
+            ValueError: If the VAE is not the one the latents were made with.
+        """
+        with safe_open(path, "pt") as file:
+            mean, std = file.get_tensor("mean"), file.get_tensor("std")
+            about = json.loads(file.metadata()["space"])
+        identity = about.pop("identity")
+        options = LatentOptions(**(about | {"vae": vae or about["vae"]}))
+        if options.vae is None:
+            return cls(mean, std, options, identity=identity)
+        space = cls(mean, std, options, load_vae(options.vae))
+        if identity and space.identity != identity:
+            raise ValueError(
+                f"the VAE must be the one of the training latents ({identity[:12]}), "
+                f"got {space.options.vae} ({str(space.identity)[:12]})"
+            )
+        return space

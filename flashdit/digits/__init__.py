@@ -1,0 +1,1 @@
+"""The embedded default data: images, autoencoder, classifier, and what scoring makes of them."""

@@ -1,0 +1,1 @@
+"""Where scored images come from: npz files, folders, generators."""

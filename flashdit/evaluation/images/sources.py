@@ -1,0 +1,177 @@
+"""Where images come from: an npz, a folder, the digits or a generator, all as uint8 NCHW batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import iwin_core
+from flashdit.digits.images import digits
+from flashdit.evaluation.images.folders import FolderSource
+from flashdit.evaluation.images.npz import NpzSource
+from flashdit.evaluation.images.reading import label_mode
+
+SAMPLES_FILE = "samples.npz"
+TAKE_ROWS = 100  # images in memory beside those that are taken
+
+
+class Source(Protocol):
+    """A named, counted set of images that can be read again from its start, whole or in part.
+
+    Attributes:
+        name: What messages and reports call it.
+        count: How many images there are.
+        image_size: (h, w) in pixels.
+    """
+
+    name: str
+    count: int
+    image_size: tuple[int, int]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of every image, (n,) int64; None where nobody knows."""
+        ...
+
+    def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields images uint8 (b, 3, h, w), b at most batch_size, of ascending ids; None means all."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the content is known by: equal identities are equal images."""
+        ...
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns what a report says of where the images came from."""
+        ...
+
+
+class DigitsSource:
+    """One split of the embedded digits, `train` or `held-out`."""
+
+    def __init__(self, split: str):
+        images, labels = digits(split)
+        self.images, self.labels = images, labels
+        self.name, self.count = f"digits {split}", len(images)
+        self.image_size = (images.shape[2], images.shape[3])
+
+    def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the images of ascending ids, None for all."""
+        yield from (self.images if ids is None else self.images[ids]).split(batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the hash of the images."""
+        return {"kind": "digits", "images": digest_of([self.images]), "count": self.count}
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns name and count."""
+        return {"source": self.name, "num_images": self.count, "labels": label_mode(self.labels)}
+
+
+class GeneratedSource:
+    """Images that a generator draws while they are read; nothing touches the disk.
+
+    Args:
+        generator: What `flashdit.sampling.checkpoint.load_generator` returns.
+        labels: (n,) int64 class of every image.
+        options: The sampling options; they, and not the reader, set the batch size.
+    """
+
+    def __init__(self, generator: Any, labels: Tensor, options: Any):
+        self.generator, self.labels, self.options = generator, labels, options
+        self.name, self.count = "samples", len(labels)
+        factor = 2 ** (len(generator.space.need_vae().config["block_out_channels"]) - 1)
+        _, height, width = generator.latent_shape(options)
+        self.image_size = (height * factor, width * factor)
+
+    def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the images of ids, None for all.
+
+        Every forward has one shape, set by the number of all images, and a last short one is filled up with
+        images that are thrown away: so none depends on how many processes share the work.
+        """
+        ids = torch.arange(self.count) if ids is None else ids
+        rounds = -(-self.count // self.options.batch_size)
+        options = replace(self.options, batch_size=-(-self.count // rounds))
+        filled = torch.cat([ids, ids[-1:].expand(-len(ids) % options.batch_size)])
+        left = len(ids)
+        for batch in self.generator.generate(self.labels, options, ids=filled) if left else ():
+            yield batch.images[:left]
+            left -= len(batch.images)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the hashes of weights, labels and code, and the sampling options."""
+        space = self.generator.space
+        sampling = {name: value for name, value in vars(self.options).items() if name != "batch_size"}
+        recipe = {name: value for name, value in self.generator.recipe().items() if name != "checkpoint"}
+        return {
+            "kind": "generated",
+            **recipe,
+            "latents": [digest_of([space.mean.cpu(), space.std.cpu()]), str(space.options)],
+            "sampling": sampling,
+            "labels": digest_of([self.labels]),
+            "code": code_digest(),
+            "count": self.count,
+        }
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the checkpoint, the sampling options and the cost of a sample."""
+        nfe = self.generator.nfe(self.options)
+        return {
+            "source": "checkpoint",
+            **self.generator.recipe(),
+            "sampling": vars(self.options),
+            "nfe": nfe,
+            "summary": f"{self.options}, {nfe or 'as many as needed'} model evaluations each",
+            "labels": label_mode(self.labels),
+            "num_images": self.count,
+        }
+
+
+def take(source: Source, ids: Tensor) -> Tensor:
+    """Returns the images uint8 (k, 3, h, w) of any ids (k,), in their order; k is 1 or more."""
+    ascending, places = torch.unique(ids, return_inverse=True)
+    return torch.cat(list(source.batches(TAKE_ROWS, ascending)))[places]
+
+
+def open_source(path: Path, limit: int | None = None, class_names: Sequence[str] = ()) -> Source:
+    """Returns the source that a path names: a file is an npz, a directory a folder of images.
+
+    A folder that sample.py wrote is read from its samples.npz, which has the labels and not the grid picture.
+
+    Raises:
+        ValueError: If it is neither, or what it holds is no image set.
+    """
+    if (path / SAMPLES_FILE).is_file():
+        return NpzSource(path / SAMPLES_FILE, limit)
+    if path.is_dir():
+        return FolderSource(path, limit, class_names)
+    if not path.is_file():
+        raise ValueError(f"images must be an existing npz or folder, got {path}")
+    return NpzSource(path, limit)
+
+
+def digest_of(tensors: Sequence[Tensor]) -> str:
+    """Returns the sha256 of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """Returns the sha256 of the code: a changed sampler draws other images of the same weights."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parents[2], Path(iwin_core.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

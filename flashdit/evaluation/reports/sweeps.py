@@ -1,0 +1,170 @@
+"""What a guidance sweep found: a file that can be added to, a table and a plot with the best marked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from flashdit.shared.charts import COLOURS, new_axes, save_figure
+from flashdit.shared.files import write_atomically, write_json
+
+SCHEMA = 1
+LOWER_IS_BETTER = ("fid", "sfid", "kid")
+PANELS = (("fid",), ("sfid",), ("kid",), ("is_mean",), ("precision", "recall"), ("accuracy",))
+DRAWN = [key for keys in PANELS for key in keys]
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """The scores of one checkpoint over guidance scales, under one recipe.
+
+    Attributes:
+        recipe: Everything that the points share: samples but for the scale, reference, extractor, metrics.
+        title: What the plot says of it.
+        labels: What each score is called.
+        floor: Scores of real training images; None where there are none.
+        points: {cfg_scale, nfe, metrics, reasons, warnings, elapsed_s}, by rising scale.
+    """
+
+    recipe: dict[str, Any]
+    title: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    floor: dict[str, float | None] | None = None
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+    def scales(self) -> list[float]:
+        """Returns the scales that have been scored."""
+        return [point["cfg_scale"] for point in self.points]
+
+    def add(self, point: dict[str, Any]) -> None:
+        """Adds the scores of one scale."""
+        self.points = sorted([*self.points, point], key=lambda known: known["cfg_scale"])
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Returns the scales and values of a score, where it could be had."""
+        known = [point for point in self.points if point["metrics"].get(key) is not None]
+        return [point["cfg_scale"] for point in known], [point["metrics"][key] for point in known]
+
+    def best(self) -> dict[str, float]:
+        """Returns the scale at which each score is best; of equal ones the smallest scale."""
+        found = {}
+        for key in DRAWN:
+            scales, values = self.curve(key)
+            if scales:
+                found[key] = scales[values.index((min if key in LOWER_IS_BETTER else max)(values))]
+        return found
+
+
+def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict[str, Any]]]:
+    """Returns the sweep of a recipe, as far as earlier calls came, and what the file holds of other recipes.
+
+    Raises:
+        ValueError: If there is a file that no sweep wrote.
+    """
+    plain = json.loads(json.dumps(recipe))  # tuples as lists, as they come back
+    if not path.is_file():
+        return Sweep(recipe=plain), []
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "others" not in content:
+        raise ValueError(f"{path} must be a sweep's JSON of schema {SCHEMA}: give another --output")
+    known = [
+        {name: sweep[name] for name in Sweep.__dataclass_fields__} for sweep in (content, *content["others"])
+    ]
+    mine = [sweep for sweep in known if sweep["recipe"] == plain]
+    return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
+
+
+def table_rows(sweep: Sweep) -> list[list[str]]:
+    """Returns the header, a row per scale with the best of each score in asterisks, and the real images'."""
+    best, keys = sweep.best(), [key for key in DRAWN if key in sweep.labels]
+    rows = [["guidance", "NFE", *(sweep.labels[key] for key in keys)]]
+    for point in sweep.points:
+        row = [f"{point['cfg_scale']:g}", "varies" if point["nfe"] is None else str(point["nfe"])]
+        for key in keys:
+            text = number(point["metrics"].get(key))
+            row.append(f"**{text}**" if best.get(key) == point["cfg_scale"] else text)
+        rows.append(row)
+    if sweep.floor:
+        rows.append(["real train", "", *(number(sweep.floor.get(key)) for key in keys)])
+    return rows
+
+
+def number(value: float | None) -> str:
+    """Returns a score as text; a distance that rounding left below zero is shown as zero."""
+    return "n/a" if value is None else f"{max(value, 0.0):.4f}"
+
+
+def to_markdown(sweep: Sweep) -> str:
+    """Returns the table, then what is missing and why, warnings and the recipe."""
+    header, *rows = table_rows(sweep)
+    table = [f"| {' | '.join(line)} |" for line in (header, ["---:"] * len(header), *rows)]
+    missing = [
+        f"{sweep.labels[key]}: {why}" for point in sweep.points for key, why in point["reasons"].items()
+    ]
+    warnings = [warning for point in sweep.points for warning in point["warnings"]]
+    recipe = [f"{name}: `{json.dumps(value)}`" for name, value in sweep.recipe.items()]
+    notes = dict.fromkeys([*missing, *warnings, *recipe])  # each once, in order
+    return "\n".join([sweep.title, "", *table, "", *(f"- {note}" for note in notes), ""])
+
+
+def draw(sweep: Sweep, path: Path) -> None:
+    """Draws every score over the scale, with a star at its best and a dashed line at real images' value."""
+    panels = [keys for keys in ([key for key in keys if sweep.curve(key)[0]] for keys in PANELS) if keys]
+    if not panels:
+        return
+    titles = [", ".join(sweep.labels[key] for key in keys) for keys in panels]
+    figure, all_axes = new_axes(titles, "guidance scale", heading=sweep.title)
+    for axes, keys in zip(all_axes, panels, strict=True):
+        for key, colour in zip(keys, COLOURS, strict=False):
+            draw_curve(axes, sweep, key, colour)
+        axes.margins(x=0.14, y=0.2)
+        if len(keys) > 1 or (sweep.floor or {}).get(keys[0]) is not None:
+            axes.legend(fontsize=8, frameon=False, loc="best")
+    save_figure(figure, path)
+
+
+def draw_curve(axes: Axes, sweep: Sweep, key: str, colour: str) -> None:
+    """Draws one score."""
+    scales, values = sweep.curve(key)
+    best = sweep.best()[key]
+    axes.plot(scales, values, color=colour, marker="o", markersize=3.5, label=sweep.labels[key])
+    value = values[scales.index(best)]
+    axes.plot([best], [value], marker="*", markersize=13, color=colour)
+    below = key in LOWER_IS_BETTER
+    axes.annotate(
+        f"{value:.4g} at {best:g}",
+        (best, value),
+        (0, -8 if below else 8),
+        textcoords="offset points",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        ha="center",
+        va="top" if below else "bottom",
+    )
+    floor = (sweep.floor or {}).get(key)
+    if floor is not None:
+        axes.axhline(
+            floor, color=colour, linestyle="--", linewidth=0.9, label=f"{sweep.labels[key]} of real train"
+        )
+
+
+def write_sweep(folder: Path, sweep: Sweep, others: Sequence[Mapping[str, Any]]) -> None:
+    """Writes sweep.json, sweep.md and sweep.png, each whole or not at all.
+
+    Args:
+        folder: Where to.
+        sweep: What is shown.
+        others: Sweeps of other recipes, which the JSON keeps.
+    """
+    content = {"schema": SCHEMA, "best": sweep.best(), **asdict(sweep), "others": list(others)}
+    write_json(folder / "sweep.json", content)
+    write_atomically(folder / "sweep.md", lambda temporary: temporary.write_text(to_markdown(sweep)))
+    draw(sweep, folder / "sweep.png")

@@ -1,0 +1,65 @@
+"""What training sees at each position of the endless stream of images, and who takes which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flashdit.shared.seeds import EpochOrder, generator_for
+
+
+class Latents(Protocol):
+    """Latents and labels by index, in memory or in shards."""
+
+    labels: Tensor
+    mirrors: bool
+    shape: tuple[int, ...]
+
+    def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
+        """Returns VAE latents (B, C, H, W) of rows (B,); `mirrored` (B,) tells which mirrors."""
+        ...
+
+
+class Examples(Dataset):
+    """Position in the stream → latent, label, noise, time, and whether the label is dropped.
+
+    All that is random about an example comes from (seed, position) alone: batches are the same for any number
+    of processes; a resume needs only a position.
+
+    Args:
+        data: Latents and labels.
+        times: Turns uniform draws into training times.
+        seed: The run's seed.
+        class_dropout_prob: Share of labels that become null.
+    """
+
+    def __init__(
+        self, data: Latents, times: Callable[[Tensor], Tensor], seed: int, class_dropout_prob: float
+    ):
+        self.data, self.times, self.seed, self.class_dropout_prob = data, times, seed, class_dropout_prob
+        self.order = EpochOrder(len(data.labels), seed)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """Returns latent and noise (C, H, W), and scalars label, time and drop."""
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the batch of some positions, read at once: what a DataLoader asks for."""
+        indices = torch.tensor([self.order(position) for position in positions])
+        uniform, noise = torch.empty(len(indices), 3), torch.empty(len(indices), *self.data.shape)
+        for place, position in enumerate(positions):
+            generator = generator_for(self.seed, "example", position)
+            torch.rand(3, generator=generator, out=uniform[place])
+            torch.randn(self.data.shape, generator=generator, out=noise[place])
+        mirrored, drop, when = uniform.unbind(1)
+        return {
+            "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),
+            "label": self.data.labels[indices],
+            "noise": noise,
+            "time": self.times(when),
+            "drop": drop < self.class_dropout_prob,
+        }

@@ -1,0 +1,1 @@
+"""A checkpoint to images: options, generator, folders, the diffusers pipeline."""

@@ -1,0 +1,137 @@
+"""A generator read from a checkpoint: weights, latent space, class names; no data set needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from flashdit.data.latents import LatentSpace
+from flashdit.models.dit import FlashDiT
+from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.options import SamplingOptions, nfe
+from flashdit.shared.registry import unknown
+from flashdit.shared.runs import LATENTS, find_checkpoint, newest_run, read_state
+
+
+def load_model(folder: Path) -> FlashDiT:
+    """Returns the frozen FlashDiT of a `save_pretrained` folder.
+
+    Raises:
+        ValueError: If the folder holds no FlashDiT, or its weights cannot be read.
+    """
+    config = folder / "config.json"
+    name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
+    if name != "FlashDiT":
+        raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
+    try:
+        model = FlashDiT.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"the FlashDiT in {folder} must be readable: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+class CheckpointGenerator(ImageGenerator):
+    """An ImageGenerator read from a checkpoint: weights, latent space, class names; no data set needed.
+
+    Args:
+        checkpoint: A checkpoint folder.
+        device: Where to run.
+        vae: Folder of the VAE, where it is no longer where it was in training.
+        weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
+
+    Raises:
+        ValueError: If the checkpoint is not whole, or has no such weights.
+    """
+
+    def __init__(
+        self, checkpoint: Path, device: torch.device | str, vae: str | None = None, weights: str = "ema"
+    ):
+        profiles = [path.parent.name for path in checkpoint.glob("*/config.json")]
+        if weights not in profiles:
+            raise unknown(f"weights of {checkpoint}", weights, profiles)
+        try:
+            state = read_state(checkpoint)
+            self.data_name: str = state["data_name"]
+            self.step: int = state["step"]
+            self.sampling = SamplingOptions(**state["sampling"])
+            class_names = list(state["class_names"])
+            space = LatentSpace.load(checkpoint / LATENTS, vae)
+        except (KeyError, TypeError, AttributeError, JSONDecodeError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"a checkpoint must be whole and of a FlashDiT, {checkpoint} is not: {error}"
+            ) from error
+        model = load_model(checkpoint / weights)
+        channels = model.config["in_channels"]
+        if space.mean.shape[1] != channels:
+            given = space.mean.shape[1]
+            raise ValueError(f"{checkpoint} must hold one model, got {channels} and {given} latent channels")
+        model.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        super().__init__(model, space.to(device), class_names)
+        self.checkpoint, self.weights = checkpoint, weights
+        self.run_dir = checkpoint.parent.parent
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
+        digest = hashlib.sha256()
+        for path in sorted((self.checkpoint / self.weights).glob("*.safetensors")):
+            with path.open("rb") as file:
+                while chunk := file.read(2**24):
+                    digest.update(chunk)
+        return {
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "weights": self.weights,
+            "weights_sha256": digest.hexdigest(),
+            "vae": self.space.options.vae,
+            "vae_identity": self.space.identity,
+            "compile": self.is_compiled,
+        }
+
+    def nfe(self, options: SamplingOptions) -> int | None:
+        """Returns how many model evaluations one image takes; None where it differs by image."""
+        return nfe(options)
+
+
+def load_generator(
+    checkpoint: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    vae: str | None = None,
+    weights: str = "ema",
+) -> CheckpointGenerator:
+    """Returns the generator of a checkpoint.
+
+    Args:
+        checkpoint: A checkpoint folder or a run; None means the newest run.
+        device: Where to run.
+        vae: Folder of the VAE, where it is no longer where it was in training.
+        weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
+
+    Raises:
+        ValueError: If there is no checkpoint, or its VAE is missing or another one.
+    """
+    chosen = newest_run(holding=LATENTS) if checkpoint is None else checkpoint
+    return CheckpointGenerator(find_checkpoint(chosen), device, vae, weights)
+
+
+def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -> SamplingOptions:
+    """Returns the checkpoint's sampling options with those that are given and not None, checked.
+
+    Raises:
+        ValueError: If an option, or the size for this model, is invalid, or the VAE is missing.
+    """
+    options = replace(
+        generator.sampling, **{name: value for name, value in given.items() if value is not None}
+    )
+    options.check()
+    generator.space.need_vae()
+    if options.height or options.width:
+        generator.latent_shape(options)
+    return options

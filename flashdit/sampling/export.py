@@ -1,0 +1,97 @@
+"""A run becomes a diffusers pipeline: `flashdit export RUN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
+from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.pipeline import FlashDiTPipeline
+from flashdit.shared.command import run_script
+from flashdit.shared.files import write_atomically
+
+INDEX = "model_index.json"
+
+
+def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> FlashDiTPipeline:
+    """Returns the pipeline of a checkpoint, its card filled with the recipe and the run's scores.
+
+    Args:
+        generator: What `load_generator` returns.
+        name: The title of the model card.
+    """
+    options, space = generator.sampling, generator.space
+    # Ours is t = s·u / (1 + (s − 1)·u); for σ = 1 − t that is the same formula with 1/s.
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / options.shift)
+    recipe = generator.recipe() | {"name": name, "sampling": asdict(options)}
+    for path in ("checkpoint", "vae"):  # of no use to anybody else
+        recipe.pop(path)
+    metrics = read_metrics(generator.run_dir, recipe["weights_sha256"])
+    return FlashDiTPipeline(
+        transformer=generator.model,
+        vae=space.need_vae(),
+        scheduler=scheduler,
+        id2label={str(i): name for i, name in enumerate(generator.class_names)},
+        latents_mean=space.mean.flatten().tolist(),
+        latents_std=space.std.flatten().tolist(),
+        latents_multiplier=space.options.multiplier,
+        recipe=recipe | ({"metrics": metrics} if metrics else {}),
+    )
+
+
+def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """Returns the newest scores of these weights in a run's eval folder, or None.
+
+    Args:
+        run_dir: The run.
+        weights_sha256: What the scored weights must be.
+    """
+    files = sorted(run_dir.glob("eval/**/metrics.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(files):
+        content = json.loads(path.read_text())
+        samples = content.get("samples", {})
+        if samples.get("weights_sha256") == weights_sha256:
+            labels = content.get("labels", {})
+            return {
+                "values": {labels.get(name, name): value for name, value in content["metrics"].items()},
+                "num_images": content["num_images"],
+                "reference": content["reference"]["name"],
+                "sampling": samples.get("summary") or _summary(samples["sampling"]),
+            }
+    return None
+
+
+def _summary(sampling: dict[str, Any]) -> str:
+    """Returns a recorded sampling in a few words."""
+    known = {field.name for field in fields(SamplingOptions)}
+    return str(SamplingOptions(**{key: value for key, value in sampling.items() if key in known}))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="a run, or one of its checkpoint folders")
+    parser.add_argument("out", type=Path, help="folder of the pipeline: new, or an earlier export")
+    parser.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    parser.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    parser.add_argument("--name", help="title of the model card (default: the run's name)")
+    arguments = parser.parse_args(argv)
+    out = arguments.out
+    if out.exists() and not (out / INDEX).is_file():
+        raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
+    generator = load_generator(arguments.run, "cpu", arguments.vae, arguments.ema)
+    generator.space.need_vae()
+    pipeline = make_pipeline(generator, arguments.name or f"FlashDiT {generator.run_dir.absolute().name}")
+    write_atomically(out, pipeline.save_pretrained)
+    print(f'{out}: FlashDiTPipeline.from_pretrained("{out}")')
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""What every package uses and knows no model: files, settings, registries, run folders, pictures."""

@@ -1,0 +1,47 @@
+"""Freed memory kept for the next tensor, on the CPU: fresh pages cost a step up to a quarter of its time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 2**30
+"""Tensors below this size are taken from the heap, and as much may lie free at its end."""
+
+
+def keep_freed_memory() -> bool:
+    """Makes the process keep memory that it frees, instead of giving each large tensor's pages back.
+
+    glibc maps what is larger than 32 MiB anew each time, and the kernel zeroes it page by page. The process
+    then holds the peak of its use until it ends. Once called, it holds for the whole process.
+
+    Returns:
+        Whether the C library took it: only glibc does.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return all(libc.mallopt(name, KEPT_BYTES) == 1 for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Lets matrix products and convolutions of float32 round to TF32, in the whole process, or forbids it."""
+    # The older switches of CUDA alone and this one contradict each other where both are used.
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Runs without TF32 and with one kernel per shape, whatever the process allows elsewhere."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,103 @@
+"""The layout of a run's folder: where its checkpoints lie and what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashdit.shared.registry import unknown
+
+FORMAT = 1
+
+
+PREFIX = "step_"
+
+
+STATE = "state.json"
+
+
+LATENTS = "latents.safetensors"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Returns the checkpoint folder of a step."""
+    return run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Returns a run's checkpoint folders, by step."""
+    return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if (path / STATE).is_file())
+
+
+def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
+    """Returns the run below `root` whose latest checkpoint is newest.
+
+    Args:
+        root: Folder of the runs.
+        holding: A file that the latest checkpoint must hold, such as a generative model's `LATENTS`.
+
+    Raises:
+        ValueError: If no run has a checkpoint.
+    """
+    runs = [
+        run for run in root.glob("*") for last in list_checkpoints(run)[-1:] if (last / holding).is_file()
+    ]
+    if not runs:
+        raise ValueError(f"no run with a checkpoint in {root}: train one first (python train.py)")
+    return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
+
+
+def find_checkpoint(path: Path | str | None) -> Path:
+    """Returns a checkpoint folder.
+
+    Args:
+        path: A checkpoint folder, or a run, whose latest step is meant; None means the newest run.
+
+    Raises:
+        ValueError: If there is no checkpoint there.
+    """
+    path = newest_run() if path is None else Path(path)
+    if (path / STATE).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise ValueError(
+            f"checkpoint must be a run or a folder {PREFIX}XXXXXXXX that holds {STATE}, got {path}"
+        )
+    return checkpoints[-1]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a `save_pretrained` folder, which may be split over files.
+
+    Raises:
+        ValueError: If a file is missing or cannot be read.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            weights |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"weights must be a readable safetensors file, {path} is not: {error}"
+            ) from error
+    if not weights:
+        raise ValueError(f"a checkpoint must hold weights, got none in {folder}")
+    return weights
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns a checkpoint's state.json.
+
+    Raises:
+        ValueError: If its format is not one this version reads.
+    """
+    state = json.loads((checkpoint / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [FORMAT])
+    return state

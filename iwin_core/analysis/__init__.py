@@ -1,0 +1,1 @@
+"""What a model mixes and looks at: functions on models and tensors."""

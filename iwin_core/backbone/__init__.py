@@ -1,0 +1,1 @@
+"""The Iwin Transformer backbones: configuration, stages, weights, timm entry points."""

@@ -1,0 +1,1 @@
+"""The paper's other systems on Iwin backbones: classification."""

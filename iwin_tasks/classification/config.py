@@ -1,0 +1,61 @@
+"""The whole configuration of a classifier's run: composed, loaded from YAML and key=value, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashdit.shared.settings import read
+from flashdit.training.ema import EmaOptions
+from flashdit.training.optim import OptimizerOptions
+from flashdit.training.options import RunOptions, TrainingOptions, check_run
+from flashdit.training.tracking import TrackingOptions
+from iwin_tasks.classification.augmentation import AugmentationOptions
+from iwin_tasks.classification.data import DATASETS
+from iwin_tasks.classification.model import check_model
+
+DEFAULT = Path(__file__).parents[2] / "configs" / "iwin" / "digits_32.yaml"
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig:
+    """Everything a classifier's run is made from."""
+
+    seed: int = 0
+    run: RunOptions = field(default_factory=RunOptions)
+    data: dict[str, Any] = field(default_factory=dict)
+    """`{name, **options}`."""
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+    model: dict[str, Any] = field(default_factory=dict)
+    """`{name, **options}`: a timm entry point and the fields of IwinConfig that differ from its own."""
+    weights: str | None = None
+    """What training starts from: a file of weights, or a run whose average is meant; None starts fresh."""
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+
+def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> ClassifierConfig:
+    """Returns the checked configuration of a YAML file and what the command line says otherwise.
+
+    Args:
+        path: YAML that states what differs from the defaults; None means configs/iwin/digits_32.yaml.
+        overrides: `key=value` texts with dotted keys.
+
+    Raises:
+        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+    """
+    config = read(path or DEFAULT, overrides, ClassifierConfig)
+    check(config)
+    return config
+
+
+def check(config: ClassifierConfig) -> None:
+    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    check_run(config)
+    DATASETS.options(config.data)
+    config.augmentation.check()
+    check_model(config.model)

@@ -1,0 +1,207 @@
+"""Labelled images for classification by name: an ImageNet-like folder, and the embedded digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flashdit.data.sources import ImageFolder, ImagesOptions
+from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.shared.registry import Registry, unknown
+from flashdit.shared.seeds import EpochOrder
+from iwin_tasks.classification.augmentation import (
+    AugmentationOptions,
+    held_out_transform,
+    kept_globals,
+    make_mixup,
+    seed_globals,
+    train_transform,
+)
+from iwin_tasks.classification.model import InputFormat
+
+DATASETS = Registry("data")
+SPLITS = {"train": "train", "held-out": "val"}  # and the sub-folder of each
+NAMED = 5  # classes in an error
+
+
+class LabelledImages(Protocol):
+    """One split: a picture and a label for each index."""
+
+    labels: Tensor
+    class_names: list[str]
+
+    def picture(self, index: int) -> Image.Image:
+        """Returns one image, RGB."""
+        ...
+
+
+@dataclass(kw_only=True)
+class FolderOptions:
+    """Options of a folder of images."""
+
+    path: str
+    """Folder with sub-folders train and val, in each of which the sub-folders are the classes."""
+
+
+@DATASETS.register("images", FolderOptions)
+class FolderImages:
+    """One split of an ImageNet-like folder; an image is read when it is asked for.
+
+    Args:
+        options: The folder.
+        split: `train`, or `held-out` for val/.
+        image_size: Of the model; files have their own.
+
+    Raises:
+        ValueError: If the folder is not laid out so.
+    """
+
+    def __init__(self, options: FolderOptions, split: str, image_size: tuple[int, int]):
+        root = Path(options.path)
+        folder = root / SPLITS[split]
+        classes = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+        if not classes:
+            raise ValueError(
+                "data.path must be a folder with sub-folders train and val, whose own are the classes, "
+                f"got {root}, where {folder.name}/ {'has no class' if folder.is_dir() else 'is not there'}"
+            )
+        files = ImageFolder(ImagesOptions(path=str(folder)))
+        self.paths, self.labels, self.class_names = files.paths, files.labels, files.class_names
+
+    def picture(self, index: int) -> Image.Image:
+        """Returns one image of any size, RGB."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                return file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken PNG by any of the three
+            raise ValueError(f"every image must be readable, {path} is not: {error}") from error
+
+
+@dataclass(kw_only=True)
+class DigitsOptions:
+    """The embedded digits have no options."""
+
+
+@DATASETS.register("digits", DigitsOptions)
+class DigitsImages:
+    """One split of scikit-learn's digits, enlarged from 8×8 to the model's input size at once."""
+
+    def __init__(self, options: DigitsOptions, split: str, image_size: tuple[int, int]):
+        self.images, self.labels = digits(split, max(image_size))
+        self.class_names = list(CLASS_NAMES)
+
+    def picture(self, index: int) -> Image.Image:
+        """Returns one image of that size, RGB."""
+        return Image.fromarray(rearrange(self.images[index], "c h w -> h w c").numpy())
+
+
+def open_split(
+    spec: Mapping[str, Any], split: str, image_size: tuple[int, int], num_classes: int
+) -> LabelledImages:
+    """Returns one split of the images that a spec names.
+
+    Args:
+        spec: `{name, **options}` of `DATASETS`.
+        split: `train` or `held-out`.
+        image_size: Height and width that the model takes.
+        num_classes: That the model tells apart.
+
+    Raises:
+        ValueError: If the images are not there, or of another number of classes.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    images = DATASETS.build(spec, split, image_size)
+    if len(images.class_names) != num_classes:
+        raise ValueError(
+            f"model.num_classes must be the data's {len(images.class_names)} classes, got {num_classes}"
+        )
+    return images
+
+
+def check_same_classes(train: LabelledImages, held_out: LabelledImages) -> None:
+    """Raises ValueError unless two splits have the same classes, naming what only one of them has."""
+    different = sorted(set(train.class_names) ^ set(held_out.class_names))
+    if different:
+        raise ValueError(
+            f"train and val must have images of the same classes, got {len(different)} that only one of them "
+            f"has: {', '.join(different[:NAMED])}{', …' if len(different) > NAMED else ''}"
+        )
+
+
+class TrainExamples(Dataset):
+    """Position in the endless stream → one augmented image and its soft target.
+
+    Augmentation is drawn from (seed, position) alone, and positions 2k and 2k + 1 are mixed with each other,
+    drawn from (seed, k). So examples are the same for any number of processes and any batch size, and a
+    resume needs only a position. It differs from DeiT, where the batch of a process shares one draw and its
+    size decides who is mixed with whom.
+
+    Args:
+        images: The training split.
+        options: Augmentation.
+        form: What images the model takes.
+        seed: The run's.
+
+    Attributes:
+        size: Images of an epoch.
+    """
+
+    def __init__(self, images: LabelledImages, options: AugmentationOptions, form: InputFormat, seed: int):
+        self.images, self.seed = images, seed
+        self.transform = train_transform(options, form)
+        self.mixup = make_mixup(options, len(images.class_names))
+        self.size = len(images.labels)
+        self.order = EpochOrder(self.size, seed)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        """Returns image (3, H, W) and target (num_classes,), both float32."""
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Returns a batch of examples, each pair of the stream made once: what a DataLoader asks for."""
+        with kept_globals():
+            pairs = {pair: self._pair(pair) for pair in sorted({position // 2 for position in positions})}
+        return [pairs[position // 2][position % 2] for position in positions]
+
+    def _pair(self, pair: int) -> list[dict[str, Tensor]]:
+        """Returns the two examples of a pair of the stream, augmented and mixed."""
+        positions = (2 * pair, 2 * pair + 1)
+        indices = [self.order(position) for position in positions]
+        images = []
+        for position, index in zip(positions, indices, strict=True):
+            picture = self.images.picture(index)
+            seed_globals(self.seed, "augmentation", position)
+            images.append(self.transform(picture))
+        seed_globals(self.seed, "mix", pair)
+        mixed, targets = self.mixup(torch.stack(images), self.images.labels[indices])
+        return [{"image": image, "target": target} for image, target in zip(mixed, targets, strict=True)]
+
+
+class HeldOutExamples(Dataset):
+    """Row → (image (3, H, W) float32, label), each image once and unchanged.
+
+    Args:
+        images: The held-out split.
+        form: What images the model takes.
+    """
+
+    def __init__(self, images: LabelledImages, form: InputFormat):
+        self.images, self.transform = images, held_out_transform(form)
+
+    def __len__(self) -> int:
+        """Returns how many images there are."""
+        return len(self.images.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        """Returns one image and its label."""
+        return self.transform(self.images.picture(row)), int(self.images.labels[row])

@@ -1,0 +1,104 @@
+"""The classifier: an Iwin backbone by its timm name, the weights it starts from, and the input it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from timm.data.config import resolve_model_data_config
+
+from flashdit.shared.registry import unknown
+from flashdit.shared.runs import find_checkpoint, read_weights
+from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
+from iwin_core.windows import per_axis
+
+NAMES = "iwin_*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFormat:
+    """What images a model takes."""
+
+    image_size: tuple[int, int]
+    """Height and width, in pixels."""
+    mean: tuple[float, ...]
+    """Of each channel, taken off pixels in 0 to 1."""
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    """Side of the evaluated centre crop by that of the resized image."""
+
+
+def check_model(spec: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a spec is a registered name and fields of IwinConfig."""
+    known = [f"model.{field.name}" for field in fields(IwinConfig)]
+    if "name" not in spec:
+        raise ValueError(f"model needs a 'name' such as iwin_tiny_patch4_window7_224, got {dict(spec)}")
+    if spec["name"] not in timm.list_models(NAMES):
+        raise unknown("model", spec["name"], timm.list_models(NAMES))
+    for key in spec:
+        if key != "name" and f"model.{key}" not in known:
+            raise unknown("configuration key", f"model.{key}", known)
+
+
+def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
+    """Returns the backbone of a spec, freshly initialised.
+
+    Args:
+        spec: `{name, **options}`: a timm entry point and fields of IwinConfig that differ from its own.
+
+    Raises:
+        ValueError: If the name or an option cannot be.
+    """
+    check_model(spec)
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return cast(IwinTransformer, timm.create_model(spec["name"], **options))
+
+
+def load_weights(model: IwinTransformer, source: Path | str) -> None:
+    """Loads weights to start from, of the same or another input size and number of classes.
+
+    Args:
+        model: Changed in place.
+        source: A file of weights, the authors' or exported; or a run or a checkpoint, whose average is meant.
+
+    Raises:
+        ValueError: If there are none, or they are not this model's.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"weights must be a file of weights or a run, got {path}")
+    load_official_checkpoint(model, read_weights(find_checkpoint(path) / "ema") if path.is_dir() else path)
+
+
+def input_format(
+    model: IwinTransformer, interpolation: str | None = None, crop_pct: float | None = None
+) -> InputFormat:
+    """Returns what images a model takes: its input size, and its timm description's normalisation.
+
+    Args:
+        model: As `make_model` returns it.
+        interpolation: Instead of the description's.
+        crop_pct: Instead of the description's.
+    """
+    described = resolve_model_data_config(model)
+    height, width = per_axis(model.config.img_size, 2, "img_size")
+    return InputFormat(
+        image_size=(height, width),
+        mean=described["mean"],
+        std=described["std"],
+        interpolation=interpolation or described["interpolation"],
+        crop_pct=crop_pct or described["crop_pct"],
+    )
+
+
+def decay_groups(model: IwinTransformer, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns the optimiser's groups: biases, norms and position tables do not decay, as in DeiT and Swin."""
+    exempt = cast(Any, model).no_weight_decay()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and name not in exempt]
+    others = [p for name, p in trained if p.ndim <= 1 or name in exempt]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,180 @@
+"""What does a model look at? Effective receptive fields and Grad-CAM (paper Fig. 4) of any timm model.
+
+`iwin visualise --model iwin_tiny_patch4_window7_224 --layer layers.0 layers.2 --kind erf`
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdit.shared.command import run_script
+from iwin_core.analysis.saliency import effective_receptive_field, grad_cam, share_of_pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DECADES = 4  # of the receptive field's colour scale
+PANEL_HEIGHT = 280
+
+
+def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) -> nn.Module:
+    """Returns a timm model in evaluation mode, on the CPU.
+
+    Args:
+        name: Of timm, or of Iwin, whose names register on import.
+        checkpoint: Weights to load; None leaves them as initialised under seed 0.
+        size: H and W to set the model to, where it has a fixed size; None keeps its own.
+
+    Raises:
+        ValueError: If the name is unknown, the checkpoint is of another model or the size cannot be.
+    """
+    import timm
+
+    if importlib.util.find_spec("iwin_core.backbone.timm_models"):
+        importlib.import_module("iwin_core.backbone.timm_models")
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.3))
+        raise ValueError(f"model must be a name that timm knows, nearest are {near}, got {name!r}")
+    if checkpoint and not checkpoint.is_file():
+        raise ValueError(f"checkpoint must be a file, got {checkpoint}")
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, checkpoint_path=str(checkpoint or ""))
+    except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        first_lines = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"checkpoint must hold the weights of {name}, got {checkpoint}: {first_lines}"
+        ) from error
+    if size and hasattr(model, "set_input_size"):
+        set_size(model, name, size)
+    return model.eval()
+
+
+def set_size(model: Any, name: str, size: Sequence[int]) -> None:
+    """Sets the image size of a timm model that has a fixed one."""
+    try:
+        model.set_input_size(img_size=tuple(size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"size must be one that {name} takes, got {tuple(size)}: {error}") from error
+
+
+def load_images(folder: Path | None, size: tuple[int, int], at_most: int) -> Tensor:
+    """Returns float (N, 3, H, W) in [0, 1]: the folder's first images, or noise if it is None."""
+    if min(size) < 1 or at_most < 1:
+        raise ValueError(f"size and num_images must be positive, got {size=}, num_images={at_most}")
+    if folder is None:
+        return torch.rand(at_most, 3, *size, generator=torch.Generator().manual_seed(0))
+    from iwin_tasks.commands.panels import read_photographs
+
+    return read_photographs(folder, size, at_most)
+
+
+def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
+    """Returns receptive fields (H, W) side by side, each relative to its largest pixel, in powers of ten."""
+    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
+
+    panels = []
+    for _, field in fields:
+        decades = (field / field.max().clamp_min(torch.finfo().tiny)).clamp_min(10.0**-DECADES).log10()
+        panels.append(to_picture(colours(1 + decades / DECADES), PANEL_HEIGHT))
+    heads = [f"{name}: half in {share_of_pixels(field, 0.5):.2%} of pixels" for name, field in fields]
+    bar = colour_bar(f"1e-{DECADES} or less", f"1e-{DECADES // 2}", "largest gradient")
+    return panel_grid(title, heads, [("", panels)], bar)
+
+
+def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[Sequence[Tensor]]) -> Image:
+    """Returns a row per image: the image, then each layer's map over it, relative to its largest value.
+
+    Args:
+        title: The line at the top.
+        layers: Names for the columns.
+        images: (N, 3, H, W) in [0, 1].
+        cams: For each image and layer a map (h, w).
+    """
+    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
+
+    rows = []
+    for image, maps in zip(images, cams, strict=True):
+        photograph = image.permute(1, 2, 0) * 255  # (h, w, 3)
+        panels = [photograph]
+        for cam in maps:
+            cam = F.interpolate(cam[None, None], image.shape[1:], mode="bilinear")[0, 0]
+            heat = colours(cam / cam.max().clamp_min(torch.finfo().tiny))
+            panels.append(0.45 * photograph + 0.55 * heat)
+        rows.append(("", [to_picture(panel.round().to(torch.uint8), PANEL_HEIGHT) for panel in panels]))
+    return panel_grid(title, ["image", *layers], rows, colour_bar("0", "half", "largest"))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line; the word none stands for None."""
+
+    def path_or_none(text: str) -> Path | None:
+        return None if text == "none" else Path(text)
+
+    parser = argparse.ArgumentParser(prog="iwin visualise", description=__doc__)
+    parser.add_argument("--model", required=True, help="timm name; Iwin's are registered too")
+    parser.add_argument(
+        "--checkpoint", type=path_or_none, metavar="PATH|none", help="default: none, as initialised"
+    )
+    parser.add_argument("--images", type=path_or_none, metavar="FOLDER|none", help="default: none, noise")
+    parser.add_argument("--num-images", type=int, default=4, help="images used at most (default: 4)")
+    parser.add_argument("--layer", nargs="+", required=True, metavar="NAME", help="dotted module names")
+    parser.add_argument("--kind", choices=("erf", "gradcam"), default="erf", help="default: erf")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the model's")
+    parser.add_argument(
+        "--position",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="of the feature map (default: centre)",
+    )
+    parser.add_argument("--class-index", type=int, help="for gradcam (default: the highest score)")
+    parser.add_argument("--layout", help="of the feature map: nchw or nhwc, where its shape leaves it open")
+    parser.add_argument("--output", type=Path, default=Path("visualise.png"), metavar="PNG")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws the picture; prints how concentrated each receptive field is."""
+    arguments = parse_arguments(argv)
+    model = build_model(arguments.model, arguments.checkpoint, arguments.size)
+    about = vars(model)["pretrained_cfg"]
+    size = tuple(arguments.size or about["input_size"][1:])
+    images = load_images(arguments.images, size, arguments.num_images)
+    mean, std = (torch.tensor(about[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    normalised = (images - mean) / std
+    options = {"layout": arguments.layout}
+    if arguments.kind == "erf":
+        options["position"] = arguments.position
+        fields = [
+            (name, effective_receptive_field(model, name, normalised, **options)) for name in arguments.layer
+        ]
+        for name, field in fields:
+            shares = ", ".join(
+                f"{mass:.0%} in {share_of_pixels(field, mass):.2%}" for mass in (0.5, 0.95, 0.99)
+            )
+            print(f"{name}: of the gradient {shares} of the pixels")
+        picture = draw_fields(
+            f"Gradient of one place of {arguments.model} by pixel (effective receptive field)", fields
+        )
+    else:
+        options["class_index"] = arguments.class_index
+        cams = [[grad_cam(model, name, image, **options) for name in arguments.layer] for image in normalised]
+        picture = draw_cams(f"Grad-CAM of {arguments.model}", arguments.layer, images, cams)
+    picture.save(arguments.output)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,280 @@
+"""The web page in headless Chromium, clicked through as a user does, and what its command refuses."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from flashdit.commands import app, sample, train
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.folder import identity
+from flashdit.web.studio import Studio, load_generators
+
+ROOT = Path(__file__).parents[3]
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
+MISSING += [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if path is None]
+needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
+NANO = [
+    *("training.steps=4", "training.save_every=2", "training.preview_every=4", "training.log_every=4"),
+    *("model.hidden_size=16", "model.depth=1", "sampling.steps=3", "sampling.cfg_scale=1.5"),
+]
+PATIENCE_S = 60
+TOAST = "[data-testid=toast-body]"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Returns a folder with runs/nano: a nano model on the embedded digits, at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("home")
+    train.main([f"run.dir={folder / 'runs' / 'nano'}", *NANO])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(home):
+    """Returns the process and the address of the page of the run's two checkpoints."""
+    port = free_port()
+    first, last = sorted((home / "runs" / "nano" / "checkpoints").iterdir())
+    command = [
+        sys.executable,
+        "-m",
+        "flashdit.commands.app",
+        "--checkpoint",
+        last,
+        first,
+        "--port",
+        str(port),
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(home)}
+    process = subprocess.Popen(
+        [*map(str, command), "--device", "cpu"], cwd=home, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        said = process.stdout.readline()
+        assert said.startswith(f"http://127.0.0.1:{port} ")
+        yield process, said.split()[0]
+        process.terminate()
+        process.wait(PATIENCE_S)
+    assert list(home.glob("flashdit-app-*")) == [], "the pictures' folder goes with the process"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Returns a headless Chromium."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        "window-size=1400,1200",
+    ):
+        options.add_argument(f"--{word}")
+    driver = Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(served, browser):
+    """Returns the browser on a fresh page."""
+    browser.get(served[1])
+    wait(browser, lambda: find(browser, "#generate"))
+    return browser
+
+
+def wait(page, condition):
+    """Returns the condition's first true value."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    waiting = WebDriverWait(page, PATIENCE_S, 0.1, [StaleElementReferenceException])
+    return waiting.until(lambda _page: condition())
+
+
+def find(page, selector):
+    return page.find_elements("css selector", selector)
+
+
+def write(page, name, text):
+    """Types a value into a control in place of what it holds, and leaves it, which closes its list."""
+    (field,) = find(page, f"#{name} input:not([type=range])")
+    field.send_keys("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
+
+
+def press(page):
+    find(page, "#generate")[0].click()
+
+
+def pictures(page, num_images=10, num_frames=3, side=0):
+    """Returns the addresses of the images and of the film of a side, once so many of each are drawn."""
+
+    def drawn():
+        images, film = (find(page, f"#{part}-{side} img") for part in ("images", "film"))
+        sizes = [page.execute_script("return arguments[0].naturalWidth", image) for image in (*images, *film)]
+        if (len(images), len(film)) != (num_images, num_frames) or not all(sizes):
+            return None
+        return [[image.get_attribute("src") for image in part] for part in (images, film)]
+
+    return wait(page, drawn)
+
+
+def fetch(url):
+    with urllib.request.urlopen(url) as answer:
+        return answer.read()
+
+
+def pixels(data):
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def recipe_of(data):
+    with Image.open(io.BytesIO(data)) as picture:
+        return json.loads(picture.text["recipe"])
+
+
+def whole_pictures(folder):
+    """Returns the downloaded pictures that are complete: the browser makes a file before it fills it."""
+    return [data for path in folder.glob("flashdit*.png") if b"IEND" in (data := path.read_bytes())[-12:]]
+
+
+@needs_browser
+def test_a_click_shows_the_images_of_sample_py_and_gives_them_with_their_recipe(page, home, tmp_path):
+    write(page, "classes", "Seven")
+    for name, value in (("seed", 3), ("steps", 4), ("num_images", 2), ("width", 40), ("cfg_high", 0.5)):
+        write(page, name, str(value))
+    press(page)
+    images, film = pictures(page, 2, 4)
+    options = ["--class", "seven", "--num-images", "2", "--seed", "3", "--steps", "4", "--width", "40"]
+    options += ["--height", "32", "--cfg-interval", "0.22", "0.5", "--format", "png"]
+    out = tmp_path / "out"
+    sample.main(["--checkpoint", str(home / "runs" / "nano"), "--output", str(out), *options])
+    expected = sorted(out.glob("0*.png"))
+    assert len(expected) == 2
+    for url, path in zip(images, expected, strict=True):
+        assert np.array_equal(pixels(fetch(url)), pixels(path))
+    assert [caption.text for caption in find(page, "#images-0 .caption-label")] == ["seven", "seven"]
+    assert [caption.text for caption in find(page, "#film-0 .caption-label")] == [
+        "0.00",
+        "0.25",
+        "0.50",
+        "0.75",
+    ]
+    page.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    find(page, "#download-0")[0].click()
+    grid = wait(page, lambda: whole_pictures(tmp_path))[0]
+    assert np.array_equal(pixels(grid), pixels(out / "grid.png"))
+    theirs = json.loads((out / "recipe.json").read_text())
+    for data in (grid, *map(fetch, (*images, *film))):
+        assert identity(recipe_of(data)) == identity(theirs)
+
+
+@needs_browser
+def test_two_checkpoints_stand_side_by_side(page, home):
+    assert not find(page, "#side-1")
+    find(page, "#beside input")[0].click()
+    (choice,) = [entry for entry in wait(page, lambda: find(page, "[role=option]")) if "step 2" in entry.text]
+    choice.click()
+    press(page)
+    (left, _), (right, _) = pictures(page), pictures(page, side=1)
+    assert len(left) == len(right) == 10
+    recipes = [recipe_of(fetch(urls[0])) for urls in (left, right)]
+    assert [recipe["step"] for recipe in recipes] == [4, 2]
+    assert recipes[0]["sampling"] == recipes[1]["sampling"]
+    run = home / "runs" / "nano"
+    assert recipes[0]["weights_sha256"] == load_generator(run).recipe()["weights_sha256"]
+    assert not np.array_equal(pixels(fetch(left[3])), pixels(fetch(right[3])))
+
+
+@needs_browser
+def test_what_cannot_be_drawn_is_one_sentence_and_what_was_there_stays(page):
+    press(page)
+    before, _ = pictures(page)
+    for name, value, sentence in (
+        ("steps", "0", "steps must be at least 1, got 0"),
+        ("classes", "sevn", "unknown class 'sevn'; did you mean 'seven'?"),
+    ):
+        kept = find(page, f"#{name} input")[0].get_attribute("value")
+        write(page, name, value)
+        press(page)
+        wait(page, lambda said=sentence: any(said in toast.text for toast in find(page, TOAST)))
+        write(page, name, kept)
+    assert [image.get_attribute("src") for image in find(page, "#images-0 img")] == before
+
+
+@needs_browser
+def test_another_seed_is_another_seed(page):
+    seed = find(page, "#seed input")[0]
+    assert seed.get_attribute("value") == "0"
+    (button,) = [button for button in find(page, "#seed button") if button.text == "Another seed"]
+    button.click()
+    wait(page, lambda: seed.get_attribute("value") != "0")
+    assert 0 <= int(seed.get_attribute("value")) < 2**31
+
+
+@needs_browser
+def test_the_page_asks_nobody_else_and_listens_to_this_machine_alone(page, served):
+    process, address = served
+    press(page)
+    pictures(page)
+    asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert asked
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    sockets = psutil.Process(process.pid).net_connections("inet")
+    ends = {end.laddr.ip for end in sockets if end.status == psutil.CONN_LISTEN}
+    assert ends == {"127.0.0.1"}
+
+
+def test_a_port_that_is_taken_is_named_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"must be free to listen on, got 127.0.0.1 {port}: .*in use"):
+            app.main(["--port", str(port), "--checkpoint", "missing"])
+
+
+def test_the_newest_run_is_the_default(home, monkeypatch):
+    monkeypatch.chdir(home)
+    arguments = app.parse([])
+    assert (arguments.host, arguments.port) == ("127.0.0.1", 7860)
+    assert list(load_generators(arguments.checkpoint, "cpu", None, "ema")) == ["nano, step 4"]
+
+
+def test_without_a_run_the_command_says_to_train_one_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no run with a checkpoint in runs: train one first \(python train"):
+        app.main(["--port", str(free_port())])
+
+
+def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "flashdit.web.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"the web page needs gradio \(pip install 'flashdit\[app\]'\)"):
+        app.serve(Studio({}, tmp_path), "127.0.0.1", 7860)
+
+
+def test_a_port_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match="--port must be from 1 to 65535, got 0"):
+        app.parse(["--port", "0"])

@@ -1,0 +1,213 @@
+import resource
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from flashdit import config
+from flashdit.commands import estimate
+from flashdit.commands.budget import (
+    checkpoint_bytes,
+    count_parameters,
+    kept_checkpoints,
+    memory_bytes,
+    snapshot_bytes,
+    train_seconds,
+)
+from flashdit.models.costs import RECOMPUTED, Activations, activations, forward_flops, saved_bytes
+from flashdit.models.dit import FlashDiT
+from flashdit.models.recompute import keep_matmuls
+from flashdit.shared.files import write_json
+from flashdit.shared.runs import list_checkpoints, step_folder
+from flashdit.trainer import Trainer
+from flashdit.training.checkpoint import prune
+from flashdit.training.ema import Ema, EmaOptions
+from flashdit.training.optim import OptimizerOptions, make_optimizer
+from flashdit.training.options import TrainingOptions
+
+SMALL = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "hidden_size": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+ATTENTIONS = [{"name": "iwin", "window": 4, "kernel": 3}, {"name": "global", "rope": True}]
+
+
+def xl(*overrides):
+    return estimate.read_config(config.DEFAULT.with_name("flashdit_xl.yaml"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiply_adds"),
+    [
+        ("flashdit_b", 130_451_744, 21.90),
+        ("flashdit_xl", 675_284_384, 114.74),
+        ("lightningdit_xl", 675_256_736, 118.63),
+    ],
+)
+def test_parameters_and_multiply_adds_are_those_of_the_sizes(name, parameters, multiply_adds):
+    settings = estimate.read_config(config.DEFAULT.with_name(f"{name}.yaml"), ())
+    assert count_parameters(settings).all == parameters
+    assert forward_flops(settings.model) / 2e9 == pytest.approx(multiply_adds, abs=0.005)
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda spec: spec["name"])
+def test_a_model_without_memory_saves_what_a_real_one_does(attention, low_precision):
+    options = SMALL | {"attention": attention}
+    kept, again, _ = activations(options, low_precision).values()
+    model = FlashDiT(**options).train()
+    assert kept.of(5) == saved_bytes(model, 5, low_precision)
+    model.enable_gradient_checkpointing()
+    inputs = saved_bytes(model, 5, low_precision)
+    assert again.of(5) == pytest.approx(inputs + (kept.of(5) - inputs) / 3)
+    assert (kept.fixed > 0) == low_precision, "only autocast copies weights"
+
+
+def measured_peak(options, images, low_precision, way):
+    """Returns the most bytes that a training step really holds on the CPU."""
+    model = FlashDiT(**options).train()
+    if way != "all kept":
+        model.enable_gradient_checkpointing(keep_matmuls if way == "products kept" else None)
+    optimizer, ema = make_optimizer(model.parameters(), OptimizerOptions()), Ema(model, EmaOptions())
+    x, t, y = torch.randn(images, 4, 16, 16), torch.rand(images), torch.zeros(images, dtype=torch.int64)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            v_t = model(x, t, y)
+        (v_t.float() - x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+
+    step()  # makes the moments
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    held = [*model.parameters(), *moments, *ema.average.values()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = sum(tensor.untyped_storage().nbytes() for tensor in held)
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("way", RECOMPUTED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sum_is_within_a_tenth_of_the_measured_peak(precision, way):
+    settings = config.load(None, ["training.global_batch_size=6", f"training.precision={precision}"])
+    settings = replace(settings, model=SMALL)
+    saved = activations(SMALL, precision == "bf16")[way]
+    expected = memory_bytes(settings, count_parameters(settings), saved, gpus=1, sharded=False)["sum"]
+    measured = measured_peak(SMALL, 6, precision == "bf16", way)
+    assert measured == pytest.approx(expected, rel=0.1)
+    assert expected > 2 * 20 * count_parameters(settings).all or way == "recomputed", (
+        "activations outweigh the rest"
+    )
+
+
+def test_strategies_share_what_they_say():
+    settings = xl("ema.power_widths=[0.05,0.1]")
+    counts, saved = count_parameters(settings), Activations(fixed=7.0, per_image=11.0)
+    p = counts.all
+    alone = memory_bytes(
+        xl("training.precision=fp32"), counts, Activations(fixed=0, per_image=11.0), 1, False
+    )
+    assert alone["sum"] == 20 * p + 11 * 1024, "16 bytes of weights, moments and average, 4 of gradients"
+    ddp = memory_bytes(settings, counts, saved, gpus=8, sharded=False)
+    assert (ddp["EMA"], ddp["DDP's buckets"], ddp["low-precision weights"]) == (12 * p, 4 * p, 7)
+    sharded = memory_bytes(settings, counts, saved, gpus=8, sharded=True)
+    for name in ("weights", "EMA", "AdamW", "gradients"):
+        assert sharded[name] == ddp[name] / 8
+    assert sharded["activations"] == ddp["activations"] == 11 * 128
+    assert sharded["gathered"] == 2 * (counts.outside + 2 * counts.block) + 4 * counts.block
+    assert counts.outside + 28 * counts.block == p
+    accumulated = memory_bytes(xl("training.accumulation=4"), counts, saved, gpus=8, sharded=True)
+    assert (accumulated["gradients"], accumulated["activations"]) == (4 * p, 11 * 32)
+
+
+def test_frozen_parameters_have_no_moments():
+    settings = estimate.read_config(config.DEFAULT, ("model.position_embedding=sincos",))
+    counts = count_parameters(settings)
+    assert counts.all - counts.trained == 8 * 8 * 64
+    assert checkpoint_bytes(settings, counts) == 8 * counts.all + 8 * counts.trained
+
+
+def test_a_checkpoint_takes_the_room_that_is_said(tiny_overrides, tmp_path):
+    wider = [*tiny_overrides, "model.hidden_size=96", "model.depth=2", "training.steps=2"]
+    settings = config.load(None, wider)
+    Trainer(settings).fit()
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert size == pytest.approx(checkpoint_bytes(settings, count_parameters(settings)), rel=0.02)
+
+
+@pytest.mark.parametrize(("keep_last", "keep_every"), [(None, None), (1, None), (2, 30), (3, 20), (99, 7)])
+def test_as_many_checkpoints_are_kept_as_pruning_leaves(keep_last, keep_every, tmp_path):
+    training = TrainingOptions(steps=105, save_every=10, keep_last=keep_last, keep_every=keep_every)
+    for step in (*range(10, 101, 10), 105):
+        folder = step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        write_json(folder / "state.json", {})
+        prune(tmp_path, keep_last, keep_every)
+    assert kept_checkpoints(training) == len(list_checkpoints(tmp_path))
+
+
+def test_time_and_snapshots_follow_their_formulas():
+    assert train_seconds(flops=3e12, images=1000, gpus=2, peak_tflops=100, mfu=0.3) == pytest.approx(50)
+    settings = xl("ema.power_widths=[0.05,0.1]", "ema.snapshot_every=20000")
+    counts = count_parameters(settings)
+    assert snapshot_bytes(settings, counts) == 3 * 2 * 4 * counts.all
+    assert [estimate.duration(s) for s in (0.3, 90, 600, 9000, 3e5)] == [
+        "under a second",
+        "90 seconds",
+        "10.0 minutes",
+        "2.5 hours",
+        "3.5 days",
+    ]
+
+
+def test_the_command_prints_it_and_allocates_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path, kept = (
+        config.DEFAULT.with_name("flashdit_xl.yaml"),
+        ("training.keep_last=2", "training.keep_every=null"),
+    )
+    estimate.main(["--config", str(path), "--gpus", "16", "--images", "1000000", *kept])
+    grown_gib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    assert grown_gib < 1, "the weights alone would take 2.5"
+    printed = capsys.readouterr().out
+    for text in ("675,284,384", "114.74 G", "71.7 epochs of 1,000,000", "40% of 989", "2 kept × 10.06 GiB"):
+        assert text in printed, printed
+    assert all(
+        name in printed
+        for name in ("DDP: each holds", "FSDP2", "products kept", "activations", "low-precision weights")
+    )
+
+
+def test_recomputed_blocks_cost_a_third_more_time(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    hours = []
+    again = "training.gradient_checkpointing=true"
+    for overrides in ([], [again], [again, "training.keep_matmuls=true"]):
+        estimate.main(["--gpus", "1", "--peak-tflops", "0.00001", *overrides])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "GPU hours" in line)
+        hours.append(float(line.split("│")[2].replace(",", "")))
+    assert hours[1] / hours[0] == pytest.approx(4 / 3, rel=1e-3)
+    assert hours[2] == hours[0], "where products are kept, none is computed again"
+
+
+def test_what_cannot_be_is_one_sentence(exit_message):
+    assert "--gpus must be at least 1, got 0" in exit_message(estimate, "--gpus", 0)
+    assert "--images must be at least 1, got 0" in exit_message(estimate, "--images", 0)
+    assert "--mfu must be above 0 and at most 1" in exit_message(estimate, "--mfu", 1.5)
+    assert "multiple of processes × accumulation, got 16 for 3 × 1" in exit_message(estimate, "--gpus", 3)
+    assert "--config must be a YAML file, got absent" in exit_message(estimate, "--config", "absent")
+    assert "did you mean 'model.depth'" in exit_message(estimate, "model.dept=3")

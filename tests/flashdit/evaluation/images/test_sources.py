@@ -1,0 +1,245 @@
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from flashdit.evaluation.images.folders import FolderSource
+from flashdit.evaluation.images.npz import NpzSource
+from flashdit.evaluation.images.reading import label_mode
+from flashdit.evaluation.images.sources import DigitsSource, GeneratedSource, open_source, take
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.classes import balanced_labels
+
+NUM_IMAGES = 7
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 6, 9, 3), dtype=np.uint8)
+
+
+def save_folder(folder: Path, images: np.ndarray, names: list[str]) -> Path:
+    for name, image in zip(names, images, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    return folder
+
+
+def read(source, batch_size: int, ids: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.cat(list(source.batches(batch_size, ids)))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_npz_and_folder_give_the_same_images_for_any_batch_size(tmp_path, images, save, batch_size):
+    save(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
+    folder = save_folder(tmp_path / "folder", images, [f"{n}.png" for n in range(NUM_IMAGES)])
+    npz, files = open_source(tmp_path / "samples.npz"), open_source(folder)
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2)
+    some = torch.tensor([1, 2, 5])
+    for source in (npz, files):
+        assert source.image_size == (6, 9)
+        assert max(map(len, source.batches(batch_size))) <= batch_size
+        assert_close(read(source, batch_size), expected)
+        assert_close(read(source, batch_size, some), expected[some])
+        assert list(source.batches(batch_size, some[:0])) == []
+        assert_close(take(source, torch.tensor([5, 0, 5])), expected[[5, 0, 5]])
+    assert npz.labels is not None
+    assert npz.labels.tolist() == list(range(NUM_IMAGES))
+    assert files.labels is None
+
+
+def test_a_limit_reads_so_many_from_the_start(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images)
+    source = NpzSource(tmp_path / "samples.npz", limit=4)
+    assert source.count == 4
+    assert_close(read(source, 3), torch.from_numpy(images[:4]).permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match=r"must be 1 to the 7 in .*, got 8"):
+        NpzSource(tmp_path / "samples.npz", limit=8)
+
+
+def test_folder_order_is_by_integer_stem_and_then_by_name(tmp_path, images):
+    names = ["b.png", "10.png", "2.png", "a.png", "001.png", "c.jpg", "x.png"]
+    files = FolderSource(save_folder(tmp_path, images, names)).files
+    assert [file.name for file in files] == ["001.png", "2.png", "10.png", "a.png", "b.png", "c.jpg", "x.png"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [(("two", "zero"), [2, 0]), (("7", "11"), [7, 11]), (("cat", "dog"), [0, 1])],
+    ids=["class names", "numbers", "anything else"],
+)
+def test_class_folders_give_labels(tmp_path, images, folders, labels):
+    names = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
+    source = FolderSource(save_folder(tmp_path, images[:2], names), class_names=["zero", "one", "two"])
+    assert source.labels is not None
+    assert source.labels.tolist() == labels
+
+
+def test_digits_source_reads_the_held_out_split():
+    source = DigitsSource("held-out")
+    images = read(source, 100)
+    assert (len(images), images.dtype) == (360, torch.uint8)
+    assert len(source.labels) == 360
+    assert_close(take(source, torch.tensor([7, 3])), images[[7, 3]])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 4, 4, 3), dtype=np.float32),
+        np.zeros((2, 3, 4, 4), dtype=np.uint8),
+        np.zeros((0, 4, 4, 3), dtype=np.uint8),
+        np.zeros((2, 4), dtype=np.uint8),
+    ],
+    ids=["float", "channels first", "none", "rows"],
+)
+def test_npz_that_holds_no_images_is_refused(tmp_path, array):
+    np.savez(tmp_path / "samples.npz", array)
+    with pytest.raises(
+        ValueError, match=r"arr_0 must be uint8 \(n, h, w, 3\) in C order with n ≥ 1, got .*samples"
+    ):
+        NpzSource(tmp_path / "samples.npz")
+
+
+def test_npz_without_images_or_that_is_none_is_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("other.npz", "text.npz"):
+        with pytest.raises(ValueError, match=f"must be an npz with images in arr_0, got .*{name}"):
+            NpzSource(tmp_path / name)
+
+
+def test_labels_that_do_not_match_the_images_are_refused(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images, np.zeros(3, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"one integer label per image, got int64 \(3,\)"):
+        NpzSource(tmp_path / "samples.npz")
+
+
+def test_npz_that_ends_early_is_named(tmp_path, images):
+    whole, short = tmp_path / "whole.npz", tmp_path / "short.npz"
+    np.savez(whole, images)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(short, "w") as cut:
+        cut.writestr("arr_0.npy", archive.read("arr_0.npy")[:-200])
+    with pytest.raises(ValueError, match=r"short\.npz ends early: arr_0 lacks images from number 4 on"):
+        read(NpzSource(short), 2)
+
+
+def test_truncated_and_damaged_npz_are_named(tmp_path, images):
+    many = np.tile(images, (20, 1, 1, 1))  # more than the first read, which takes the header
+    np.savez(tmp_path / "whole.npz", many)
+    data = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "truncated.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"must be an npz with images in arr_0, got .*truncated\.npz"):
+        NpzSource(tmp_path / "truncated.npz")
+    place = len(data) - 1000
+    (tmp_path / "damaged.npz").write_bytes(data[:place] + bytes(64) + data[place + 64 :])
+    with pytest.raises(ValueError, match=r"damaged\.npz is damaged: Bad CRC-32"):
+        read(NpzSource(tmp_path / "damaged.npz"), 100)
+
+
+def test_generated_images_depend_neither_on_the_shares_nor_on_who_asks(tiny_checkpoint):
+    generator = load_generator(tiny_checkpoint)
+    options = replace(generator.sampling, batch_size=3)
+    source = GeneratedSource(generator, balanced_labels(7, 3, seed=0), options)
+    whole = read(source, 100)
+    assert whole.shape == (7, 3, *source.image_size)
+    for world in (2, 3, 8):
+        for rank in range(world):
+            ids = torch.arange(rank, 7, world)
+            found = [whole[:0], *source.batches(100, ids)]
+            assert_close(torch.cat(found), whole[ids], rtol=0, atol=0)
+    assert_close(take(source, torch.tensor([6, 1])), whole[[6, 1]], rtol=0, atol=0)
+
+
+def test_identity_of_generated_images_follows_the_recipe_and_not_the_batch(tiny_checkpoint):
+    generator = load_generator(tiny_checkpoint)
+    labels = balanced_labels(7, 3, seed=0)
+
+    def identity(labels=labels, weights="ema", **changes):
+        made = load_generator(tiny_checkpoint, weights=weights)
+        return GeneratedSource(made, labels, replace(generator.sampling, **changes)).identity()
+
+    assert identity() == identity(batch_size=2)
+    others = [identity(seed=1), identity(cfg_scale=2.0), identity(labels.flip(0)), identity(weights="model")]
+    assert all(other != identity() for other in others)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="a folder of images must hold at least one"):
+        FolderSource(tmp_path)
+
+
+def test_mixed_sizes_name_both_files(tmp_path, images):
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    Image.new("RGB", (5, 6)).save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match=r"must have one size, got 9×6 and 5×6 \(.*0\.png and .*2\.png\)"):
+        read(FolderSource(tmp_path), 10)
+
+
+def test_a_reader_that_stops_half_way_leaves_no_open_file(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images)
+    batches = NpzSource(tmp_path / "samples.npz").batches(2)
+    next(batches)
+    batches.close()  # an open file would warn when it is collected, and warnings are errors
+
+
+def test_label_mode_says_whether_classes_have_equal_shares():
+    assert label_mode(torch.tensor([0, 1, 1, 2])) == "balanced"
+    assert label_mode(torch.tensor([0, 1, 1, 1])) == "not balanced"
+    assert label_mode(None) is None
+
+
+def test_identity_follows_the_content_and_not_the_name(tmp_path, images):
+    path, other = tmp_path / "samples.npz", tmp_path / "other.npz"
+    np.savez(path, images)
+    before = NpzSource(path).identity()
+    np.savez(other, images)
+    assert NpzSource(other).identity() == before
+    assert NpzSource(path, limit=3).identity() != before
+    np.savez(path, images ^ 1)
+    assert NpzSource(path).identity() != before
+
+
+def test_identity_of_a_folder_follows_its_files(tmp_path, images):
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    before = FolderSource(tmp_path)
+    identity, digest = before.identity(), before.names_digest()
+    assert FolderSource(tmp_path).identity() == identity
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    assert FolderSource(tmp_path).identity() != identity
+    assert FolderSource(tmp_path).names_digest() == digest
+    (tmp_path / "1.png").rename(tmp_path / "2.png")
+    assert FolderSource(tmp_path).names_digest() != digest
+
+
+@pytest.mark.parametrize("keep", [0, 20, 100], ids=["empty", "header", "half"])
+def test_unreadable_image_is_named(tmp_path, images, keep):
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"every image of a folder must be readable, got .*1\.png"):
+        read(FolderSource(tmp_path), 10)
+
+
+def test_folder_of_the_sampler_is_read_from_its_npz(tmp_path, images):
+    save_folder(tmp_path, images, [f"{n:06d}.png" for n in range(NUM_IMAGES)])
+    Image.new("RGB", (90, 60)).save(tmp_path / "grid.png")
+    np.savez(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
+    source = open_source(tmp_path)
+    assert source.count == NUM_IMAGES
+    assert source.labels is not None
+    assert source.labels.tolist() == list(range(NUM_IMAGES))
+    (tmp_path / "recipe.json").write_text('{"seed": 7}')
+    assert source.recipe()["recipe"] == {"seed": 7}
+
+
+def test_a_path_that_is_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be an existing npz or folder, got .*absent"):
+        open_source(tmp_path / "absent")

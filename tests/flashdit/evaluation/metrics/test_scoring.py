@@ -1,0 +1,186 @@
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from flashdit.digits.images import CLASS_NAMES
+from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.features.statistics import ImageStatistics, collect
+from flashdit.evaluation.images.sources import DigitsSource
+from flashdit.evaluation.metrics.scoring import (
+    METRICS,
+    Scores,
+    cautions,
+    check_accuracy,
+    check_counts,
+    check_names,
+    compute_scores,
+    default_metrics,
+    parts_needed,
+)
+from flashdit.evaluation.reports.report import (
+    count_key,
+    names_of,
+    print_table,
+    shown,
+    to_markdown,
+    write_report,
+)
+
+EXTRACTOR = EXTRACTORS.build("digits")
+PARTS = parts_needed(METRICS)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> ImageStatistics:
+    return collect(DigitsSource("held-out"), EXTRACTOR, PARTS, 100)
+
+
+class OneClass(DigitsSource):
+    """The training sevens."""
+
+    def __init__(self):
+        super().__init__("train")
+        self.images = self.images[self.labels == 7]
+        self.labels, self.count = self.labels[self.labels == 7], len(self.images)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_gives_a_number_for_each_of_its_keys(name, held_out):
+    scores = compute_scores([name], held_out, held_out)
+    assert tuple(scores.values) == METRICS[name].keys
+    assert not scores.reasons
+    assert set(scores.values) <= set(names_of(EXTRACTOR))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_says_why_it_is_missing(name):
+    empty = ImageStatistics(name="adm.npz", count=10)
+    scores = compute_scores([name], empty, empty)
+    assert scores.values == dict.fromkeys(METRICS[name].keys)
+    assert all(reason.startswith("'adm.npz' has no ") for reason in scores.reasons.values())
+
+
+def test_precision_and_recall_are_not_exchanged(held_out):
+    half = collect(OneClass(), EXTRACTOR, PARTS, 100)
+    scores = compute_scores(["precision", "recall"], half, held_out).values
+    assert scores["precision"] > 0.8, "real sevens lie among the real digits"
+    assert scores["recall"] < 0.2, "most digits do not lie among the sevens"
+    apart = (
+        compute_scores(["recall"], half, held_out).values
+        | compute_scores(["precision"], half, held_out).values
+    )
+    assert scores == apart, "together they meet each pair of images once"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scores_on_a_gpu_equal_those_on_the_cpu(held_out):
+    names = [name for name in METRICS if name != "kid"]
+    found = []
+    for device in ("cpu", "cuda"):
+        extractor = EXTRACTORS.build("digits").to(device)
+        samples = collect(DigitsSource("train"), extractor, PARTS, 100, device)
+        found.append(compute_scores(names, samples, held_out, device).values)
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+def test_default_metrics_are_all_that_apply_but_kid():
+    assert default_metrics(EXTRACTOR, CLASS_NAMES) == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
+    assert default_metrics(EXTRACTOR, None) == ["fid", "sfid", "is", "precision", "recall"]
+
+
+def test_a_score_that_is_not_finite_becomes_a_reason(held_out, monkeypatch):
+    nan = METRICS["fid"]._replace(compute=lambda samples, reference: (float("nan"),))
+    monkeypatch.setitem(METRICS, "fid", nan)
+    scores = compute_scores(["fid"], held_out, held_out)
+    assert scores.values == {"fid": None}
+    assert scores.reasons == {"fid": "it came out as nan"}
+
+
+def test_unknown_metric_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown metric 'precison'; did you mean 'precision'"):
+        check_names(["fid", "precison"])
+
+
+def test_accuracy_by_an_extractor_of_other_classes_is_refused():
+    check_accuracy(["accuracy"], EXTRACTOR, CLASS_NAMES)
+    for classes in (["cat", "dog"], None):
+        with pytest.raises(ValueError, match="accuracy needs an extractor of the samples' own classes"):
+            check_accuracy(["accuracy"], EXTRACTOR, classes)
+
+
+def test_too_few_images_are_refused_by_count(held_out):
+    with pytest.raises(
+        ValueError, match=r"at least 4 images on each side, got {'samples': 3, 'reference': 360}"
+    ):
+        check_counts(["recall"], 3, held_out)
+    with pytest.raises(ValueError, match="at least 2 images on each side"):
+        check_counts(["fid"], 1, held_out)
+
+
+def test_fewer_images_than_dimensions_are_cautioned():
+    few = ImageStatistics(name="few", count=60, mu=torch.zeros(64))
+    assert "covariance of 60 images of 'few' is rank-deficient in 64" in cautions(["fid"], few, few)[0]
+    assert not cautions(["sfid"], few, few)
+
+
+def test_report_keeps_null_with_its_reason_and_leaves_no_temporary_file(tmp_path, held_out, result_of):
+    reference = ImageStatistics(name="adm.npz", count=None, mu=held_out.mu, sigma=held_out.sigma)
+    floor = Scores(count=1437, values={"fid": 1.0})
+    result = result_of(compute_scores(["fid", "sfid"], held_out, reference), floor=floor)
+    write_report(result, tmp_path / "new" / "metrics.json")
+    content = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert content["schema"] == 2
+    assert content["metrics"]["sfd_360"] is None
+    assert content["reasons"] == {"sfd_360": "'adm.npz' has no spatial statistics"}
+    assert content["floor"] == {"fd_1437": 1.0}
+    assert content["labels"] == {"fd_360": "FD[digits]", "sfd_360": "sFD[digits]"}
+    assert content["extractor"]["fingerprint"] == EXTRACTOR.fingerprint
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"metrics.json", "metrics.md"}
+
+
+def test_tables_call_only_inception_fid_and_show_no_negative_distance(result_of):
+    scores = Scores(count=360, values={"fid": -1e-12, "sfid": None}, reasons={"sfid": "no reason"})
+    result = result_of(scores)
+    markdown = to_markdown(result)
+    assert "| FD[digits] | 0.0000 |" in markdown
+    assert "| sFD[digits] | n/a |" in markdown
+    assert "- sFD[digits]: no reason" in markdown
+    assert "FID" not in markdown
+
+
+def test_console_table_shows_names_in_brackets(result_of):
+    stream = io.StringIO()
+    print_table(result_of(Scores(count=360, values={"fid": 1.5})), Console(width=100, file=stream))
+    text = stream.getvalue()
+    assert "FD[digits]" in text
+    assert "1.5000" in text
+    assert "count unknown" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "key"),
+    [(50_000, "fid_50k"), (1000, "fid_1k"), (1234, "fid_1234"), (500, "fid_500"), (10_500, "fid_10500")],
+)
+def test_keys_carry_the_number_of_images(count, key):
+    assert count_key("fid", count) == key
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "n/a"), (3.94256, "3.9426"), (0.00123, "0.001230"), (-1e-9, "0.0000"), (-0.0002, "-0.000200")],
+)
+def test_small_scores_are_shown_in_more_decimals_and_rounding_in_none(value, text):
+    assert shown(value) == text
+
+
+def test_samples_sorted_by_class_are_cautioned():
+    labels = torch.arange(10).repeat_interleave(501)
+    in_order = ImageStatistics(name="samples", count=5010, labels=labels)
+    assert "sorted by class" in cautions(["is"], in_order, in_order)[0]
+    for others in (labels.flip(0), labels[:5000], None):  # in another order, in one chunk, unknown
+        shuffled = ImageStatistics(name="samples", count=5010, labels=others)
+        assert not cautions(["is"], shuffled, shuffled)

@@ -1,0 +1,48 @@
+import csv
+
+import pytest
+
+from flashdit.evaluation.metrics.scoring import Scores
+from flashdit.evaluation.reports.csv import COLUMNS, append_csv, check_csv
+
+
+def rows(path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_appended_under_one_header(tmp_path, result_of):
+    path = tmp_path / "new" / "scores.csv"
+    for fid in (3.5, None):
+        append_csv(result_of(Scores(count=360, values={"fid": fid, "precision": 0.25})), path)
+    first, second = rows(path)
+    assert tuple(first) == COLUMNS
+    assert (first["frechet"], first["precision"], first["recall"]) == ("3.5", "0.25", "")
+    assert second["frechet"] == ""
+    assert first["extractor"] == "digits"
+    assert first["reference_sha256"] == "a" * 64
+    assert first["image_size"] == "32×32"
+
+
+def test_samples_of_a_checkpoint_bring_their_options(tmp_path, result_of):
+    sampling = {"sampler": "euler", "steps": 25, "cfg_scale": 1.5, "cfg_interval": (0.2, 1.0), "seed": 3}
+    samples = {"source": "checkpoint", "checkpoint": "runs/a", "step": 7, "nfe": 50, "sampling": sampling}
+    append_csv(result_of(Scores(count=360, values={"fid": 1.0}), samples=samples), tmp_path / "scores.csv")
+    (row,) = rows(tmp_path / "scores.csv")
+    assert (row["samples"], row["step"], row["nfe"]) == ("runs/a", "7", "50")
+    assert (row["cfg_scale"], row["cfg_interval"], row["seed"]) == ("1.5", "0.2-1", "3")
+
+
+def test_a_table_of_other_columns_is_refused_and_left_as_it_was(tmp_path, result_of):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"--csv must be a new file or have the columns .*\['a', 'b'\]"):
+        append_csv(result_of(Scores(count=360, values={"fid": 1.0})), path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_an_empty_file_is_a_new_one(tmp_path, result_of):
+    (tmp_path / "scores.csv").touch()
+    check_csv(tmp_path / "scores.csv")
+    append_csv(result_of(Scores(count=360, values={"fid": 1.0})), tmp_path / "scores.csv")
+    assert len(rows(tmp_path / "scores.csv")) == 1

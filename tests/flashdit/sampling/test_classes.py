@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from flashdit.sampling.classes import balanced_labels, class_ids, equal_shares, random_labels
+
+NAMES = ["cat", "golden retriever", "hen"]
+BIRDS = ["crane", "white stork, Ciconia ciconia", "crane", "7"]
+
+
+def test_balanced_labels_are_balanced_shuffled_and_seeded():
+    labels = balanced_labels(1003, 10, seed=1)
+    assert labels.bincount().tolist() == [101, 101, 101] + [100] * 7
+    assert labels.equal(balanced_labels(1003, 10, seed=1))
+    assert not labels.equal(balanced_labels(1003, 10, seed=2))
+    assert not labels.equal(labels.sort().values)
+
+
+def test_equal_shares_stand_in_the_order_of_the_classes():
+    assert equal_shares(5, [7, 3]).tolist() == [7, 7, 7, 3, 3]
+    assert equal_shares(2, [4, 5, 6]).tolist() == [4, 5]
+    assert equal_shares(1003, range(10)).bincount().sub(100).unique().tolist() == [0, 1]
+
+
+def test_random_labels_depend_on_seed_and_number_alone():
+    labels = random_labels(2000, [3, 8], seed=1)
+    assert labels.unique().tolist() == [3, 8]
+    assert 900 < (labels == 3).sum() < 1100
+    assert labels[:50].equal(random_labels(50, [3, 8], seed=1))
+    assert not labels.equal(random_labels(2000, [3, 8], seed=2))
+    assert labels.dtype == torch.int64
+
+
+def test_classes_go_by_id_or_name():
+    assert class_ids(["2", "golden retriever", "0"], NAMES) == [2, 1, 0]
+    assert class_ids(["Golden Retriever", " HEN"], NAMES) == [1, 2]
+    assert class_ids(["all"], NAMES) == [0, 1, 2]
+    assert class_ids(["ciconia ciconia", "white stork", BIRDS[1]], BIRDS) == [1, 1, 1]
+    assert class_ids(["7", "2"], BIRDS) == [3, 2], "a name of digits comes before a number"
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "message"),
+    [
+        ("207", NAMES, r"class 207 is out of range for this 3-class model \(0–2\)"),
+        ("-1", NAMES, r"class -1 is out of range for this 3-class model \(0–2\)"),
+        ("golden retreiver", NAMES, "unknown class 'golden retreiver'; did you mean 'golden retriever'"),
+        ("xyz", NAMES, r"unknown class 'xyz' \(this model has 3 classes\)"),
+        ("crane", BIRDS, "class 'crane' must name one class, got 0 and 2: give the id"),
+        ("Crane", BIRDS, "class 'Crane' must name one class, got 0 and 2: give the id"),
+        ("0", [], "this model has no classes, got class 0"),
+    ],
+)
+def test_classes_that_cannot_be_are_named(name, names, message):
+    with pytest.raises(ValueError, match=message):
+        class_ids([name], names)

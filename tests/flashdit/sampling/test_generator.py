@@ -1,0 +1,217 @@
+import pytest
+import torch
+from torch import nn
+
+from flashdit import FlashDiT
+from flashdit.data.autoencoders import load_vae
+from flashdit.data.latents import LatentOptions, LatentSpace
+from flashdit.flow.samplers import SAMPLERS
+from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.options import SamplingOptions, nfe
+
+NAMES = ["cat", "golden retriever", "hen"]
+
+
+def make_generator(**options):
+    """Returns a generator of three classes: the digits' VAE behind a small model far from zero."""
+    torch.manual_seed(0)
+    vae = load_vae("digits")
+    sizes = {"in_channels": 1, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_classes": 3}
+    model = FlashDiT.from_size("nano", **sizes, **options)
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            nn.init.normal_(parameter, std=0.15)
+    one = torch.ones(1, 1, 1, 1)
+    return ImageGenerator(model.eval(), LatentSpace(0 * one, one, LatentOptions(), vae), NAMES)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return make_generator()
+
+
+def images(generator, labels, **options):
+    settings = SamplingOptions(**({"steps": 3, "cfg_scale": 1.5} | options))
+    batches = list(generator.generate(torch.tensor(labels), settings))
+    assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(len(labels)))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == labels
+    return torch.cat([batch.images for batch in batches])
+
+
+def test_images_are_uint8_at_the_size_of_the_vae(generator):
+    made = images(generator, [0, 2])
+    assert made.shape == (2, 3, 32, 32)
+    assert made.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_depends_on_seed_and_number_alone(generator, sampler, batch_size):
+    labels = [0, 1, 2, 0]
+    together = images(generator, labels, seed=5, sampler=sampler)
+    apart = images(generator, labels, seed=5, sampler=sampler, batch_size=batch_size)
+    # the same noise and the same formulas; another batch may round a grey level otherwise
+    assert (together.int() - apart.int()).abs().max() <= 1
+    assert generator.noise(torch.tensor([4]), 5).equal(generator.noise(torch.arange(7), 5)[4:5])
+
+
+def test_chosen_samples_equal_those_of_the_whole(generator):
+    labels, ids = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([3, 1])
+    for sampler in ("euler", "sde-euler"):
+        options = SamplingOptions(steps=3, sampler=sampler, batch_size=4)
+        whole = torch.cat([batch.images for batch in generator.generate(labels, options)])
+        (some,) = generator.generate(labels, options, ids)
+        assert some.ids.equal(ids)
+        assert some.labels.tolist() == [0, 1]
+        assert (some.images.int() - whole[ids].int()).abs().max() <= 1
+    assert list(generator.generate(labels, options, ids[:0])) == []
+
+
+def test_seeds_and_numbers_give_different_noise(generator):
+    noise = torch.stack([generator.noise(torch.arange(3), seed) for seed in (0, 1)]).flatten(0, 1).flatten(1)
+    assert torch.cdist(noise, noise)[~torch.eye(6, dtype=torch.bool)].min() > 1
+
+
+def test_scale_one_is_the_conditional_model_and_zero_the_unconditional(generator):
+    conditional = images(generator, [0, 1], cfg_scale=1.0)
+    nearly = images(generator, [0, 1], cfg_scale=1.0 + 1e-6)  # takes the path of two forwards
+    assert (conditional.int() - nearly.int()).abs().max() <= 1
+    zero, two = images(generator, [0], cfg_scale=0.0), images(generator, [2], cfg_scale=0.0)
+    assert zero.equal(two)
+    nearly = images(generator, [0], cfg_scale=1e-6)
+    assert (zero.int() - nearly.int()).abs().max() <= 1
+    assert (conditional[:1].int() - zero.int()).abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sampler": "euler", "steps": 10}, 10),
+        ({"sampler": "heun", "steps": 10}, 20),
+        ({"sampler": "dpm++2m", "steps": 10}, 10),
+        ({"sampler": "unipc", "steps": 10, "cfg_scale": 0.0}, 10),
+        ({"sampler": "sde-euler", "steps": 10, "cfg_scale": 2.0}, 20),
+        ({"sampler": "euler", "steps": 10, "cfg_scale": 2.0}, 20),
+        ({"sampler": "euler", "steps": 10, "cfg_scale": 2.0, "cfg_interval": (0.25, 0.75)}, 15),
+        ({"sampler": "heun", "steps": 10, "cfg_scale": 2.0, "cfg_interval": (0.25, 0.75)}, 30),
+    ],
+)
+def test_nfe_counts_what_the_model_is_asked(generator, options, expected):
+    assert nfe(SamplingOptions(**options)) == expected
+    assert asked_and_told(generator, options) == (expected, [expected])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_nfe_of_an_adaptive_sampler_is_measured_for_each_image(generator, scale):
+    options = {
+        "sampler": "dopri5",
+        "cfg_scale": scale,
+        "cfg_interval": (0.3, 0.6),
+        "atol": 1e-2,
+        "rtol": 1e-2,
+    }
+    assert nfe(SamplingOptions(**options)) is None
+    asked, told = asked_and_told(generator, options, [0, 2])
+    assert asked == sum(told)
+    tight, _ = asked_and_told(generator, options | {"atol": 1e-6, "rtol": 1e-6}, [0, 2])
+    assert tight >= asked > 2 * 7
+
+
+def asked_and_told(generator, options, labels=(0,)):
+    """Returns how many rows the model was given, and what the batch says of each image."""
+    asked = []
+    hook = generator.model.register_forward_hook(lambda _m, args, _out: asked.append(len(args[0])))
+    (batch,) = generator.generate(torch.tensor(labels), SamplingOptions(**options))
+    hook.remove()
+    return sum(asked), batch.nfe.tolist()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"attention": {"name": "window", "window": 3}},
+        {"attention": {"name": "global", "rope": True}},
+        {"attention": {"name": "global", "rope": False}, "position_embedding": "sincos"},
+    ],
+)
+def test_any_multiple_of_factor_and_patch_is_a_size(model):
+    generator = make_generator(**model)
+    for height, width in ((44, 24), (16, 72), (4, 8), (None, 40)):
+        made = images(generator, [0, 1], height=height, width=width)
+        assert made.shape == (2, 3, height or 32, width)
+    native = images(generator, [0, 1], height=32, width=32)
+    assert native.equal(images(generator, [0, 1]))
+
+
+def test_a_size_that_no_patch_divides_is_named(generator):
+    with pytest.raises(ValueError, match=r"height must be a multiple of 4 pixels \(the VAE's factor 2 × the"):
+        images(generator, [0], height=30)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision_is_a_little_off_and_stays_near(generator, dtype):
+    full, low = images(generator, [0, 1]), images(generator, [0, 1], dtype=dtype)
+    assert 0 < (full.int() - low.int()).abs().max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "euler 50, guidance 1"),
+        ({"sampler": "heun", "steps": 9, "cfg_scale": 1.5}, "heun 9, guidance 1.5"),
+        ({"sampler": "dopri5"}, "dopri5, guidance 1"),
+        ({"cfg_scale": 4.0, "cfg_interval": (0.2, 1.0)}, "euler 50, guidance 4 for t in 0.2 to 1"),
+    ],
+)
+def test_a_title_says_how_pictures_were_sampled(options, title):
+    assert str(SamplingOptions(**options)) == title
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"cfg_interval": (0.7, 0.2)}, "guidance interval must be 0 ≤ low ≤ high ≤ 1 in time, got 0.7 0.2"),
+        ({"sampler": "rk4"}, "unknown sampler 'rk4'"),
+        ({"cfg_scale": float("inf")}, "cfg_scale must be finite, got inf"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"rtol": 0.0}, "atol and rtol must be positive, got 1e-05 and 0.0"),
+    ],
+)
+def test_sampling_options_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**options).check()
+
+
+def one_buffer(model, **_):
+    """Stands for a CUDA graph: every run of one size returns the same memory."""
+    outputs = {}
+
+    def run(x, t, y):
+        v = model(x, t, y)
+        return outputs.setdefault(v.shape, torch.empty_like(v)).copy_(v)
+
+    return run
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_graph_that_overwrites_its_output_changes_no_image(monkeypatch, sampler, scale):
+    generator = make_generator()
+    expected = images(generator, [0, 1, 2], sampler=sampler, cfg_scale=scale, batch_size=2)
+    monkeypatch.setattr(torch, "compile", one_buffer)
+    generator.compile()
+    made = images(generator, [0, 1, 2], sampler=sampler, cfg_scale=scale, batch_size=2)
+    assert made.equal(expected)
+
+
+def test_compiled_sampling_gives_the_same_images():
+    generator = make_generator()
+    expected = images(generator, [0, 1, 2], cfg_interval=(0.4, 1.0))
+    generator.compile()
+    made = images(generator, [0, 1, 2], cfg_interval=(0.4, 1.0))  # both sizes: guided and not
+    assert (made.int() - expected.int()).abs().max() <= 1

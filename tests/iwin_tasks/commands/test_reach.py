@@ -1,0 +1,28 @@
+"""`iwin reach`: its table and picture, and one line for bad input."""
+
+import pytest
+from PIL import Image
+
+from flashdit.shared.command import run_script
+from iwin_core.analysis.mixing import KINDS
+from iwin_tasks.commands import reach
+
+
+def test_command_prints_the_table_and_draws_the_picture(tmp_path, capsys):
+    picture = tmp_path / "reach.png"
+    reach.main(["--size", "6", "8", "--window", "2", "--blocks", "2", "--output", str(picture)])
+    printed = capsys.readouterr().out
+    assert all(kind.label in printed for kind in KINDS.values())
+    assert "Theorem 3 as printed, K*M >= max(H, W): 3*2 >= 8 does not hold" in printed
+    with Image.open(picture) as image:
+        assert image.width > 4 * 150
+
+
+@pytest.mark.parametrize("size", [["0"], ["200"], ["4", "5", "6"]])
+def test_command_ends_with_one_line(size, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: reach.main(["--size", *size]))
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("error: size must be one or two positive sides")
+    assert printed.count("\n") == 1

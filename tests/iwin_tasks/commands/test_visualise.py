@@ -1,0 +1,92 @@
+import pytest
+import torch
+from PIL import Image
+
+from flashdit.shared.command import run_script
+from iwin_tasks.commands import visualise
+from iwin_tasks.commands.panels import colours, read_photographs
+
+
+def test_colours_run_from_violet_to_yellow():
+    ends = colours(torch.tensor([[-1.0, 0.0, 0.5, 1.0]]))
+    assert ends[0].tolist() == [[68, 1, 84], [68, 1, 84], [33, 145, 140], [253, 231, 37]]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Returns a folder with a red and a blue image of unequal sides."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    Image.new("RGB", (50, 30), (255, 0, 0)).save(folder / "a.png")
+    Image.new("L", (20, 40), 51).save(folder / "b.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_photographs_are_read_in_name_order(photographs):
+    images = read_photographs(photographs, (4, 6), 5)
+    assert images.shape == (2, 3, 4, 6)
+    assert images[0, :, 1, 1].tolist() == [1, 0, 0]
+    torch.testing.assert_close(images[1], torch.full((3, 4, 6), 0.2))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "kind", "size"),
+    [
+        ("resnet10t", "layer2", "erf", (64, 96)),
+        ("resnet10t", "layer3", "gradcam", (64, 96)),
+        ("swin_tiny_patch4_window7_224", "layers.2", "gradcam", (224, 224)),  # timm warns at others
+        ("vit_tiny_patch16_224", "blocks.1", "erf", (64, 96)),
+    ],
+)
+def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp_path, capsys):
+    pytest.importorskip("timm")
+    output = tmp_path / "out.png"
+    options = ["--images", str(photographs), "--size", *map(str, size), "--output", str(output)]
+    visualise.main(["--model", model, "--layer", layer, "--kind", kind, *options])
+    assert f"wrote {output}" in capsys.readouterr().out
+    with Image.open(output) as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", "resnet10", "--layer", "layer1"],
+            "model must be a name that timm knows, nearest are resnet10t",
+        ),
+        (["--layer", "layer9"], "layer must be a module of the model, nearest are layer"),
+        (["--layer", "layer1", "--images", "nowhere"], "images must be a folder that holds .bmp"),
+        (["--layer", "layer1", "--checkpoint", "nowhere.pth"], "checkpoint must be a file, got nowhere.pth"),
+        (["--layer", "layer1", "--checkpoint", __file__], "checkpoint must hold the weights of resnet10t"),
+        (["--layer", "layer1", "--size", "0", "8"], "size and num_images must be positive"),
+        (["--layer", "layer1", "--output", "nowhere/out.png"], "No such file or directory"),
+    ],
+)
+def test_command_ends_with_one_line(arguments, message, capsys):
+    pytest.importorskip("timm")
+    argv = ["--model", "resnet10t", "--size", "32", "48", *arguments]
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: visualise.main(argv))
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_size_that_a_model_refuses_is_named():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"size must be one that swin_.* takes, got \(3, 5\)"):
+        visualise.build_model("swin_tiny_patch4_window7_224", None, (3, 5))
+
+
+def test_checkpoint_is_loaded_and_one_of_another_model_refused(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    trained = timm.create_model("resnet10t")
+    torch.save({"model": trained.state_dict()}, tmp_path / "weights.pth")
+    loaded = visualise.build_model("resnet10t", tmp_path / "weights.pth", None)
+    torch.testing.assert_close(loaded.fc.weight, trained.fc.weight)
+    with pytest.raises(ValueError, match="checkpoint must hold the weights of resnet18, got "):
+        visualise.build_model("resnet18", tmp_path / "weights.pth", None)
