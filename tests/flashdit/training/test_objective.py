@@ -9,7 +9,7 @@ from torch import nn
 
 from flashdit.encode import open_latents
 from flashdit.flow.loss import LossOptions, flow_loss
-from flashdit.latents import LatentOptions, LatentSpace, encode_images, load_vae
+from flashdit.latents import LatentOptions, LatentSpace, channel_statistics, encode_images, load_vae
 
 MULTIPLIER, COSINE_WEIGHT, DROP, TIME_MEAN, TIME_STD = (
     0.75,
@@ -268,6 +268,18 @@ def test_encoding_maps_black_to_minus_one_white_to_one_and_samples_the_posterior
     noise = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(3))
     sampled = encode_images(Copying(), images, noise)
     torch.testing.assert_close(sampled, pixels + (0.5 + pixels**2) * noise, **CLOSE)
+
+
+def test_statistics_are_each_channels_own():
+    latents = STD * torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(7)) + MEAN
+    mean, std = channel_statistics(latents)
+    assert mean.shape == std.shape == (1, 3, 1, 1)
+    for c in range(3):
+        values = latents[:, c].double()
+        centre = values.sum() / values.numel()
+        spread = ((values - centre).square().sum() / (values.numel() - 1)).sqrt()
+        found = [mean[0, c].item(), std[0, c].item()]
+        assert found == pytest.approx([centre.item(), spread.item()], rel=1e-5)
 
 
 def test_images_become_latents_of_themselves_and_of_their_mirrors(tmp_path):
