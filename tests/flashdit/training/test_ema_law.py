@@ -8,8 +8,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
 
-from flashdit.generate import ImageGenerator
-from flashdit.training.checkpoint import step_folder
+from flashdit.sampling.generator import ImageGenerator
+from flashdit.shared.runs import step_folder
 from flashdit.training.ema import Ema, EmaOptions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

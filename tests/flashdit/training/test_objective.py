@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from flashdit.encode import open_latents
+from flashdit.data.autoencoders import encode_images, load_vae
+from flashdit.data.encode import open_latents
+from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.flow.loss import LossOptions, flow_loss
-from flashdit.latents import LatentOptions, LatentSpace, channel_statistics, encode_images, load_vae
 
 MULTIPLIER, COSINE_WEIGHT, DROP, TIME_MEAN, TIME_STD = (
     0.75,

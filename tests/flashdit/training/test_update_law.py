@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flashdit import FlashDiT
-from flashdit.training.checkpoint import check_room, step_folder
+from flashdit.shared.runs import step_folder
+from flashdit.training.checkpoint import check_room
 from flashdit.training.loop import share_of_batch
 from flashdit.training.options import TrainingOptions
 
