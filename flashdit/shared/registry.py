@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+Piece = TypeVar("Piece")
 
 
 def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
@@ -40,25 +47,66 @@ def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any
     return options_type(**given)
 
 
-class Registry:
-    """Maps a name to (options dataclass, builder). A swappable part is written `{"name": ..., **options}`."""
+@dataclass(frozen=True)
+class Buildable:
+    """A registered class or function and the dataclass of its options."""
 
-    def __init__(self, kind: str):
-        self.kind = kind
-        self.entries: dict[str, tuple[type, Callable[..., Any]]] = {}
+    options_type: type
+    build: Callable[..., Any]
+    """`build(options, *context)`."""
+
+
+class Registry(Generic[Piece]):
+    """Maps a name to a piece; a swappable part is written `{"name": ..., **options}`.
+
+    Args:
+        kind: What its pieces are called in messages, such as `"sampler"`.
+        group: Entry-point group by which installed packages announce pieces, this one included. A piece is
+            imported when it is named. None: the module that holds the registry registers all of them.
+    """
+
+    def __init__(self, kind: str, group: str | None = None):
+        self.kind, self.group = kind, group
+        self.entries: dict[str, Piece] = {}
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Registers a piece under a name."""
+        self.entries[name] = piece
 
     def register(self, name: str, options_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Returns a decorator that files `builder(options, *context)` under `name`."""
+        """Returns a decorator that registers `builder(options, *context)` under `name`."""
 
-        def file(builder: Callable[..., Any]) -> Callable[..., Any]:
-            self.entries[name] = (options_type, builder)
+        def registered(builder: Callable[..., Any]) -> Callable[..., Any]:
+            self.add(name, cast(Piece, Buildable(options_type, builder)))
             return builder
 
-        return file
+        return registered
 
     def names(self) -> list[str]:
-        """Returns every registered name, sorted."""
-        return sorted(self.entries)
+        """Returns every registered or announced name, sorted; imports nothing."""
+        return sorted(self.entries.keys() | (announced(self.group).keys() if self.group else set()))
+
+    def __getitem__(self, name: str) -> Piece:
+        """Returns the piece of a name, importing it if it is only announced.
+
+        Raises:
+            ValueError: If there is none, or the package that announces it does not register it.
+        """
+        if name not in self.entries and self.group and name in (known := announced(self.group)):
+            try:
+                import_module(known[name])
+            except ImportError as error:
+                raise ValueError(
+                    f"{self.kind} '{name}' must import, {known[name]} does not: {error}"
+                ) from error
+            if name not in self.entries:
+                raise ValueError(
+                    f"a package that announces {self.kind} '{name}' must register it on import, "
+                    f"{known[name]} does not"
+                )
+        if name not in self.entries:
+            raise unknown(self.kind, name, self.names())
+        return self.entries[name]
 
     def options(self, spec: str | Mapping[str, Any]) -> tuple[str, Any]:
         """Returns (name, options) of a spec, without building anything: what a config check needs."""
@@ -66,11 +114,24 @@ class Registry:
         if "name" not in given:
             raise ValueError(f"a {self.kind} needs a 'name' (known: {', '.join(self.names())}), got {given}")
         name = given.pop("name")
-        if name not in self.entries:
-            raise unknown(self.kind, name, self.entries)
-        return name, make_options(self.entries[name][0], given, f"{self.kind} '{name}'")
+        return name, make_options(cast(Any, self[name]).options_type, given, f"{self.kind} '{name}'")
 
     def build(self, spec: str | Mapping[str, Any], *context: Any) -> Any:
         """Builds the part that a spec names; `context` is what the builder needs beside its options."""
         name, options = self.options(spec)
-        return self.entries[name][1](options, *context)
+        return cast(Any, self[name]).build(options, *context)
+
+
+@cache
+def announced(group: str) -> dict[str, str]:
+    """Returns name → module of the pieces that installed packages announce in an entry-point group.
+
+    In a checkout the pieces of this package are those of its pyproject.toml, whatever is installed: it may be
+    older, or nothing at all.
+    """
+    names = {point.name: point.module for point in entry_points(group=group)}
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    project = tomllib.loads(path.read_text()).get("project", {}) if path.is_file() else {}
+    return names | (
+        project.get("entry-points", {}).get(group, {}) if project.get("name") == "flashdit" else {}
+    )

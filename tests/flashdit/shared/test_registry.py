@@ -1,7 +1,9 @@
+import sys
 from dataclasses import dataclass
 
 import pytest
 
+from flashdit.shared import registry
 from flashdit.shared.registry import Registry, unknown
 
 
@@ -40,3 +42,44 @@ def test_specs_that_cannot_be_are_named(spec, message):
 
 def test_a_name_far_from_all_known_ones_gets_no_hint():
     assert str(unknown("cake", "xyz", ["sponge"])) == "unknown cake 'xyz' (known: sponge)"
+
+
+@pytest.fixture
+def announcing(monkeypatch, tmp_path):
+    """Returns a registry whose group has pieces in modules that are not imported yet."""
+    (tmp_path / "late_pie.py").write_text(
+        "import sys\nregistry = sys.modules['__late_registry__']\nregistry.add('pie', 'a pie')\n"
+    )
+    (tmp_path / "late_nothing.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pieces = {"pie": "late_pie", "tart": "late_nothing", "gone": "late_absent"}
+    monkeypatch.setattr(registry, "announced", lambda group: pieces)
+    made = Registry("cake", "cakes")
+    monkeypatch.setitem(sys.modules, "__late_registry__", made)
+    yield made
+    for name in pieces.values():
+        sys.modules.pop(name, None)
+
+
+def test_announced_pieces_are_listed_without_importing_and_imported_when_named(announcing):
+    assert announcing.names() == ["gone", "pie", "tart"]
+    assert "late_pie" not in sys.modules
+    assert announcing["pie"] == "a pie"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tart", "announces cake 'tart' must register it on import, late_nothing does not"),
+        ("gone", "cake 'gone' must import, late_absent does not: No module named"),
+        ("pi", "unknown cake 'pi'; did you mean 'pie'"),
+    ],
+)
+def test_announcements_that_lead_nowhere_are_named(announcing, name, message):
+    with pytest.raises(ValueError, match=message):
+        announcing[name]
+
+
+def test_a_checkout_announces_what_its_pyproject_says():
+    assert registry.announced("console_scripts").keys() >= {"pytest"}
+    assert registry.announced("flashdit.nothing") == {}
