@@ -121,6 +121,8 @@ def test_the_global_batch_is_shared_evenly_and_every_image_is_taken_once(make_re
     state = json.loads((step_folder(run.run_dir, 5) / "state.json").read_text())
     assert (state["step"], state["images_seen"]) == (5, 40)
     assert records(run)[2]["images_seen"] == 24
+    losses = [part.loss for part in run.parts if part.step == 3]
+    assert records(run)[2]["loss"] == pytest.approx(sum(losses) / accumulation, rel=1e-5)
     assert records(run)[2]["epoch"] == pytest.approx(24 / 37)
 
 
