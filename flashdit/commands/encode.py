@@ -11,10 +11,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from flashdit.data.encode import AUTOCAST, DTYPES
+from flashdit.data.encode import DTYPES
 from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
 from flashdit.data.manifest import MANIFEST, verify
 from flashdit.shared.command import add_device, run_script
+from flashdit.shared.process import AUTOCAST
 
 PATIENCE = timedelta(days=7)  # between the first process that is done and the last
 

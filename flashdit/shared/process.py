@@ -1,4 +1,4 @@
-"""Freed memory kept for the next tensor, on the CPU: fresh pages cost a step up to a quarter of its time."""
+"""Switches of the whole process: what float32 products round to, and whether freed memory is kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
 
 
 def keep_freed_memory() -> bool:
@@ -33,6 +35,25 @@ def allow_tf32(allowed: bool) -> None:
     # The older switches of CUDA alone and this one contradict each other where both are used.
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Runs matrix products and convolutions in a precision.
+
+    Args:
+        precision: One of `AUTOCAST`. `fp32` forbids TF32, `tf32` allows it; on a CPU they are the same.
+        device: Where the model runs.
+    """
+    dtype, before = AUTOCAST[precision], torch.get_float32_matmul_precision()
+    cudnn_before = torch.backends.cudnn.allow_tf32
+    allow_tf32(precision == "tf32")
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn_before
 
 
 @contextmanager

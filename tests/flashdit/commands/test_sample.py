@@ -202,7 +202,7 @@ def foreign(tiny_checkpoint, tmp_path):
         ),
         (["--labels", "radnom"], "unknown labels 'radnom'; did you mean 'random'"),
         (["--format", "jpg"], "unknown format 'jpg'"),
-        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--num-images", "0"], "num_images must be at least 1, got 0"),
         (["--width", "33"], "width must be a multiple of 4 pixels (the VAE's factor 2 × the patch size 2)"),
         (["--height", "-4"], "height must be at least 1, got -4"),
         (["--cfg-interval", "0.9", "0.1"], "the guidance interval must be 0 ≤ low ≤ high ≤ 1"),
