@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device, run_script
 from flashdit.web.studio import Studio, load_generators
 
 HOST, PORT = "127.0.0.1", 7860
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads the models, then serves the page."""
     arguments = parse(argv)
     check_free(arguments.host, arguments.port)
-    generators = load_generators(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
+    device = resolve_device(arguments.device)
+    generators = load_generators(arguments.checkpoint, device, arguments.vae, arguments.ema)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes with the process
     with tempfile.TemporaryDirectory(prefix="flashdit-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/served"

@@ -39,7 +39,7 @@ from flashdit.evaluation.reports.report import (
     print_table,
     write_report,
 )
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device, run_script
 from flashdit.shared.files import write_atomically
 
 LABELS = ("balanced", "random")
@@ -145,6 +145,7 @@ def output_file(given: Path | None, default: Path) -> Path:
 def score(argv: Sequence[str]) -> None:
     """Scores, writes the report and prints the table."""
     arguments = parse_arguments(argv)
+    arguments.device = resolve_device(arguments.device)
     with processes(arguments.device) as ranks:
         with ranks.agree():
             plan, output = make_plan(arguments)
@@ -182,6 +183,7 @@ def make_reference(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     add_reading(parser)
     arguments = parser.parse_args(argv)
+    arguments.device = resolve_device(arguments.device)
     with processes(arguments.device) as ranks:
         with ranks.agree():
             check_batch_size(arguments)

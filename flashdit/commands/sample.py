@@ -29,7 +29,7 @@ from flashdit.sampling.folder import (
     make_recipe,
 )
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device, run_script
 from flashdit.shared.registry import unknown
 
 LABELS = ("balanced", "random")
@@ -123,6 +123,7 @@ def sample(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, checks it, samples, and says where the grid lies."""
     arguments = parse(argv)
+    arguments.device = resolve_device(arguments.device)
     state = PartialState(cpu=torch.device(arguments.device).type == "cpu", timeout=PATIENCE)
     device = arguments.device if state.num_processes == 1 or state.device is None else state.device
     generator = open_generator(arguments, device)

@@ -30,7 +30,7 @@ from flashdit.evaluation.metrics.scoring import METRICS, check_names
 from flashdit.evaluation.reference import KeptReference
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.evaluation.reports.sweeps import Sweep, read_sweeps, table_rows, write_sweep
-from flashdit.shared.command import add_device
+from flashdit.shared.command import add_device, resolve_device
 
 MOST_SCALES = 1000
 LABELS = ("balanced", "random")
@@ -172,6 +172,7 @@ def print_table(sweep: Sweep, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them."""
     arguments = parse_arguments(argv)
+    arguments.device = resolve_device(arguments.device)
     scales = parse_scales(arguments.scales)
     with processes(arguments.device) as ranks:
         with ranks.agree():

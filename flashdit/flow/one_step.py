@@ -57,8 +57,7 @@ class Dopri5Options:
     """Relative tolerance of a step."""
 
     def __post_init__(self):
-        given = (self.atol, self.rtol)
-        if not all(isinstance(value, (int, float)) and value > 0 for value in given):
+        if not (self.atol > 0 and self.rtol > 0):
             raise ValueError(f"atol and rtol must be positive, got {self.atol} and {self.rtol}")
 
 

@@ -52,8 +52,7 @@ class TrainingOptions:
     timeout_s: int = 1800
     """Seconds that a process waits for the others before it gives up."""
 
-    def check(self) -> None:
-        """Raises ValueError for counts that are not positive and for unknown names."""
+    def __post_init__(self):
         for name, known in (("precision", DTYPES), ("compile", COMPILES)):
             if getattr(self, name) not in known:
                 raise unknown(f"training.{name}", getattr(self, name), known)
@@ -94,7 +93,6 @@ def check_run(config: LoopConfig) -> None:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
     if config.seed < 0:
         raise ValueError(f"seed must not be negative, got {config.seed}")
-    config.training.check()
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
         raise ValueError(
