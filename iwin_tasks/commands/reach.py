@@ -46,7 +46,8 @@ def draw(
         blocks: Columns for each token.
         tokens: Where to start from, each (row, column).
     """
-    from iwin_tasks.commands.panels import colour_key, panel_grid, to_picture
+    from flashdit.shared.pictures import panel_grid
+    from iwin_tasks.commands.panels import colour_key, to_picture
 
     rows = []
     for name, kind in KINDS.items():
@@ -62,7 +63,7 @@ def draw(
         [(START, "start"), (NEW, "reached in this block"), (BEFORE, "reached before"), (NEVER, "not reached")]
     )
     title = f"What one token reaches: {grid[0]} x {grid[1]} tokens, window {window}, kernel {kernel}"
-    return panel_grid(title, heads, rows, key)
+    return panel_grid(rows, heads, title=title, legend=key)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

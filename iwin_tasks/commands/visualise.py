@@ -82,7 +82,8 @@ def load_images(folder: Path | None, size: tuple[int, int], at_most: int) -> Ten
 
 def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
     """Returns receptive fields (H, W) side by side, each relative to its largest pixel, in powers of ten."""
-    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
+    from flashdit.shared.pictures import panel_grid
+    from iwin_tasks.commands.panels import colour_bar, colours, to_picture
 
     panels = []
     for _, field in fields:
@@ -90,7 +91,7 @@ def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
         panels.append(to_picture(colours(1 + decades / DECADES), PANEL_HEIGHT))
     heads = [f"{name}: half in {share_of_pixels(field, 0.5):.2%} of pixels" for name, field in fields]
     bar = colour_bar(f"1e-{DECADES} or less", f"1e-{DECADES // 2}", "largest gradient")
-    return panel_grid(title, heads, [("", panels)], bar)
+    return panel_grid([("", panels)], heads, title=title, legend=bar)
 
 
 def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[Sequence[Tensor]]) -> Image:
@@ -102,7 +103,8 @@ def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[
         images: (N, 3, H, W) in [0, 1].
         cams: For each image and layer a map (h, w).
     """
-    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
+    from flashdit.shared.pictures import panel_grid
+    from iwin_tasks.commands.panels import colour_bar, colours, to_picture
 
     rows = []
     for image, maps in zip(images, cams, strict=True):
@@ -113,7 +115,8 @@ def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[
             heat = colours(cam / cam.max().clamp_min(torch.finfo().tiny))
             panels.append(0.45 * photograph + 0.55 * heat)
         rows.append(("", [to_picture(panel.round().to(torch.uint8), PANEL_HEIGHT) for panel in panels]))
-    return panel_grid(title, ["image", *layers], rows, colour_bar("0", "half", "largest"))
+    legend = colour_bar("0", "half", "largest")
+    return panel_grid(rows, ["image", *layers], title=title, legend=legend)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
