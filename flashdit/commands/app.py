@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashdit.shared.command import add_device, resolve_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 from flashdit.web.studio import Studio, load_generators
 
 HOST, PORT = "127.0.0.1", 7860
@@ -97,7 +97,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="flashdit-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = f"{folder}/served"
         serve(Studio(generators, Path(folder)), arguments.host, arguments.port)
-
-
-if __name__ == "__main__":
-    run_script(main)

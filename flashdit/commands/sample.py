@@ -29,7 +29,7 @@ from flashdit.sampling.folder import (
     make_recipe,
 )
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.command import add_device, resolve_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 from flashdit.shared.registry import unknown
 
 LABELS = ("balanced", "random")
@@ -135,7 +135,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = f"{len(folder.labels)} images, {recipe['nfe']:g} model evaluations each"
         print(f"{about}: {folder.path / GRID}")
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_script(main)

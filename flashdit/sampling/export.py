@@ -1,23 +1,17 @@
-"""A run becomes a diffusers pipeline: `flashdit export RUN OUT`."""
+"""A run becomes a diffusers pipeline."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
+from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.pipeline import FlashDiTPipeline
-from flashdit.shared.command import run_script
-from flashdit.shared.files import write_atomically
-
-INDEX = "model_index.json"
 
 
 def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> FlashDiTPipeline:
@@ -72,26 +66,3 @@ def _summary(sampling: dict[str, Any]) -> str:
     """Returns a recorded sampling in a few words."""
     known = {field.name for field in fields(SamplingOptions)}
     return str(SamplingOptions(**{key: value for key, value in sampling.items() if key in known}))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run, or one of its checkpoint folders")
-    parser.add_argument("out", type=Path, help="folder of the pipeline: new, or an earlier export")
-    parser.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
-    parser.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
-    parser.add_argument("--name", help="title of the model card (default: the run's name)")
-    arguments = parser.parse_args(argv)
-    out = arguments.out
-    if out.exists() and not (out / INDEX).is_file():
-        raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
-    generator = load_generator(arguments.run, "cpu", arguments.vae, arguments.ema)
-    generator.space.need_vae()
-    pipeline = make_pipeline(generator, arguments.name or f"FlashDiT {generator.run_dir.absolute().name}")
-    write_atomically(out, pipeline.save_pretrained)
-    print(f'{out}: FlashDiTPipeline.from_pretrained("{out}")')
-
-
-if __name__ == "__main__":
-    run_script(main)
