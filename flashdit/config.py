@@ -15,7 +15,7 @@ from flashdit.models.attention import ATTENTIONS
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.settings import read
+from flashdit.shared.settings import Key, describe, read
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -72,6 +72,13 @@ class RunConfig:
     """How previews are sampled, and what sample.py and eval_fid.py do unless told otherwise."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+
+def configuration_keys() -> list[Key]:
+    """Returns every key of a run's configuration, the model's arguments in place of `model`."""
+    keys = describe(RunConfig)
+    position = next(place for place, key in enumerate(keys) if key.name == "model")
+    return [*keys[:position], *describe(FlashDiT, "model."), *keys[position + 1 :]]
 
 
 def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -10,14 +10,14 @@ import argparse
 from collections.abc import Sequence
 
 from flashdit.commands.arguments import add_weights
-from flashdit.shared.command import add_device, resolve_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 
 HOST, PORT = "127.0.0.1", 7860
 
 
-def parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(prog=prog, description="A web page that samples from trained models.")
+    parser = argparse.ArgumentParser(description="A web page that samples from trained models.")
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -36,9 +36,9 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Names
     return arguments
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, then serves the page."""
-    given = parse(argv, prog)
+    given = parse(argv)
     device = resolve_device(given.device)
 
     from flashdit.shared.process import keep_freed_memory
@@ -47,7 +47,3 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if device.startswith("cpu"):
         keep_freed_memory()
     serve(given.checkpoint, given.host, given.port, device, given.vae, given.ema)
-
-
-if __name__ == "__main__":
-    run_script(main)

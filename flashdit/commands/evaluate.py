@@ -40,7 +40,7 @@ from flashdit.evaluation.reports.report import (
     print_table,
     write_report,
 )
-from flashdit.shared.command import add_device, resolve_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 from flashdit.shared.files import write_atomically
 
 LABELS = ("balanced", "random")
@@ -245,7 +245,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[words[0]](words[1:])
     else:
         score(words)
-
-
-if __name__ == "__main__":
-    run_script(main)

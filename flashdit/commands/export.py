@@ -1,4 +1,4 @@
-"""`flashdit export RUN OUT`: a run becomes a diffusers pipeline."""
+"""Writes a run's checkpoint as a diffusers pipeline, with its card: `flashdit export RUN OUT`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashdit.commands.arguments import add_weights
-from flashdit.shared.command import run_script
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("run", help="a run, or one of its checkpoint folders")
-    parser.add_argument("out", type=Path, help="folder of the pipeline: new, or an earlier export")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("run", help="a run, or one of its checkpoint folders")
+    add("out", type=Path, help="folder of the pipeline: new, or an earlier export")
     add_weights(parser)
-    parser.add_argument("--name", help="title of the model card (default: the run's name)")
-    arguments = parser.parse_args(argv)
-    export(arguments)
+    add("--name", help="title of the model card (default: the run's name)")
+    return parser.parse_args(argv)
 
 
-def export(arguments: argparse.Namespace) -> None:
-    """Writes the pipeline and prints how it is loaded."""
-    from flashdit.sampling.checkpoint import load_generator
-    from flashdit.sampling.export import check_out, write_pipeline
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
+    arguments = parse(argv)
+    from flashdit.sampling.export import export_run
 
-    check_out(arguments.out)
-    generator = load_generator(arguments.run, "cpu", arguments.vae, arguments.ema)
-    write_pipeline(generator, arguments.out, arguments.name)
+    export_run(arguments.run, arguments.out, arguments.name, arguments.vae, arguments.ema)
     print(f'{arguments.out}: FlashDiTPipeline.from_pretrained("{arguments.out}")')
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -12,15 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from flashdit.commands.arguments import add_sampling, add_weights, given_sampling
-from flashdit.shared.command import add_device, resolve_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 
 PATIENCE = timedelta(days=1)  # between the first process that is done and the last
 
 
-def parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder or run (default: the newest run)")
@@ -42,9 +42,9 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Names
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, checks it, samples, and prints where the grid is."""
-    arguments = parse(argv, prog)
+    arguments = parse(argv)
     device = resolve_device(arguments.device)
     sample(arguments, device)
 
@@ -79,7 +79,3 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
         about = f"{len(folder.labels)} images, {recipe['nfe']:g} model evaluations each"
         print(f"{about}: {folder.path / GRID}")
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_script(main)

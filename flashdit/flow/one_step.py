@@ -91,7 +91,9 @@ def dopri5(
 
     try:
         path = odeint(slope, state, span, method="dopri5", options=grid, **asdict(options))
-    except AssertionError as error:  # torchdiffeq's error for a step of no size or a velocity that is not finite
+    except (
+        AssertionError
+    ) as error:  # torchdiffeq's error for a step of no size or a velocity that is not finite
         given = f"atol={options.atol}, rtol={options.rtol}"
         raise ValueError(f"dopri5 must be able to keep its tolerances, got {given}: {error}") from error
     assert isinstance(path, Tensor)  # a tuple only for a state that is one

@@ -73,23 +73,23 @@ def _summary(sampling: dict[str, Any]) -> str:
     return str(SamplingOptions(**{key: value for key, value in found.items() if key in known}))
 
 
-def check_out(out: Path) -> None:
-    """Raises ValueError unless a folder is new or an earlier export."""
-    if out.exists() and not (out / INDEX).is_file():
-        raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
-
-
-def write_pipeline(generator: CheckpointGenerator, out: Path, name: str | None = None) -> None:
+def export_run(
+    run: Path | str, out: Path, name: str | None = None, vae: str | None = None, weights: str = "ema"
+) -> None:
     """Writes the pipeline of a checkpoint, whole or not at all.
 
     Args:
-        generator: What `load_generator` returns.
+        run: A run, or one of its checkpoint folders.
         out: A new folder, or an earlier export, which is replaced.
         name: The title of the model card; None means the run's name.
+        vae: Folder of the VAE, where it is no longer where it was in training.
+        weights: Which of the checkpoint's weights.
 
     Raises:
-        ValueError: If the folder holds something else, or the VAE is missing.
+        ValueError: If the folder holds something else, or the checkpoint or its VAE is missing.
     """
-    check_out(out)
+    if out.exists() and not (out / INDEX).is_file():
+        raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
+    generator = load_generator(run, "cpu", vae, weights)
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     write_atomically(out, pipeline.save_pretrained)

@@ -103,4 +103,3 @@ class SamplingOptions:
         steps = "" if self.is_adaptive else f" {self.steps}"
         times = "" if (low, high) == (0, 1) or self.cfg_scale == 1 else f" for t in {low:g} to {high:g}"
         return f"{self.sampler_name}{steps}, guidance {self.cfg_scale:g}{times}"
-

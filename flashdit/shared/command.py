@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
+
+from flashdit.shared.registry import unknown
 
 
-def run_script(main: Callable[[], None], name: str = "") -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Runs a command's `main`; what a user can cause ends it with one sentence instead of a traceback.
 
-    `FLASHDIT_TRACEBACK=1` shows the traceback, for those who look for a bug of ours.
-
-    Args:
-        main: Parses the command line and does the work.
-        name: What the sentence begins with; empty means the script's file name.
+    `FLASHDIT_TRACEBACK=1` shows the traceback, for those who search for a bug of ours.
     """
     try:
         main()
@@ -26,8 +25,43 @@ def run_script(main: Callable[[], None], name: str = "") -> None:
         if os.environ.get("FLASHDIT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())
-        print(f"{name or Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+class Command(NamedTuple):
+    """One command of a console entry: `module.main(argv)`, imported when it is named."""
+
+    module: str
+    about: str
+    """One line for the list of commands."""
+
+
+def run_command(entry: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first word names with the words after it; without one, lists them all.
+
+    Its usage and its errors begin with `ENTRY COMMAND`, which becomes the process's `sys.argv[0]`.
+
+    Args:
+        entry: Name of the console entry, such as `flashdit`.
+        commands: By name.
+        argv: Words after the entry's name; None means those of this process.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {entry} COMMAND [options]; {entry} COMMAND --help says which\n")
+        print("\n".join(f"  {name:{width}}  {command.about}" for name, command in commands.items()))
+        return
+    name, *rest = words
+    sys.argv = [entry, *words] if name not in commands else [f"{entry} {name}", *rest]
+
+    def main() -> None:
+        if name not in commands:
+            raise unknown("command", name, commands)
+        import_module(commands[name].module).main(rest)
+
+    run_script(main)
 
 
 def need_extra(module: str, extra: str) -> ModuleType:

@@ -77,7 +77,9 @@ def test_configurations_that_cannot_be_are_named(override, message):
 
 
 def test_files_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--config must be a YAML file or a shipped configuration, got .*absent.yaml"):
+    with pytest.raises(
+        ValueError, match=r"--config must be a YAML file or a shipped configuration, got .*absent.yaml"
+    ):
         config.load(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="must be a mapping of keys, got list"):

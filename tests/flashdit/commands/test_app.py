@@ -56,7 +56,8 @@ def served(home):
     command = [
         sys.executable,
         "-m",
-        "flashdit.commands.app",
+        "flashdit",
+        "app",
         "--checkpoint",
         last,
         first,

@@ -2,8 +2,7 @@ import pytest
 import torch
 import yaml
 
-from flashdit.shared.settings import to_yaml
-from flashdit.shared.settings import SHIPPED
+from flashdit.shared.settings import SHIPPED, to_yaml
 from iwin_tasks.classification import config
 from iwin_tasks.classification.model import make_model
 
