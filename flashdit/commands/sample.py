@@ -1,4 +1,4 @@
-"""`flashdit sample`: images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe.
+"""Samples images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe.
 
 On several processes: `accelerate launch sample.py …` or `torchrun --nproc_per_node N sample.py …`. A run that
 was interrupted continues when the same command is given again.

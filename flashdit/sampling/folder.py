@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
+from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically, write_json
 from flashdit.shared.pictures import labelled_grid, png_text, rows_by_class, save_png
-from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
 from flashdit.shared.registry import unknown
 
 FORMATS = ("png", "npz", "both")

@@ -38,8 +38,8 @@ class SamplingOptions:
     """In pixels; None is the training size."""
     width: int | None = None
     precision: str = "fp32"
-    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`; the state and the VAE stay
-    in fp32."""
+    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`. The state and the VAE
+    stay in fp32."""
 
     def __post_init__(self):
         name, options = SAMPLERS.options(self.sampler)

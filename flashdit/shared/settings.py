@@ -104,7 +104,7 @@ def sections(options_type: type) -> dict[str, type]:
 
 
 def current(given: Mapping[str, Any], options_type: type) -> dict[str, Any]:
-    """Returns a mapping under today's keys: an options type that renamed some converts them by its `current`."""
+    """Returns a mapping under today's keys; an options type that renamed some has its own `current`."""
     found = getattr(options_type, "current", dict)(given)
     return {
         key: current(value, sections(options_type)[key])

@@ -40,7 +40,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training.stps=5", r"unknown configuration key 'training.stps'; did you mean 'training.steps'"),
         ("trainig.steps=5", r"unknown configuration key 'trainig'; did you mean 'training'"),
         ("model.dept=5", r"unknown configuration key 'model.dept'; did you mean 'model.depth'"),
-        ("data.nme=digits", r"data 'digits' has no options, got 'nme'"),
+        ("data.nme=digits", r"unknown option of data 'digits' 'nme'"),
         ("data.name=digit", r"unknown data 'digit'; did you mean 'digits'"),
         ("data.name=shards", r"data 'shards' needs the option 'path'"),
         ("flow.times.name=uniforn", r"unknown time distribution 'uniforn'; did you mean 'uniform'"),
