@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
 from flashdit.shared.process import keep_freed_memory
-from flashdit.shared.runs import list_checkpoints, read_state, read_weights, step_folder
+from flashdit.shared.runs import list_checkpoints, read_state, step_folder
 from flashdit.shared.seeds import generator_for
+from flashdit.shared.weights import read_tensors
 from flashdit.training.accelerator import make_accelerator
 from flashdit.training.checkpoint import check_room, check_unchanged, prune, write_checkpoint
 from flashdit.training.ema import Ema
@@ -159,8 +160,8 @@ class TrainingLoop(ABC):
         state = read_state(checkpoint)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        load_model_state(self.model, read_weights(checkpoint / "model"))
-        self.ema.load(read_weights(checkpoint / "ema"), state["ema_updates"])
+        load_model_state(self.model, read_tensors(checkpoint / "model"))
+        self.ema.load(read_tensors(checkpoint / "ema"), state["ema_updates"])
         self.power_ema.load(read_tracks(checkpoint / TRACKS), state["ema_updates"])
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer.optimizer, saved["optimizer"])
