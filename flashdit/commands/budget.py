@@ -35,8 +35,7 @@ import torch
 from flashdit.config import RunConfig
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
-from flashdit.training.loop import share_of_batch
-from flashdit.training.options import TrainingOptions
+from flashdit.training.options import TrainingOptions, share_of_batch
 
 
 @dataclass(frozen=True, kw_only=True)

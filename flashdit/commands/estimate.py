@@ -24,7 +24,7 @@ from flashdit.digits.images import digits
 from flashdit.models.costs import Activations, activations, forward_flops
 from flashdit.shared.command import run_script
 from flashdit.shared.settings import read
-from flashdit.training.loop import share_of_batch
+from flashdit.training.options import share_of_batch
 
 IMAGENET_IMAGES = 1_281_167  # of its training split
 

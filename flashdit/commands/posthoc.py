@@ -22,7 +22,7 @@ from flashdit.shared.command import run_script
 from flashdit.shared.files import write_atomically
 from flashdit.shared.registry import unknown
 from flashdit.shared.runs import find_checkpoint, list_checkpoints, read_state, step_folder
-from flashdit.training.power_ema import Profile, solve
+from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
 
 ABOUT = "posthoc.json"

@@ -14,7 +14,7 @@ from flashdit.data.autoencoders import encode_images, load_vae
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
-from flashdit.shared.process import allow_tf32
+from flashdit.shared.process import float32_products
 from flashdit.shared.seeds import generator_for
 
 BATCH = 64
@@ -77,8 +77,6 @@ def encode(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bo
 class MirrorEncoder:
     """Images → latents of each image and of its mirror, as they are stored.
 
-    Sets TF32 for the whole process, which torch has no other way to say.
-
     Args:
         vae: The VAE, frozen; it is moved to the device.
         device: Where it runs.
@@ -93,7 +91,7 @@ class MirrorEncoder:
         vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.vae, self.device, self.seed = vae, device, seed
         self.autocast, self.dtype = AUTOCAST[precision], DTYPES[dtype]
-        allow_tf32(precision == "tf32")
+        self.tf32 = precision == "tf32"
 
     def shape(self, image_size: int) -> tuple[int, ...]:
         """Returns the shape (C, H, W) of a latent of images (3, S, S).
@@ -116,7 +114,8 @@ class MirrorEncoder:
         noise: list[Tensor | None] = [None, None]
         if self.seed is not None:
             noise = list(torch.stack([self._noise(row, images.shape[-1]) for row in rows], 1))
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with float32_products(tf32=self.tf32), autocast:
             pairs = zip((images, images.flip(-1)), noise, strict=True)
             return torch.stack([encode_images(self.vae, *pair).to(self.dtype).cpu() for pair in pairs])
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flashdit.shared.command import run_script
 from iwin_tasks.classification.config import load
-from iwin_tasks.classification.trainer import ClassifierTrainer, evaluate_only
+from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     trainer = ClassifierTrainer(config)
     run_dir = trainer.fit()
-    if trainer.main and trainer.accuracy is not None:
-        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.accuracy}")
+    if trainer.main and trainer.task.accuracy is not None:
+        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.task.accuracy}")
     trainer.accelerator.end_training()
 
 
