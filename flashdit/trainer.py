@@ -33,7 +33,6 @@ from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
 from flashdit.sampling.classes import balanced_labels
 from flashdit.sampling.generator import ImageGenerator
-from flashdit.sampling.options import SamplingOptions, nfe
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
@@ -63,10 +62,6 @@ class TrainedGenerator(ImageGenerator):
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model."""
         return {"step": self.step, "weights": "ema"}
-
-    def nfe(self, options: SamplingOptions) -> int | None:
-        """Returns how many model evaluations one image takes."""
-        return nfe(options)
 
 
 class InTrainingEvaluation:

@@ -11,6 +11,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
 
 
 def keep_freed_memory() -> bool:
@@ -47,8 +49,24 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 
 
 @contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Runs matrix products and convolutions in a precision.
+
+    Args:
+        precision: One of `AUTOCAST`. `fp32` forbids TF32, `tf32` allows it; on a CPU they are the same.
+        device: Where the model runs.
+    """
+    dtype = AUTOCAST[precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with float32_products(tf32=precision == "tf32"), autocast:
+        yield
+
+
+@contextmanager
 def full_float32() -> Iterator[None]:
     """Runs without TF32 and with one kernel per shape, whatever the process allows elsewhere."""
-    flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    with float32_products(tf32=False), torch.backends.cudnn.flags(**flags):
+    one_kernel = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    with float32_products(tf32=False), one_kernel:
         yield

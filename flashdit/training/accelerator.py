@@ -16,10 +16,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from flashdit.shared.process import AUTOCAST
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
 from flashdit.training.checkpoint import check_unchanged
-from flashdit.training.options import DTYPES, LoopConfig, TrainingOptions, share_of_batch
+from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,10 @@ def set_shard_precision(accelerator: Accelerator, precision: str) -> None:
     Accelerate's own policy would round times and add gradients in bf16.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and precision != "fp32":
+    dtype = AUTOCAST[precision]
+    if plugin is not None and dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 

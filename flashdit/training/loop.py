@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
-from flashdit.shared.process import float32_products
+from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.runs import list_checkpoints, read_state, step_folder
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
@@ -29,7 +29,7 @@ from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, TermSignal
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
-from flashdit.training.options import DTYPES, LoopConfig, share_of_batch
+from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.profiles import Profile
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
 from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
@@ -131,7 +131,9 @@ class TrainingLoop(Generic[AnyTask]):
         switches = float32_products(tf32=training.tf32), blocks_compiled_whole(training.compile)
         with switches[0], switches[1], TermSignal() as term, bar:
             if self.flops_per_image:
-                self.meter.peak_flops = matmul_peak(self.device, DTYPES[training.precision])
+                self.meter.peak_flops = matmul_peak(
+                    self.device, AUTOCAST[training.precision] or torch.float32
+                )
             self.meter.start_clock(self.images_seen)
             ended = False
             while self.step < training.steps and not ended:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from flashdit.shared.registry import unknown
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions of matrix products, in training and in sampling, by name."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILES = ("none", "block", "model")
 
 
@@ -58,7 +55,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name, known in (("precision", DTYPES), ("compile", COMPILES)):
+        for name, known in (("precision", PRECISIONS), ("compile", COMPILES)):
             if getattr(self, name) not in known:
                 raise unknown(f"training.{name}", getattr(self, name), known)
         counts = ("steps", "global_batch_size", "accumulation", "log_every", "save_every", "max_skips")

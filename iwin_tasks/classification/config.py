@@ -16,7 +16,8 @@ from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.data import DATASETS
 from iwin_tasks.classification.model import check_model
 
-DEFAULT = Path(__file__).parents[2] / "configs" / "iwin" / "digits_32.yaml"
+DEFAULT = "iwin/digits_32"
+"""The shipped configuration of a run that names none."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +43,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults; None means configs/iwin/digits_32.yaml.
+        path: YAML that states what differs from the defaults, or the name of a shipped one; None means iwin/digits_32.
         overrides: `key=value` texts with dotted keys.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`python -m flashdit.sampling.export RUN OUT` as a user runs it."""
+"""`flashdit export RUN OUT` as a user runs it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashdit import FlashDiTPipeline
-from flashdit.sampling import export
+from flashdit.commands import export
 from flashdit.sampling.checkpoint import load_generator
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +39,7 @@ def run_dir(tiny_checkpoint, tmp_path):
 
 def test_a_run_becomes_a_pipeline_that_loads_in_a_fresh_process(run_dir, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "flashdit.sampling.export", run_dir, tmp_path / "out"]
+    command = [sys.executable, "-m", "flashdit", "export", run_dir, tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(str(tmp_path / "out"))

@@ -178,8 +178,11 @@ def test_a_tuple_comes_back_where_it_is_asked_for(pipe):
         ({"class_labels": 3}, r"class 3 is out of range for this 3-class model \(0–2\)"),
         ({"class_labels": -1}, r"class -1 is out of range"),
         ({"class_labels": "hem"}, "unknown class 'hem'; did you mean 'hen'"),
-        ({"height": 30}, "height must be a multiple of 4 pixels, got 30"),
-        ({"width": 0}, "width must be a multiple of 4 pixels, got 0"),
+        (
+            {"height": 30},
+            r"height must be a multiple of 4 pixels \(the VAE's factor 2 × the patch size 2\), got 30",
+        ),
+        ({"width": 0}, r"width must be a multiple of 4 pixels \(.*\), got 0"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance interval must be 0 ≤ low ≤ high ≤ 1"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"latents": torch.zeros(1, 2, 16, 16)}, r"latents must have the shape \(1, 1, 16, 16\)"),
