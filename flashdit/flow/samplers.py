@@ -37,8 +37,8 @@ class SamplerEntry:
     options_type: type = NoOptions
     """Dataclass of its options, which checks them; with fields, the sampler takes `options`."""
     adaptive: bool = False
-    """Whether it chooses its own steps: it integrates one image at a time and takes `jumps`, the times at which
-    the velocity jumps."""
+    """Whether it chooses its steps: it integrates one image at a time and takes `jumps`, the times where the
+    velocity jumps."""
     stochastic: bool = False
     """Whether it takes `noise`: update number → N(0, 1) of the shape of the state."""
 

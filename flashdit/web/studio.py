@@ -112,7 +112,7 @@ def make_plan(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
     """Returns the labels and the sampling options of a request to a model.
 
     Raises:
-        ValueError: If it cannot be met, in the words of sample.py, or asks for too much.
+        ValueError: If an option is invalid, with the message of `flashdit sample`, or too large for a page.
     """
     _check_at_most("num_images", request.num_images, MAX_IMAGES)
     names = generator.class_names

@@ -98,7 +98,7 @@ def test_scale_one_is_the_conditional_model_and_zero_the_unconditional(generator
 )
 def test_nfe_counts_what_the_model_is_asked(generator, options, expected):
     assert SamplingOptions(**options).nfe == expected
-    assert asked_and_told(generator, options) == (expected, [expected])
+    assert evaluations_and_nfe(generator, options) == (expected, [expected])
 
 
 def dopri5(tolerance):
@@ -109,13 +109,13 @@ def dopri5(tolerance):
 def test_nfe_of_an_adaptive_sampler_is_measured_for_each_image(generator, scale):
     options = {"sampler": dopri5(1e-2), "cfg_scale": scale, "cfg_interval": (0.3, 0.6)}
     assert SamplingOptions(**options).nfe is None
-    asked, told = asked_and_told(generator, options, [0, 2])
-    assert asked == sum(told)
-    tight, _ = asked_and_told(generator, options | {"sampler": dopri5(1e-6)}, [0, 2])
+    asked, nfe = evaluations_and_nfe(generator, options, [0, 2])
+    assert asked == sum(nfe)
+    tight, _ = evaluations_and_nfe(generator, options | {"sampler": dopri5(1e-6)}, [0, 2])
     assert tight >= asked > 2 * 7
 
 
-def asked_and_told(generator, options, labels=(0,)):
+def evaluations_and_nfe(generator, options, labels=(0,)):
     """Returns how many rows the model was given, and what the batch says of each image."""
     asked = []
     hook = generator.model.register_forward_hook(lambda _m, args, _out: asked.append(len(args[0])))
