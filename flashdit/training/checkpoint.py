@@ -3,10 +3,10 @@
 runs/<name>/checkpoints/step_XXXXXXXX/
     model/ ema/           the weights and their average as safetensors; FlashDiT.from_pretrained reads either
     ema_tracks/           power-function averages, where `ema.power_widths` names some
-    latents.safetensors   FlashDiT's alone: mean, std, VAE name and identity
+    …                     what the task writes beside them
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
-    state.json            step, images seen, EMA updates, steps skipped, and what the trainer adds
+    state.json            step, images seen, EMA updates, steps skipped, and what the task adds
     config.yaml           the resolved configuration
 The .pt files are loaded with weights_only=True.
 """
