@@ -83,10 +83,10 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
         tracks: Power-function averages that a checkpoint holds besides.
     """
     needed = 2 * (4 + tracks) * sum(4 * parameter.numel() for parameter in model.parameters())
-    place = run_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         gib = 2**30
         raise ValueError(
