@@ -85,7 +85,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults, or the name of a shipped one; None means the digits.
+        path: YAML that states what differs from the defaults, or a shipped one's name; None means the digits.
         overrides: `key=value` texts with dotted keys.
 
     Raises:

@@ -104,7 +104,7 @@ def sections(options_type: type) -> dict[str, type]:
 
 
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
-    """Raises ValueError for a key that no options dataclass has, or a list that its annotation does not allow.
+    """Raises ValueError for a key that no options dataclass has, or a list that its type does not allow.
 
     OmegaConf converts and checks all other values, and names their keys.
     """
