@@ -109,4 +109,3 @@ def check(config: RunConfig) -> None:
         ATTENTIONS.options(config.model["attention"])
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
-    config.sampling.check()

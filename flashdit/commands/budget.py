@@ -15,8 +15,7 @@ from flashdit.digits.images import digits
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
 from flashdit.shared.settings import read
-from flashdit.training.loop import share_of_batch
-from flashdit.training.options import TrainingOptions
+from flashdit.training.options import TrainingOptions, share_of_batch
 
 IMAGENET_IMAGES = 1_281_167  # of its training split
 

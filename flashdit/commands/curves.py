@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from flashdit.shared.files import write_atomically
-from flashdit.training.tracking import METRICS
+from flashdit.shared.runs import METRICS_FILE
 
 SHIPPED = Path(__file__).parents[1] / "digits" / "assets" / "curves"
 TASK = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
@@ -51,9 +51,9 @@ def read_run(run: Path) -> RunCurves:
     Raises:
         ValueError: If it is no run or its records cannot be read.
     """
-    path = run / METRICS
+    path = run / METRICS_FILE
     if not path.is_file():
-        raise ValueError(f"a run must be a folder that holds {METRICS}, got {run}")
+        raise ValueError(f"a run must be a folder that holds {METRICS_FILE}, got {run}")
     curves: dict[str, Curve] = {}
     listed: set[str] = set()
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):

@@ -12,6 +12,7 @@ from rich.console import Console
 from flashdit.commands.arguments import (
     SAMPLING,
     add_sampling,
+    add_weights,
     check_batch_size,
     chosen_metrics,
     generated_source,
@@ -72,7 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument(
         "--num-images", type=int, help="default: 1,000 for digits, 50,000 otherwise; all of --samples"
     )
-    what.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    add_weights(what)
     what.add_argument("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
     how = parser.add_argument_group("how it is scored")
     how.add_argument(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flashdit.commands.arguments import (
     add_sampling,
+    add_weights,
     check_batch_size,
     chosen_metrics,
     generated_source,
@@ -75,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cfg-scale", dest="scales", required=True, metavar="LOW:HIGH:STEP|A,B,...", help="scales to score")
     add("--checkpoint", type=Path, metavar="PATH", help="a checkpoint or run (default: the newest run)")
-    add("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    add_weights(parser)
     add("--num-images", type=int, help="at each scale (default: 1,000 for digits, 50,000 otherwise)")
     add("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
     add("--reference", metavar="NPZ|FOLDER|digits", help="default: digits for a checkpoint of digits")

@@ -33,10 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_keys()
         return
     from flashdit import config
+    from flashdit.shared.process import keep_freed_memory
     from flashdit.trainer import Trainer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     trainer = Trainer(config.load(arguments.config, arguments.overrides))
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     run_dir = trainer.fit()
     if trainer.accelerator.is_main_process:
         print(f"trained to step {trainer.step}: {run_dir}")

@@ -89,6 +89,8 @@ def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any
     known = [field.name for field in fields(options_type)]
     types = get_type_hints(options_type)
     for key, value in given.items():
+        if not known:
+            raise ValueError(f"unknown option of {kind} '{key}' (it has none)")
         if key not in known:
             raise unknown(f"option of {kind}", key, known)
         check_type(f"option '{key}' of {kind}", value, types[key])

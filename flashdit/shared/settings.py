@@ -67,15 +67,15 @@ def read(path: Path | str, overrides: Sequence[str], config_type: type[Config]) 
             raise ValueError(f"an override must be key=value, got '{override}'")
     try:
         stated = _plain(OmegaConf.load(path))
-        merged = merge(stated, _plain(OmegaConf.from_dotlist(list(overrides))))
+        merged = current(merge(stated, _plain(OmegaConf.from_dotlist(list(overrides)))), config_type)
         check_keys(merged, config_type)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_type), merged))
+        values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
         sentence = str(error.msg or error).partition("\n")[0]
         raise ValueError(f"{error.full_key}: {sentence}") from error
-    return cast(Config, config)
+    return build(values, config_type)
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -101,6 +101,43 @@ def sections(options_type: type) -> dict[str, type]:
     """Returns the fields of an options dataclass that are options dataclasses themselves."""
     made = {field.name: field.default_factory for field in fields(options_type)}
     return {name: made for name, made in made.items() if isinstance(made, type) and is_dataclass(made)}
+
+
+def current(given: Mapping[str, Any], options_type: type) -> dict[str, Any]:
+    """Returns a mapping under today's keys; an options type that renamed some has its own `current`."""
+    found = getattr(options_type, "current", dict)(given)
+    return {
+        key: current(value, sections(options_type)[key])
+        if key in sections(options_type) and isinstance(value, Mapping)
+        else value
+        for key, value in found.items()
+    }
+
+
+def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = "") -> Config:
+    """Returns an options dataclass and those in it.
+
+    Args:
+        values: Every field; a section is a mapping.
+        config_type: The dataclass.
+        prefix: Dotted key of the section, for messages.
+
+    Raises:
+        ValueError: If a dataclass refuses a value; the message begins with the key or the section.
+    """
+    parts = sections(config_type)
+    built = {
+        key: build(value, parts[key], f"{prefix}{key}.") if key in parts else value
+        for key, value in values.items()
+    }
+    try:
+        return config_type(**built)
+    except ValueError as error:
+        sentence = str(error)
+        if not prefix or sentence.startswith(prefix):
+            raise
+        where = prefix if sentence.partition(" ")[0] in built else f"{prefix[:-1]}: "
+        raise ValueError(where + sentence) from error
 
 
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:

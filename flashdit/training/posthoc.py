@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from flashdit.shared.files import write_atomically
 from flashdit.shared.runs import read_state
-from flashdit.training.power_ema import Profile, solve
+from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
 
 ABOUT = "posthoc.json"

@@ -10,8 +10,8 @@ from typing import Any
 
 from flashdit.shared.command import need_extra
 from flashdit.shared.files import write_atomically
+from flashdit.shared.runs import METRICS_FILE
 
-METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
 
 
@@ -35,7 +35,7 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, options: TrackingOptions, config: dict[str, Any], step: int):
-        self.path = run_dir / METRICS
+        self.path = run_dir / METRICS_FILE
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(kept)))
         self.wandb_run = _start_wandb(run_dir, options, config) if options.wandb else None

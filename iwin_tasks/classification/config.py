@@ -48,7 +48,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
         overrides: `key=value` texts with dotted keys.
 
     Raises:
-        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+        ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
     config = read(path or DEFAULT, overrides, ClassifierConfig)
     check(config)
@@ -56,7 +56,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
 
 
 def check(config: ClassifierConfig) -> None:
-    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    """Raises ValueError for options that are invalid or do not fit each other, before anything is built."""
     check_run(config)
     DATASETS.options(config.data)
     check_model(config.model)

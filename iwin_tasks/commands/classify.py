@@ -20,8 +20,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, trains or evaluates, and prints the accuracy."""
     arguments = parse(argv)
+    from flashdit.shared.process import keep_freed_memory
     from iwin_tasks.classification.config import load
-    from iwin_tasks.classification.trainer import ClassifierTrainer, evaluate_only
+    from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load(arguments.config, arguments.overrides)
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{source}: {accuracy}")
         return
     trainer = ClassifierTrainer(config)
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     run_dir = trainer.fit()
-    if trainer.main and trainer.accuracy is not None:
-        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.accuracy}")
+    if trainer.main and trainer.task.accuracy is not None:
+        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.task.accuracy}")
     trainer.accelerator.end_training()

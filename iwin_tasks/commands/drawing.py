@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
+from flashdit.shared.pictures import panel_grid
 from iwin_core.analysis.mixing import KINDS, spread
 from iwin_core.analysis.saliency import share_of_pixels
-from iwin_tasks.commands.panels import colour_bar, colour_key, colours, panel_grid, to_picture
+from iwin_tasks.commands.panels import colour_bar, colour_key, colours, to_picture
 
 NEVER, BEFORE, NEW, START = (234, 234, 234), (158, 194, 230), (31, 88, 156), (214, 39, 40)
 DECADES = 4  # of the receptive field's colour scale
@@ -53,7 +54,7 @@ def draw_reach(
         [(START, "start"), (NEW, "reached in this block"), (BEFORE, "reached before"), (NEVER, "not reached")]
     )
     title = f"What one token reaches: {grid[0]} x {grid[1]} tokens, window {window}, kernel {kernel}"
-    return panel_grid(title, heads, rows, key)
+    return panel_grid(rows, heads, title=title, legend=key)
 
 
 def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
@@ -64,7 +65,7 @@ def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
         panels.append(to_picture(colours(1 + decades / DECADES), PANEL_HEIGHT))
     heads = [f"{name}: half in {share_of_pixels(field, 0.5):.2%} of pixels" for name, field in fields]
     bar = colour_bar(f"1e-{DECADES} or less", f"1e-{DECADES // 2}", "largest gradient")
-    return panel_grid(title, heads, [("", panels)], bar)
+    return panel_grid([("", panels)], heads, title=title, legend=bar)
 
 
 def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[Sequence[Tensor]]) -> Image:
@@ -85,4 +86,5 @@ def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[
             heat = colours(cam / cam.max().clamp_min(torch.finfo().tiny))
             panels.append(0.45 * photograph + 0.55 * heat)
         rows.append(("", [to_picture(panel.round().to(torch.uint8), PANEL_HEIGHT) for panel in panels]))
-    return panel_grid(title, ["image", *layers], rows, colour_bar("0", "half", "largest"))
+    legend = colour_bar("0", "half", "largest")
+    return panel_grid(rows, ["image", *layers], title=title, legend=legend)

@@ -49,7 +49,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training.precision=fp64", r"unknown training.precision 'fp64'"),
         (
             "training.keep_matmuls=true",
-            r"keep_matmuls needs gradient_checkpointing and no compile, .* got gradient",
+            r"keep_matmuls requires gradient_checkpointing and no compile, .* got gradient",
         ),
         ("training.steps=0", r"training.steps must be at least 1, got 0"),
         ("training.steps=many", r"Value 'many' .* could not be converted to Integer"),
