@@ -12,9 +12,9 @@ from flashdit.shared.registry import unknown
 
 KINDS = {
     "samplers": "flashdit.flow.samplers:SAMPLERS",
-    "metrics": "flashdit.evaluation.metrics.scoring:METRICS",
+    "metrics": "flashdit.evaluation.metrics.metric:METRICS",
     "data": "flashdit.data.sources:DATASETS",
-    "extractors": "flashdit.evaluation.features.extractors:EXTRACTORS",
+    "extractors": "flashdit.evaluation.features.extractor:EXTRACTORS",
     "attention": "flashdit.models.attention:ATTENTIONS",
     "times": "flashdit.flow.times:TIMES",
 }

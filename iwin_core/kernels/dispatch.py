@@ -64,7 +64,7 @@ def kernels_chosen(device: torch.device, obstacle: Callable[..., str | None], *a
             export elsewhere then meets no condition on sizes.
 
     Raises:
-        ValueError: If `triton` was demanded and cannot be.
+        ValueError: If `triton` was demanded and does not run here.
     """
     if _backend == "eager":
         return False
