@@ -47,7 +47,7 @@ def check_type(key: str, value: Any, expected: Any) -> None:
 
 
 def _is_of(value: Any, expected: Any) -> bool:
-    """Returns whether a value is of an annotated type; whole numbers are numbers too, booleans are neither."""
+    """Returns whether a value is of an annotated type; a boolean is no number."""
     if isinstance(expected, UnionType) or get_origin(expected) is Union:
         return any(_is_of(value, kind) for kind in get_args(expected))
     origin, inner = get_origin(expected) or expected, get_args(expected)

@@ -141,7 +141,7 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
 
 
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
-    """Raises ValueError for a key that no options dataclass has, or a list that its annotation does not allow.
+    """Raises ValueError for a key that no options dataclass has, or a list that its type does not allow.
 
     OmegaConf converts and checks all other values, and names their keys.
     """
