@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flashdit.evaluation.features.moments import BLOCK_ROWS, Moments
+from flashdit.shared.moments import BLOCK_ROWS, Moments
 
 RTOL, ATOL = 1e-9, 1e-12
 

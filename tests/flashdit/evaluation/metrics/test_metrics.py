@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 
 from flashdit.evaluation.metrics import distances, manifold
 from flashdit.evaluation.metrics.distances import mean_row
-from flashdit.evaluation.metrics.metrics import (
+from flashdit.evaluation.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,

@@ -5,7 +5,7 @@ import torch
 
 from flashdit.evaluation.metrics import neighbours
 from flashdit.evaluation.metrics.manifold import NEIGHBOURS, precision, squared_radii
-from flashdit.evaluation.metrics.metrics import frechet_distance
+from flashdit.evaluation.metrics import frechet_distance
 from flashdit.evaluation.metrics.neighbours import distance_of_rows, nearest, realism
 
 
