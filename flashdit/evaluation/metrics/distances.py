@@ -26,10 +26,10 @@ def tiles(features: Tensor, origin: Tensor, start: int = 0) -> Iterator[tuple[sl
 def squared_distances(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Returns |u − v|² of float64 rows (n, d) and (m, d) by a product, and the rounding of each: (n, m) twice.
 
-    A sum of d products of float64 carries at most d/2 units in the last place of |u|² + |v|² ≥ 2 |uᵀv|; the
-    direct difference that it is compared with may carry as many.
+    Three sums of d products carry at most d/2 units of 2ε (|u|² + |v|²) together, as 2 |uᵀv| ≤ |u|² + |v|²,
+    and the direct difference that decides pairs within rounding carries as much again.
     """
-    norms = u.square().sum(dim=1)[:, None] + v.square().sum(dim=1)
+    norms = torch.linalg.vecdot(u, u)[:, None] + torch.linalg.vecdot(v, v)
     distances = torch.addmm(norms, u, v.T, alpha=-2).clamp_(min=0)
     return distances, norms.mul_(2 * (u.shape[1] + 16) * torch.finfo(torch.float64).eps)
 
@@ -73,8 +73,8 @@ def nearest(points: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Distances (n, k) float64, which are exact (0 for a duplicate), and rows of `others` (n, k) int64.
     """
     origin = mean_row(others)
-    distances = torch.full((len(points), min(k, len(others))), torch.inf, dtype=torch.float64)
-    distances = distances.to(points.device)
+    width = min(k, len(others))
+    distances = torch.full((len(points), width), torch.inf, dtype=torch.float64, device=points.device)
     found = torch.zeros_like(distances, dtype=torch.int64)
     for rows, u in tiles(points, origin):
         for columns, v in tiles(others, origin):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from flashdit.data.manifest import BLOCK_ROWS, ChannelMoments
+from flashdit.shared.moments import BLOCK_LATENTS, ChannelMoments
 
 
-@pytest.mark.parametrize("sizes", [(7,), (3, 0, 5, 1), (BLOCK_ROWS + 3, 2)])
+@pytest.mark.parametrize("sizes", [(7,), (3, 0, 5, 1), (BLOCK_LATENTS + 3, 2)])
 def test_joined_moments_are_those_of_all_rows(sizes):
     torch.manual_seed(0)
     parts = [1000 + torch.arange(1, 4).reshape(3, 1, 1) * torch.randn(size, 3, 4, 6) for size in sizes]

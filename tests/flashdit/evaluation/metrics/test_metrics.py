@@ -7,17 +7,18 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.linalg import sqrtm
 
-from flashdit.evaluation.metrics import distances, manifold
-from flashdit.evaluation.metrics.distances import mean_row
 from flashdit.evaluation.metrics import (
+    distances,
     frechet_distance,
     inception_score,
     kernel_distance,
+    manifold,
     precision,
     precision_recall,
     recall,
-    squared_radii,
 )
+from flashdit.evaluation.metrics.distances import mean_row
+from flashdit.evaluation.metrics.manifold import squared_radii
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "eval"
 CASES = json.loads((GOLDEN / "values.json").read_text())["cases"]
@@ -213,46 +214,76 @@ def test_precision_recall_equal_torch_fidelity(golden):
     assert_allclose(precision_recall(real, fake), (theirs["precision"], theirs["recall"]), rtol=1e-6)
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def first_look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Either type of the first look, whatever this machine would take."""
-    monkeypatch.setattr(distances, "fast_type", lambda device: request.param)
+@pytest.fixture(params=[7, 1024], ids=["small tiles", "one tile"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles far smaller than the sets, so that every loop turns more than once, and the usual ones."""
+    monkeypatch.setattr(distances, "TILE", request.param)
+    monkeypatch.setattr(distances, "PAIRS", max(2, request.param // 3))
     return request.param
 
 
-@pytest.mark.parametrize(("tile", "chunk", "spare"), [(17, 11, 13), (64, 1, 0), (9, 128, 1), (1000, 5, 2)])
-def test_precision_recall_do_not_depend_on_tiles(golden, monkeypatch, first_look, tile, chunk, spare):
+@pytest.mark.parametrize(("size", "pairs"), [(17, 11), (64, 1), (9, 128), (1000, 5)])
+def test_precision_recall_do_not_depend_on_tiles(golden, monkeypatch, size, pairs):
     real, fake = golden["real_pool"][:50], golden["fake_pool"][:40]
     expected = exact_precision_recall(real, fake)
-    monkeypatch.setattr(distances, "TILE", tile)
-    monkeypatch.setattr(manifold, "TILE", tile)
-    monkeypatch.setattr(distances, "CHUNK", chunk)
-    monkeypatch.setattr(manifold, "SPARE", spare)
+    monkeypatch.setattr(distances, "TILE", size)
+    monkeypatch.setattr(distances, "PAIRS", pairs)
     assert precision_recall(real, fake) == expected
     assert (precision(real, fake), recall(real, fake)) == expected
 
 
-def test_bounds_enclose_every_distance(first_look):
+def test_distances_are_within_their_rounding_of_every_direct_difference():
     real, fake = (torch.from_numpy(rows(seed, 40, 600) + 3) for seed in (21, 22))
-    u, v = (distances.Cloud(part, mean_row(real)) for part in (real, fake))
+    fake[:9] = real[:9] + 1e-4
+    u, v = real - mean_row(real), fake - mean_row(real)
     exact = (real[:, None].double() - fake[None].double()).square().sum(dim=-1)
-    for is_exact in (False, True):
-        lower, slack = distances.lower_bounds(u, slice(0, 40), v, slice(0, 40), is_exact)
-        upper = lower + 2 * slack * (u.norms[:, None] + v.norms)
-        assert (lower <= exact).all()
-        assert (upper >= exact).all()
-        assert ((upper - lower) < 0.06 * exact).all()
+    squares, rounding = distances.squared_distances(u, v)
+    assert squares.dtype == rounding.dtype == torch.float64
+    assert ((squares - exact).abs() <= rounding).all()
+    assert (rounding < 1e-12 * (u.square().sum(1)[:, None] + v.square().sum(1))).all()
 
 
-def test_radii_are_exact_where_the_first_look_cannot_tell_neighbours_apart(first_look):
-    spread = 1e-5 * np.random.default_rng(23).standard_normal((150, 12))
-    features = torch.from_numpy(np.repeat(rows(24, 3, 12), 50, axis=0) + spread)  # three tight heaps
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("spread", [1e-5, 1e-9])
+def test_radii_are_exact_where_products_cannot_order_neighbours(spread):
+    noise = spread * np.random.default_rng(23).standard_normal((150, 12))
+    features = torch.from_numpy(np.repeat(rows(24, 3, 12), 50, axis=0) + noise)  # three tight heaps
     squares = (features[:, None] - features[None]).square().sum(dim=-1).sort(dim=1).values
-    radii = squared_radii(features, mean_row(features), 3)
-    assert_allclose(radii, squares[:, 3], rtol=1e-13)
+    for k in (1, 3):
+        assert_allclose(squared_radii(features, mean_row(features), k), squares[:, k], rtol=1e-13)
 
 
-def test_precision_recall_survive_any_offset_and_scale(first_look):
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_of_tied_radii_equal_the_slow_count():
+    real, fake = (np.random.default_rng(seed).integers(0, 3, (150 - seed, 4)) / 3 for seed in (1, 12))
+    for k in (1, 3, 5):
+        assert precision_recall(real, fake, k) == exact_precision_recall(real, fake, k)
+    assert 0 < precision_recall(real, fake, 1)[0] < 1
+
+
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_are_exact_beside_an_outlier_that_takes_the_digits_of_every_product():
+    real, fake = rows(7, 90, 16).astype(np.float64), rows(8, 70, 16) * 0.8
+    real[4] = 1e12
+    assert precision_recall(real, fake) == exact_precision_recall(real, fake)
+
+
+def test_precision_and_recall_together_meet_each_pair_of_images_once(monkeypatch):
+    real, fake = rows(7, 40, 8), rows(8, 30, 8)
+    pairs = []
+    monkeypatch.setattr(
+        manifold,
+        "squared_distances",
+        lambda u, v: pairs.append(len(u) * len(v)) or distances.squared_distances(u, v),
+    )
+    monkeypatch.setattr(distances, "TILE", 10)
+    precision_recall(real, fake)
+    within = [10 * 10 * tiles * (tiles + 1) // 2 for tiles in (4, 3)]  # the tiles of a set with themselves
+    assert sum(pairs) == sum(within) + 40 * 30
+
+
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_survive_any_offset_and_scale():
     real, fake = rows(7, 150, 16), rows(8, 120, 16) * 0.8
     for scale, offset in [(0.01, 1000), (4096, 0), (1e-6, 0), (1.0, -50), (1e-22, 0), (1e17, 0)]:
         moved = [(rows * scale + offset).astype(np.float32) for rows in (real, fake)]
@@ -263,7 +294,8 @@ def test_precision_recall_survive_any_offset_and_scale(first_look):
     assert precision_recall(real, huge) == exact_precision_recall(real, huge)
 
 
-def test_precision_recall_count_ties_of_duplicates_as_inside(first_look):
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_count_ties_of_duplicates_as_inside():
     real = np.concatenate([np.repeat(rows(9, 12, 16), 5, axis=0), rows(10, 40, 16)])
     fake = np.concatenate([real[::3], rows(11, 30, 16) * 1.5])
     assert precision_recall(real, fake) == exact_precision_recall(real, fake)
@@ -272,7 +304,8 @@ def test_precision_recall_count_ties_of_duplicates_as_inside(first_look):
     assert precision_recall(same, same[:7] + 1) == (0.0, 0.0)
 
 
-def test_precision_recall_count_points_on_the_very_border_as_inside(first_look):
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_count_points_on_the_very_border_as_inside():
     corners = np.array(np.meshgrid(*[[0, 4]] * 3)).reshape(3, -1).T.astype(np.float32)  # k = 3: radius 4
     on_border = corners + np.array([-4, 0, 0], np.float32)
     beyond = np.nextafter(on_border[on_border[:, 0] < 0], -9)[:, :1] * [1, 0, 0] + corners[:4] * [0, 1, 1]
@@ -281,7 +314,8 @@ def test_precision_recall_count_points_on_the_very_border_as_inside(first_look):
     assert precision_recall(corners, beyond)[0] == 0
 
 
-def test_precision_recall_of_collapsed_samples_equal_the_slow_count(first_look):
+@pytest.mark.usefixtures("tile")
+def test_precision_recall_of_collapsed_samples_equal_the_slow_count():
     real = np.repeat(rows(14, 20, 24), 6, axis=0) + 0.003 * rows(15, 120, 24)
     fake = np.repeat(rows(14, 20, 24)[:9], 11, axis=0) + 0.003 * rows(16, 99, 24)
     counts = exact_precision_recall(real, fake)

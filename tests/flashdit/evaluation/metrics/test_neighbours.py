@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from flashdit.evaluation.metrics import neighbours
-from flashdit.evaluation.metrics.manifold import NEIGHBOURS, precision, squared_radii
-from flashdit.evaluation.metrics import frechet_distance
-from flashdit.evaluation.metrics.neighbours import distance_of_rows, nearest, realism
+from flashdit.evaluation.metrics import distances as tiled
+from flashdit.evaluation.metrics import frechet_distance, precision
+from flashdit.evaluation.metrics.distances import nearest
+from flashdit.evaluation.metrics.frechet import distance_of_rows
+from flashdit.evaluation.metrics.manifold import NEIGHBOURS, realism, squared_radii
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles far smaller than the sets, so that every loop over tiles turns more than once."""
-    monkeypatch.setattr(neighbours, "POINT_ROWS", 4)
-    monkeypatch.setattr(neighbours, "CENTRE_ROWS", 6)
+    monkeypatch.setattr(tiled, "TILE", 4)
 
 
 def rows(count, dimensions, seed, mean=0.0):
