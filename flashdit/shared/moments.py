@@ -99,7 +99,7 @@ class Moments:
 
 @dataclass
 class ChannelMoments:
-    """Count, mean and sum of squared deviations of each channel of latents, all in float64, as JSON holds them.
+    """Count, mean and sum of squared deviations of each latent channel, float64, as JSON holds them.
 
     Two of them join by the pairwise update, so that each shard is read once and alone.
     """
@@ -137,7 +137,7 @@ class ChannelMoments:
         """
         _, _, scatter = self._sums()
         std = (scatter / max(self.count - 1, 1)).sqrt().tolist()
-        if not min(std) > 0:
+        if not all(value > 0 for value in std):  # NaN is not
             raise ValueError(f"every latent channel must vary over the data, got {std=}")
         return std
 

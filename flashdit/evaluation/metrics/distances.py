@@ -1,4 +1,4 @@
-"""Which rows of features are near: squared distances in float64, tile by tile, and exact ones of chosen pairs."""
+"""Which rows of features are near: float64 squared distances by tiles, and exact ones of chosen pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mean_row(features: Tensor) -> Tensor:
     return torch.stack([rows.double().sum(dim=0) for rows in features.split(TILE)]).sum(dim=0) / len(features)
 
 
-def tiles(features: Tensor, origin: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+def centred_tiles(features: Tensor, origin: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """Yields which rows a tile holds and these rows minus the float64 origin (d,), from row `start` on."""
     for first in range(start, len(features), TILE):
         rows = slice(first, min(first + TILE, len(features)))
@@ -24,10 +24,13 @@ def tiles(features: Tensor, origin: Tensor, start: int = 0) -> Iterator[tuple[sl
 
 
 def squared_distances(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns |u − v|² of float64 rows (n, d) and (m, d) by a product, and the rounding of each: (n, m) twice.
+    """Returns |u − v|² of float64 rows (n, d) and (m, d) by a product, and the rounding of each.
 
-    Three sums of d products carry at most d/2 units of 2ε (|u|² + |v|²) together, as 2 |uᵀv| ≤ |u|² + |v|²,
-    and the direct difference that decides pairs within rounding carries as much again.
+    Sums of d products err by at most d/2 ε of the sum of their magnitudes. With 2 |uᵀv| ≤ |u|² + |v|² that is
+    d ε (|u|² + |v|²) for the three together; the direct difference that decides a pair may err by as much.
+
+    Returns:
+        Squared distances (n, m) and the largest error of each (n, m).
     """
     norms = torch.linalg.vecdot(u, u)[:, None] + torch.linalg.vecdot(v, v)
     distances = torch.addmm(norms, u, v.T, alpha=-2).clamp_(min=0)
@@ -76,8 +79,8 @@ def nearest(points: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
     width = min(k, len(others))
     distances = torch.full((len(points), width), torch.inf, dtype=torch.float64, device=points.device)
     found = torch.zeros_like(distances, dtype=torch.int64)
-    for rows, u in tiles(points, origin):
-        for columns, v in tiles(others, origin):
+    for rows, u in centred_tiles(points, origin):
+        for columns, v in centred_tiles(others, origin):
             keep_smallest(distances[rows], found[rows], squared_distances(u, v)[0], columns.start)
     # Products cancel only to rounding; k differences per point cost little and are exact.
     row = torch.arange(len(points), device=points.device)

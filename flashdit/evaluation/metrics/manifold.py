@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from flashdit.evaluation.metrics.distances import (
+    centred_tiles,
     keep_smallest,
     mean_row,
     pair_distances,
     squared_distances,
-    tiles,
 )
 from flashdit.evaluation.metrics.inputs import finite_pair
 
@@ -32,8 +32,8 @@ def squared_radii(features: Tensor, origin: Tensor, k: int) -> Tensor:
     width = min(2 * k + 2, count - 1)  # up to k copies of every image leave no radius in doubt
     bounds = torch.full((count, width), torch.inf, dtype=torch.float64, device=features.device)
     found = torch.zeros_like(bounds, dtype=torch.int64)
-    for rows, u in tiles(features, origin):
-        for columns, v in tiles(features, origin, rows.start):  # each pair is met once
+    for rows, u in centred_tiles(features, origin):
+        for columns, v in centred_tiles(features, origin, rows.start):  # each pair is met once
             distances, rounding = squared_distances(u, v)
             lower = distances.sub_(rounding)
             if rows == columns:
@@ -81,8 +81,8 @@ def shares(real: Any, fake: Any, k: int, precision: bool, recall: bool) -> tuple
     fake_radii = squared_radii(fake, mean_row(fake), k) if recall else None
     inside_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     inside_fake = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for i, u in tiles(fake, origin):
-        for j, v in tiles(real, origin):
+    for i, u in centred_tiles(fake, origin):
+        for j, v in centred_tiles(real, origin):
             distances, rounding = squared_distances(u, v)
             if real_radii is not None:
                 inside_real[i] |= covered(fake[i], real[j], real_radii[j], distances, rounding)
@@ -137,8 +137,8 @@ def realism(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor) -> T
     eq. 3.
     """
     largest = torch.zeros(len(points), dtype=torch.float64, device=points.device)
-    for rows, u in tiles(points, origin):
-        for columns, v in tiles(centres, origin):
+    for rows, u in centred_tiles(points, origin):
+        for columns, v in centred_tiles(centres, origin):
             distances, rounding = squared_distances(u, v)
             ratios = (radii[columns] + rounding + TINY) / (distances + TINY)
             largest[rows] = torch.maximum(largest[rows], ratios.amax(dim=1))
