@@ -11,7 +11,7 @@ from flashdit.evaluation.features.features import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import DigitsSource, Source
-from flashdit.evaluation.metrics.metrics import NEIGHBOURS, SPLIT_SIZE
+from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
 from flashdit.evaluation.metrics.scoring import (
     KERNEL_SUBSET,
     Scores,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashdit.evaluation.features.features import Extractor
 from flashdit.evaluation.features.statistics import ImageStatistics
-from flashdit.evaluation.metrics.metrics import (
+from flashdit.evaluation.metrics import (
     NEIGHBOURS,
     SPLIT_SIZE,
     frechet_distance,
