@@ -18,11 +18,8 @@ from flashdit.config import RunConfig
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentSpace
 from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.features.extractors import build_extractor
 from flashdit.evaluation.features.ranks import Ranks
-from flashdit.evaluation.images.sources import GeneratedSource
-from flashdit.evaluation.metrics.scoring import check_accuracy, check_names
-from flashdit.evaluation.reference import KeptReference
+from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
@@ -32,7 +29,6 @@ from flashdit.models.dit import FlashDiT
 from flashdit.models.lightningdit import ROPE_KEYS, read_state
 from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import fit_weights
-from flashdit.sampling.classes import balanced_labels
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions, nfe
 from flashdit.shared.files import write_atomically
@@ -124,15 +120,24 @@ class Trainer(TrainingLoop):
 
     def _open_evaluation(self) -> None:
         """Opens what samples are scored against in training, before the first step."""
-        self.reference, options = None, self.config.evaluation
+        self.plan: Plan | None = None
+        options = self.config.evaluation
         if not options.every:
             return
-        self.space.need_vae()
-        check_names(options.metrics)
-        extractor = build_extractor(options.extractor, options.weights).to(self.device).eval()
-        check_accuracy(options.metrics, extractor, self.class_names)
-        self.reference = KeptReference(options.reference or self.config.data["name"], extractor)
+        request = EvaluationRequest(
+            generator=TrainedGenerator(self.model, self.space, self.class_names, 0),
+            sampling=self.config.sampling,
+            data=self.config.data["name"],
+            num_images=options.num_images,
+            reference=options.reference,
+            extractor=options.extractor,
+            extractor_weights=options.weights,
+            metrics=options.metrics,
+            device=str(self.device),
+            cache=False,
+        )
         self.ranks = Ranks.start(str(self.device))
+        self.plan = open_plan(request, self.ranks)
 
     def checkpoint_activations(self) -> None:
         """Makes the model compute its blocks, or what is cheap in them, again in the backward pass."""
@@ -199,12 +204,8 @@ class Trainer(TrainingLoop):
 
     def _score(self, generator: TrainedGenerator) -> dict[str, float]:
         """Returns the scores of samples that all processes draw and measure; no random state is touched."""
-        assert self.reference is not None
-        options, sampling = self.config.evaluation, self.config.sampling
-        labels = balanced_labels(options.num_images, self.model.num_classes, sampling.seed)
-        samples = GeneratedSource(generator, labels, sampling)
-        plan = Plan(samples, self.reference.extractor, self.reference, options.metrics)
-        result = evaluate(plan, device=str(self.device), ranks=self.ranks)
+        assert self.plan is not None
+        result = evaluate(self.plan.redrawn(generator=generator), self.ranks)
         return {name: value for name, value in result.to_dict()["metrics"].items() if value is not None}
 
     def write_models(self, folder: Path, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 iwin_core
 flashdit/shared
-flashdit/digits
 flashdit/models flashdit/flow flashdit/data flashdit/training
 flashdit/sampling
 flashdit/evaluation
+flashdit/digits
 flashdit/config.py
 flashdit/trainer.py
 flashdit/web

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -20,9 +22,10 @@ from flashdit.commands.budget import (
     train_seconds,
 )
 from flashdit.config import DEFAULT, RunConfig, check
-from flashdit.digits.images import digits
+from flashdit.data.sources import DATASETS, companions_of
 from flashdit.models.costs import Activations, activations, forward_flops
 from flashdit.shared.command import run_script
+from flashdit.shared.registry import Buildable
 from flashdit.shared.settings import read
 from flashdit.training.loop import share_of_batch
 
@@ -48,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, default=DEFAULT, help="YAML (default: configs/digits.yaml)")
     add("overrides", nargs="*", metavar="key=value", help="as train.py takes them; data.path may stay open")
     add("--gpus", type=int, default=8, help="how many share the batch (default: 8)")
-    add("--images", type=int, help="of an epoch (default: the digits' or ImageNet's)")
+    add("--images", type=int, help="of an epoch (default: those that the data set brings, or ImageNet's)")
     add(
         "--peak-tflops",
         type=float,
@@ -75,8 +78,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """Returns the checked configuration; the data need not be there."""
     config = read(path, overrides, RunConfig)
-    if config.data.get("name") != "digits":
-        config.data.setdefault("path", "not read")
+    if "name" in config.data:
+        options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
+        if "path" in {option.name for option in fields(options_type)}:
+            config.data.setdefault("path", "not read")
     check(config)
     return config
 
@@ -99,8 +104,8 @@ def facts(
 ) -> dict[str, str]:
     """Returns what holds whatever the strategy, name → text: the model, its time and its disk space."""
     training, gpus, peak, mfu = config.training, arguments.gpus, arguments.peak_tflops, arguments.mfu
-    of_digits = config.data["name"] == "digits"
-    epoch = arguments.images or (len(digits("train")[1]) if of_digits else IMAGENET_IMAGES)
+    own = companions_of(config.data["name"]).floor
+    epoch = arguments.images or (own().count if own else IMAGENET_IMAGES)
     run = training.steps * training.global_batch_size
     again = training.gradient_checkpointing and not training.keep_matmuls
     flops = 6 * multiply_adds * (4 / 3 if again else 1)

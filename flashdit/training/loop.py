@@ -298,6 +298,7 @@ class TrainingLoop(ABC):
             "lr": self.lr,
             **dict(zip(names, means.tolist(), strict=True)),
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
+            **({"scores": [*numbers]} if numbers else {}),  # so that plots tell them from losses
             **numbers,
             **timings,
         }

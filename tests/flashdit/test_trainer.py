@@ -239,6 +239,7 @@ def test_scores_while_training_are_logged_and_disturb_nothing(tmp_path):
     assert list(found) == [2, 4]
     assert all(score > 1 for score in found.values()), "four steps make no digits"
     assert [0 <= line.pop("accuracy") <= 1 for line in lines if "accuracy" in line] == [True, True]
+    assert [line.pop("scores") for line in lines if "scores" in line] == [["fd_40", "accuracy"]] * 2
     assert lines == records(tmp_path / "plain")
     mine, theirs = tensors(tmp_path / "scored", 4), tensors(tmp_path / "plain", 4)
     assert [name for name in theirs if not theirs[name].equal(mine[name])] == []
@@ -248,7 +249,10 @@ def test_scores_while_training_are_logged_and_disturb_nothing(tmp_path):
     ("override", "message"),
     [
         ("evaluation.metrics=[fidd]", r"unknown metric 'fidd'; did you mean 'fid'"),
-        ("evaluation.reference=absent.npz", r"a reference must be 'digits', .* got absent.npz"),
+        (
+            "evaluation.reference=absent.npz",
+            r"a reference must be a data set that brings one, .* got absent.npz",
+        ),
         ("latents.vae=null", r"images need a VAE"),
     ],
 )

@@ -87,11 +87,12 @@ class FolderSource:
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels),
-            "names_sha256": self.names_digest(),
+            "names_sha256": self.sha256,
         }
 
-    def names_digest(self) -> str:
-        """Returns the sha256 of the names and sizes of the files, which a copy of the folder shares."""
+    @property
+    def sha256(self) -> str:
+        """The hash of the names and sizes of the files, which a copy of the folder shares."""
         lines = (f"{file.relative_to(self.path)}\0{file.stat().st_size}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flashdit.evaluation.images.reading import Batches, ahead, label_mode, limited
+from flashdit.shared.files import file_sha256
 
 RECIPE_FILE = "recipe.json"  # what sample.py writes beside its samples.npz
 
@@ -88,6 +89,11 @@ class NpzSource:
                 if len(wanted):
                     images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, *image_shape)
                     yield rearrange(images[wanted], "b h w c -> b c h w").contiguous()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return file_sha256(self.path)
 
     def identity(self) -> dict[str, Any]:
         """Returns what the images are known by: the checksum that the archive keeps of them."""

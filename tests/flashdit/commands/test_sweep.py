@@ -174,8 +174,8 @@ def test_a_sweep_that_was_stopped_goes_on(call, drawn, monkeypatch):
     [
         (["--metrics", "fid,recal"], "unknown metric 'recal'; did you mean 'recall'"),
         (["--metrics", "accuracy"], "accuracy needs an extractor of the samples' own classes"),
-        (["--num-images", "0"], "--num-images must be positive, got 0"),
-        (["--batch-size", "0"], "--batch-size must be positive, got 0"),
+        (["--num-images", "0"], "the number of images must be positive, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--extractor", "digit"], "unknown extractor 'digit'; did you mean 'digits'"),
         (["--output", __file__], "--output must be a folder, got"),
     ],
