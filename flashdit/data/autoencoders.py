@@ -31,8 +31,8 @@ def load_vae(name: str) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            f"vae must be a data set that brings one, a folder or a hub name of an AutoencoderKL, or a file in "
-            f"LDM's layout, got '{name}': {error}"
+            f"vae must be a data set that brings one, a folder or a hub name of an AutoencoderKL, or a file "
+            f"in LDM's layout, got '{name}': {error}"
         ) from error
     return vae.eval().requires_grad_(False)
 

@@ -40,7 +40,7 @@ class Companions:
     reference: Callable[[], Any] | None = None
     """Returns real images held out, a `flashdit.evaluation.images.sources.Source`."""
     floor: Callable[[], Any] | None = None
-    """Returns the training images, likewise a Source: their scores are the floor of what samples can reach."""
+    """Returns training images, likewise a Source: their scores are the floor of what samples can reach."""
     extractor: str | None = None
     """The extractor for scores against its reference; None means Inception."""
     num_images: int = 50_000

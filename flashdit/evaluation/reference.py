@@ -100,7 +100,7 @@ class Reference:
         return self._kept[key]
 
     def floor(self, parts: Collection[str], *how: Any) -> ImageStatistics | None:
-        """Returns the statistics of the training images that its data set brings, None where it brings none."""
+        """Returns the statistics of training images, where its data set brings some."""
         key = "floor", frozenset(parts)
         if key not in self._kept and self.companions.floor is not None:
             self._kept[key] = collect(self.companions.floor(), self.extractor, parts, *how)

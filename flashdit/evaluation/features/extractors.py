@@ -165,8 +165,8 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
 
     Args:
         name: One of `EXTRACTORS`, a name of torch-fidelity's registry, or `package.module:callable`.
-        weights: Weights file, which an extractor of `EXTRACTORS` takes as its option `weights`; None means its
-            default, of torch-fidelity's torch hub's cached one.
+        weights: Weights file, the option `weights` of an extractor of `EXTRACTORS`; None means its default,
+            for one of torch-fidelity's the file cached by torch hub.
 
     Raises:
         ValueError: If the name is unknown or its weights cannot be had.

@@ -30,8 +30,8 @@ def rank_cautions(mean: str, samples: ImageStatistics, reference: ImageStatistic
     """Returns a sentence for each set with too few images for its covariance."""
     mu = getattr(samples, mean)
     return [
-        f"the covariance of {side.count} images of '{side.name}' is rank-deficient in {mu.numel()} dimensions: "
-        "compare its Fréchet distance only at the same number of images"
+        f"the covariance of {side.count} images of '{side.name}' is rank-deficient in {mu.numel()} "
+        "dimensions: compare its Fréchet distance only at the same number of images"
         for side in (samples, reference)
         if mu is not None and side.count is not None and side.count <= mu.numel()
     ]

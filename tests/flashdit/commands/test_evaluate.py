@@ -157,7 +157,10 @@ def test_checkpoint_of_other_classes_has_no_accuracy(main, generator):
 
 def test_checkpoint_of_other_data_needs_a_reference(main, generator):
     generator.data_name = "shards"
-    with pytest.raises(ValueError, match="requires a reference, --reference or evaluation.reference"):
+    with pytest.raises(
+        ValueError,
+        match=r"requires a reference, --reference or evaluation\.reference.*data set 'shards' do not",
+    ):
         main([])
 
 
