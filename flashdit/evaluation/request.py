@@ -89,10 +89,10 @@ class EvaluationRequest:
             return self.reference
         if self.data is not None and companions_of(self.data).reference is not None:
             return self.data
-        whose = "images" if self.data is None else f"data set '{self.data}'"
+        own = "" if self.data is None else f"; data set '{self.data}' brings none"
         raise ValueError(
-            f"an evaluation requires a reference, --reference or evaluation.reference: an npz, a folder of "
-            f"images, or a data set that brings one, which {whose} do not"
+            "an evaluation requires a reference, --reference or evaluation.reference: an npz, a folder of "
+            f"images, or a data set that brings one{own}"
         )
 
     @property

@@ -153,7 +153,7 @@ def test_wandb_gets_the_same_run_after_a_resume(tiny_overrides, tmp_path, monkey
         ("data.path=absent", r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in absent"),
         (
             "latents.vae=absent",
-            r"vae must be a data set that brings one, a folder or a hub name .* got 'absent'",
+            r"vae must be a data set .*, a folder or a hub name .* got 'absent'",
         ),
         (
             "model.attention.window=0",
@@ -281,7 +281,7 @@ def test_a_run_whose_data_brings_no_reference_must_name_one_whatever_folder_lies
     else:
         data = ["latents.vae=digits"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"evaluation\.reference: .*data set '{name}' do not"):
+    with pytest.raises(ValueError, match=rf"evaluation\.reference: .*data set '{name}' brings none"):
         train([*tiny_overrides, *data, "evaluation.every=2", "evaluation.extractor=digits"])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -79,7 +79,7 @@ class InceptionExtractor(Extractor):
 
     def __init__(self, path: Path):
         super().__init__()
-        # Imported here: it brings torchvision, 3 s that a run on digits need not wait for.
+        # Imported here: it brings torchvision, 3 s that other extractors need not wait for.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:

@@ -81,7 +81,7 @@ def test_what_cannot_be_is_named(tmp_path):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=r"vae must be a data set that brings one, a folder or a hub name .* got '.*empty'"
+        ValueError, match=r"vae must be a data set .*, a folder or a hub name .* got '.*empty'"
     ):
         load_vae(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="every latent channel must vary"):
