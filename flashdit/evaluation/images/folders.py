@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.sources import IMAGE_SUFFIXES
-from flashdit.evaluation.images.reading import Batches, ahead, label_mode, limited
+from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
 
@@ -54,7 +54,7 @@ class FolderSource:
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all; a file that is no such image is named."""
         files = self.files if ids is None else [self.files[place] for place in ids.tolist()]
-        yield from ahead(self._read(files, batch_size))
+        yield from prefetched(self._read(files, batch_size))
 
     def _read(self, files: Sequence[Path], batch_size: int) -> Batches:
         """Yields the images of files, at most batch_size at a time."""
@@ -87,11 +87,12 @@ class FolderSource:
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels),
-            "names_sha256": self.names_digest(),
+            "names_sha256": self.sha256,
         }
 
-    def names_digest(self) -> str:
-        """Returns the sha256 of the names and sizes of the files, which a copy of the folder shares."""
+    @property
+    def sha256(self) -> str:
+        """The hash of the names and sizes of the files, which a copy of the folder shares."""
         lines = (f"{file.relative_to(self.path)}\0{file.stat().st_size}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

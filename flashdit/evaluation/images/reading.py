@@ -11,7 +11,7 @@ from torch import Tensor
 Batches = Generator[Tensor, None, None]
 
 
-def ahead(batches: Batches) -> Batches:
+def prefetched(batches: Batches) -> Batches:
     """Yields the same batches, each read by a thread while the one before it is used."""
     try:
         with ThreadPoolExecutor(1) as thread:
