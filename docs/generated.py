@@ -1,4 +1,4 @@
-"""Which parts of the documentation are read from the code? Two directives: `config-keys` and `command-help`."""
+"""Which parts of the documentation are read from the code? What `config-keys` and `command-help` print."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def prose(text: str) -> nodes.paragraph:
 
 
 def escape(app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
-    """Escapes what reStructuredText would read as markup, outside of `backticks`: docstrings are plain text."""
+    """Escapes what reStructuredText reads as markup outside of `backticks`: docstrings are plain text."""
     for place, line in enumerate(lines):
         parts = line.split("`")
         parts[::2] = (re.sub(r"([*|]|_(?!\w))", r"\\\1", part) for part in parts[::2])
