@@ -17,6 +17,7 @@ import iwin_tasks.__main__
 from flashdit import config
 from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.flow.samplers import SAMPLERS
+from flashdit.shared.settings import describe
 from iwin_tasks.classification import config as classifier_config
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +143,7 @@ CHECKS = {  # each with a page that it must find fault with
     broken_links: "[a](page.md) ![b](gone.png)",
     unknown_commands: "run `flashdit trian` or\n```sh\naccelerate launch -m iwin segment\n```",
     unknown_targets: "`make nothing`",
-    unknown_options: "```sh\nflashdit sample --dtype bf16\n```",
+    unknown_options: "```sh\nflashdit sample --precisoin bf16\n```",
     invalid_configurations: "```sh\nflashdit train --config digits training.step=3  # a comment\n```",
     unknown_keys: "set `training.step`",
 }
@@ -167,6 +168,11 @@ def test_every_command_has_its_section_and_help(program):
     for name in PROGRAMS[program]:
         assert f"\n## {program} {name}\n" in text
         assert f"{{command-help}} {program} {name}\n" in text
+
+
+def test_every_configuration_key_says_what_it_means():
+    keys = [*config.configuration_keys(), *describe(classifier_config.ClassifierConfig)]
+    assert sorted({key.name for key in keys if not key.doc}) == []
 
 
 def test_every_sampler_and_metric_has_its_row():
