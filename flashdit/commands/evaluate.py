@@ -12,6 +12,7 @@ from rich.console import Console
 from flashdit.commands.arguments import (
     SAMPLING,
     add_sampling,
+    add_weights,
     check_batch_size,
     chosen_metrics,
     generated_source,
@@ -39,7 +40,7 @@ from flashdit.evaluation.reports.report import (
     print_table,
     write_report,
 )
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device
 from flashdit.shared.files import write_atomically
 
 LABELS = ("balanced", "random")
@@ -72,7 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument(
         "--num-images", type=int, help="default: 1,000 for digits, 50,000 otherwise; all of --samples"
     )
-    what.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    add_weights(what)
     what.add_argument("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
     how = parser.add_argument_group("how it is scored")
     how.add_argument(
@@ -145,6 +146,7 @@ def output_file(given: Path | None, default: Path) -> Path:
 def score(argv: Sequence[str]) -> None:
     """Scores, writes the report and prints the table."""
     arguments = parse_arguments(argv)
+    arguments.device = resolve_device(arguments.device)
     with processes(arguments.device) as ranks:
         with ranks.agree():
             plan, output = make_plan(arguments)
@@ -182,6 +184,7 @@ def make_reference(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     add_reading(parser)
     arguments = parser.parse_args(argv)
+    arguments.device = resolve_device(arguments.device)
     with processes(arguments.device) as ranks:
         with ranks.agree():
             check_batch_size(arguments)
@@ -242,7 +245,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[words[0]](words[1:])
     else:
         score(words)
-
-
-if __name__ == "__main__":
-    run_script(main)

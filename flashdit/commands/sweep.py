@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flashdit.commands.arguments import (
     add_sampling,
+    add_weights,
     check_batch_size,
     chosen_metrics,
     generated_source,
@@ -30,7 +31,7 @@ from flashdit.evaluation.metrics.scoring import METRICS, check_names
 from flashdit.evaluation.reference import KeptReference
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.evaluation.reports.sweeps import Sweep, read_sweeps, table_rows, write_sweep
-from flashdit.shared.command import add_device
+from flashdit.shared.command import add_device, resolve_device
 
 MOST_SCALES = 1000
 LABELS = ("balanced", "random")
@@ -75,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cfg-scale", dest="scales", required=True, metavar="LOW:HIGH:STEP|A,B,...", help="scales to score")
     add("--checkpoint", type=Path, metavar="PATH", help="a checkpoint or run (default: the newest run)")
-    add("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    add_weights(parser)
     add("--num-images", type=int, help="at each scale (default: 1,000 for digits, 50,000 otherwise)")
     add("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
     add("--reference", metavar="NPZ|FOLDER|digits", help="default: digits for a checkpoint of digits")
@@ -172,6 +173,7 @@ def print_table(sweep: Sweep, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them."""
     arguments = parse_arguments(argv)
+    arguments.device = resolve_device(arguments.device)
     scales = parse_scales(arguments.scales)
     with processes(arguments.device) as ranks:
         with ranks.agree():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from flashdit.digits.classifier import DIGITS_WEIGHTS, SPATIAL_CHANNELS, load_digits_classifier
 from flashdit.digits.images import CLASS_NAMES
 from flashdit.shared.registry import Registry
+from flashdit.shared.weights import read_content
 
 EXTRACTORS = Registry("extractor")
 
@@ -102,13 +102,8 @@ def inception_weights_path(given: str | None) -> Path:
 
 def check_inception_weights(path: Path) -> None:
     """Refuses a file that is not a dictionary of Inception's 472 tensors; unpickles nothing but tensors."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"inception weights must be a file of tensors as torch.save writes it, got {path}"
-        ) from error
-    tensors = weights if isinstance(weights, dict) else {}
+    content = read_content(path)
+    tensors = content if isinstance(content, dict) else {}
     count = sum(not str(key).endswith("num_batches_tracked") for key in tensors)
     if count != INCEPTION_TENSORS:
         raise ValueError(f"{path} must hold the {INCEPTION_TENSORS} tensors of {INCEPTION_FILE}, got {count}")

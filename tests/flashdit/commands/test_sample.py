@@ -113,7 +113,7 @@ def test_images_have_the_wanted_size_and_other_sizes_other_noise(run):
 def test_raw_weights_and_lower_precision_are_other_images(run, tiny_checkpoint):
     one = arrays(run("ema", "--num-images", 2))[0].astype(int)
     raw = arrays(run("raw", "--num-images", 2, "--ema", "model"))[0].astype(int)
-    half = arrays(run("half", "--num-images", 2, "--dtype", "bf16"))[0].astype(int)
+    half = arrays(run("half", "--num-images", 2, "--precision", "bf16"))[0].astype(int)
     assert abs(one - raw).max() > 20
     assert 0 < abs(one - half).max() <= 8
     generator = load_generator(tiny_checkpoint, weights="model")
@@ -202,20 +202,22 @@ def foreign(tiny_checkpoint, tmp_path):
         ),
         (["--labels", "radnom"], "unknown labels 'radnom'; did you mean 'random'"),
         (["--format", "jpg"], "unknown format 'jpg'"),
-        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--num-images", "0"], "num_images must be at least 1, got 0"),
         (["--width", "33"], "width must be a multiple of 4 pixels (the VAE's factor 2 × the patch size 2)"),
         (["--height", "-4"], "height must be at least 1, got -4"),
-        (["--cfg-interval", "0.9", "0.1"], "the guidance interval must be 0 ≤ low ≤ high ≤ 1"),
+        (["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
         (["--cfg-scale", "nan"], "cfg_scale must be finite, got nan"),
         (["--sampler", "dpm"], "unknown sampler 'dpm'; did you mean 'dpm++2m'"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8' (known: bf16, fp16, fp32)"),
+        (["--precision", "fp8"], "unknown precision 'fp8' (known: bf16, fp16, fp32, tf32)"),
         (["--device", "gpu"], "--device must be one of this machine, such as cpu, got gpu"),
         (["--device", "cuda:99"], "--device must be one of this machine, such as cpu, got cuda:99"),
         (["--steps", "1000000000000000"], "steps must be at most 1,000,000, got 1000000000000000"),
-        (["--atol", "nan"], "atol and rtol must be positive, got nan and 1e-05"),
+        (["--sampler", "dopri5", "--atol", "nan"], "option 'atol' of sampler 'dopri5' must be a number"),
         (["--checkpoint", "list"], "a checkpoint must be whole and of a FlashDiT, list is not"),
         (["--checkpoint", "empty"], "a checkpoint must be whole and of a FlashDiT, empty is not"),
-        (["--atol", "0"], "atol and rtol must be positive, got 0.0 and 1e-05"),
+        (["--sampler", "dopri5", "--sampler-option", "atol=0"], "atol and rtol must be positive, got 0 and"),
+        (["--sampler-option", "order=2"], "unknown option of sampler 'euler' 'order'"),
+        (["--sampler-option", "order"], "--sampler-option must be key=value, got 'order'"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
         (["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
         (["--checkpoint", "half"], "a checkpoint must be whole and of a FlashDiT, half is not"),
