@@ -18,6 +18,7 @@ from flashdit import config
 from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.flow.samplers import SAMPLERS
 from flashdit.shared.settings import describe
+from iwin_core import IwinConfig
 from iwin_tasks.classification import config as classifier_config
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def test_every_command_has_its_section_and_help(program):
 
 
 def test_every_configuration_key_says_what_it_means():
-    keys = [*config.configuration_keys(), *describe(classifier_config.ClassifierConfig)]
+    keys = [*config.configuration_keys(), *describe(classifier_config.ClassifierConfig), *describe(IwinConfig)]
     assert sorted({key.name for key in keys if not key.doc}) == []
 
 
