@@ -172,7 +172,11 @@ def test_every_command_has_its_section_and_help(program):
 
 
 def test_every_configuration_key_says_what_it_means():
-    keys = [*config.configuration_keys(), *describe(classifier_config.ClassifierConfig), *describe(IwinConfig)]
+    keys = [
+        *config.configuration_keys(),
+        *describe(classifier_config.ClassifierConfig),
+        *describe(IwinConfig),
+    ]
     assert sorted({key.name for key in keys if not key.doc}) == []
 
 
