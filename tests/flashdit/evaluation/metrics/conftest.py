@@ -11,9 +11,9 @@ def golden() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.fixture(params=[7, 1024], ids=["small tiles", "one tile"])
+@pytest.fixture(params=[13, 1024], ids=["small tiles", "one tile"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles far smaller than the sets, so that every loop turns more than once, and the usual ones."""
     monkeypatch.setattr(distances, "TILE", request.param)
-    monkeypatch.setattr(distances, "PAIRS", max(2, request.param // 3))
+    monkeypatch.setattr(distances, "PAIRS", 5 * request.param)
     return request.param

@@ -2,7 +2,7 @@ import pytest
 import torch
 from metric_oracles import normal_rows, rows
 
-from flashdit.evaluation.metrics.distances import mean_row, nearest, squared_distances
+from flashdit.evaluation.metrics.distances import centred_tiles, mean_row, nearest, squared_distances
 
 
 def test_distances_are_within_their_rounding_of_every_direct_difference():
@@ -14,6 +14,17 @@ def test_distances_are_within_their_rounding_of_every_direct_difference():
     assert squares.dtype == rounding.dtype == torch.float64
     assert ((squares - exact).abs() <= rounding).all()
     assert (rounding < 1e-12 * (u.square().sum(1)[:, None] + v.square().sum(1))).all()
+
+
+@pytest.mark.usefixtures("tile")
+def test_tiles_hold_every_row_from_the_first_asked_for_relative_to_the_mean():
+    features = normal_rows(31, 5, 2, mean=1000.0).half()
+    origin = mean_row(features)
+    torch.testing.assert_close(origin, features.double().mean(0), rtol=1e-14, atol=0)
+    for start in (0, 9):
+        places, tiles = zip(*centred_tiles(features, origin, start), strict=True)
+        assert [row for place in places for row in range(31)[place]] == list(range(start, 31))
+        torch.testing.assert_close(torch.cat(tiles), features[start:].double() - origin, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("tile")
