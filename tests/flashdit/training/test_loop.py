@@ -229,9 +229,7 @@ def test_what_changed_is_said_on_a_resume_and_the_new_options_hold(tiny_override
 def test_records_tell_speed_waiting_and_memory(tiny_overrides, tmp_path):
     run = trainer(tiny_overrides, "training.steps=2")
     run.fit()
-    assert run.flops_per_image == 3 * forward_flops(run.config.model), (
-        "backward costs twice as much as forward"
-    )
+    assert run.flops_per_image == 3 * forward_flops(run.config.model)  # the backward pass counts twice
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["images_per_s"] > 0
     assert 0 < record["mfu"] < 1
