@@ -54,17 +54,17 @@ def test_records_of_before_have_todays_keys(record, expected):
     [
         (
             ["sampling.cfg_interval=[0.5,0.2]"],
-            r"^sampling.cfg_interval must be 0 ≤ low ≤ high ≤ 1 in time, got",
+            r"^sampling.cfg_interval must be 0 ≤ low ≤ high ≤ 1",
         ),
         (["sampling.steps=0"], r"^sampling.steps must be at least 1, got 0"),
         (["sampling.sampler=huen"], r"^sampling: unknown sampler 'huen'; did you mean 'heun'"),
         (
             ["sampling.sampler.name=dopri5", "sampling.sampler.atol=0"],
-            r"^sampling: atol and rtol must be pos",
+            "^sampling: atol and rtol must be",
         ),
         (
             ["sampling.sampler.name=heun", "sampling.sampler.atol=1"],
-            "unknown option of sampler 'heun' 'atol'",
+            "option of sampler 'heun' 'atol'",
         ),
         (["sampling.precision=fp8"], r"^sampling: unknown precision 'fp8'"),
         (["sampling.sampler=3"], r"^sampling.sampler must be a name or a mapping with 'name', got 3"),
