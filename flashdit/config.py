@@ -1,4 +1,4 @@
-"""The whole configuration of a run: each part's options composed, loaded from YAML and key=value, checked."""
+"""Configuration of a run, composed of each part's options, read from YAML and key=value, checked."""
 
 from __future__ import annotations
 
