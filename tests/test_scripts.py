@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
 
 
 def test_two_processes_train_and_one_resumes(trained, tmp_path):
-    run(*LAUNCH_2, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
+    run(*LAUNCH_2, "-m", "flashdit", "train", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
     assert last_checkpoint(tmp_path).name == "step_00000006"
     assert len(torch.load(last_checkpoint(tmp_path) / "processes.pt", weights_only=True)) == 2
     run(sys.executable, "train.py", f"run.dir={tmp_path}", *NANO)

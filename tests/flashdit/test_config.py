@@ -19,7 +19,7 @@ def test_every_shipped_config_loads(path):
     loaded = config.load(path, ["data.path=somewhere"] if needs_path else [])
     assert loaded.run.dir
     opening = path.read_text().splitlines()[:4]
-    assert any("train.py" in line for line in opening), "a YAML opens with its command"
+    assert any("flashdit train" in line for line in opening), "a YAML opens with its command"
 
 
 def test_overrides_win_and_keep_their_types():
