@@ -19,7 +19,7 @@ from flashdit.data.shards import LatentShards, write_shard
 from flashdit.flow.examples import Examples
 from flashdit.flow.times import TIMES
 from flashdit.shared.seeds import generator_for
-from flashdit.training.loop import as_batch, positions
+from flashdit.training.batches import as_batch, positions
 
 SHAPE = (32, 16, 16)
 SHARDS = 4

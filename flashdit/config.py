@@ -1,12 +1,11 @@
-"""The whole configuration of a run: the rooms' options composed, loaded from YAML and key=value, checked."""
+"""Configuration of a run, composed of each part's options, read from YAML and key=value, checked."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
@@ -15,14 +14,15 @@ from flashdit.flow.times import TIMES
 from flashdit.models.attention import ATTENTIONS
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.registry import unknown
-from flashdit.shared.settings import read
+from flashdit.shared.registry import check_type, unknown
+from flashdit.shared.settings import Key, describe, read
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 
-DEFAULT = Path(__file__).parent.parent / "configs" / "digits.yaml"
+DEFAULT = "digits"
+"""The shipped configuration of a run that names none."""
 
 
 @dataclass(kw_only=True)
@@ -71,20 +71,27 @@ class RunConfig:
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How previews are sampled, and what sample.py and eval_fid.py do unless told otherwise."""
+    """How previews are sampled, and what `flashdit sample` and `flashdit eval` use by default."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+
+def configuration_keys() -> list[Key]:
+    """Returns every key of a run's configuration, the model's arguments in place of `model`."""
+    keys = describe(RunConfig)
+    position = next(place for place, key in enumerate(keys) if key.name == "model")
+    return [*keys[:position], *describe(FlashDiT, "model."), *keys[position + 1 :]]
 
 
 def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults; None means configs/digits.yaml.
+        path: YAML that states what differs from the defaults, or a shipped one's name; None means the digits.
         overrides: `key=value` texts with dotted keys.
 
     Raises:
-        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+        ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
     config = read(path or DEFAULT, overrides, RunConfig)
     check(config)
@@ -92,14 +99,15 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    """Raises ValueError for parts of the configuration that do not fit together, before anything is built."""
     check_run(config)
-    arguments = list(inspect.signature(FlashDiT.__init__).parameters)[1:]
-    for key in config.model:
+    arguments = get_type_hints(FlashDiT.__init__)
+    for key, value in config.model.items():
         if key not in arguments:
             raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in arguments])
+        if key != "attention":
+            check_type(f"model.{key}", value, arguments[key])
     if "attention" in config.model:
         ATTENTIONS.options(config.model["attention"])
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
-    config.sampling.check()

@@ -7,26 +7,17 @@ nobody.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import socket
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-from flashdit.shared.command import add_device, run_script
-from flashdit.web.studio import Studio, load_generators
+from flashdit.commands.arguments import add_weights
+from flashdit.shared.command import add_device, resolve_device
 
 HOST, PORT = "127.0.0.1", 7860
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(
-        prog="flashdit app", description="A web page that samples from trained models."
-    )
+    parser = argparse.ArgumentParser(description="A web page that samples from trained models.")
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -35,10 +26,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN",
         help="runs or checkpoint folders; several can be shown side by side (default: the newest run)",
     )
-    add(
-        "--ema", default="ema", metavar="WEIGHTS", help="ema (default), model for the raw weights, or another"
-    )
-    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add_weights(parser)
     add("--host", default=HOST, help=f"address to listen on (default: {HOST}, this machine alone)")
     add("--port", type=int, default=PORT, help=f"(default: {PORT})")
     add_device(parser)
@@ -48,55 +36,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def check_free(host: str, port: int) -> None:
-    """Raises ValueError unless this host and port can be listened on."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise ValueError(
-            f"--host and --port must be free to listen on, got {host} {port}: {error}"
-        ) from error
-
-
-def serve(studio: Studio, host: str, port: int) -> None:
-    """Serves the page until it is interrupted.
-
-    Raises:
-        ValueError: If gradio is not installed.
-    """
-    os.environ |= QUIET
-    try:
-        from flashdit.web.page import CSS, THEME, make_page
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the web page needs gradio (pip install 'flashdit[app]'): {error}") from error
-    page = make_page(studio)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        theme=THEME,
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-    )
-    print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads the models, then serves the page."""
-    arguments = parse(argv)
-    check_free(arguments.host, arguments.port)
-    generators = load_generators(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes with the process
-    with tempfile.TemporaryDirectory(prefix="flashdit-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/served"
-        serve(Studio(generators, Path(folder)), arguments.host, arguments.port)
+    """Parses the command line, then serves the page."""
+    given = parse(argv)
+    device = resolve_device(given.device)
 
+    from flashdit.shared.process import keep_freed_memory
+    from flashdit.web.serve import serve
 
-if __name__ == "__main__":
-    run_script(main)
+    if device.startswith("cpu"):
+        keep_freed_memory()
+    serve(given.checkpoint, given.host, given.port, device, given.vae, given.ema)

@@ -1,20 +1,29 @@
-"""What the scripts share: sampling options, and a user's mistake as one line on stderr and exit status 2."""
+"""Options that several commands share; declaring them imports no torch."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-import torch
+from flashdit.shared.registry import announced
 
-from flashdit.flow.samplers import ADAPTIVE, SAMPLERS
-from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator, sampling_options
-from flashdit.sampling.options import SamplingOptions
-from flashdit.training.options import DTYPES
+if TYPE_CHECKING:
+    import torch
+
+    from flashdit.sampling.checkpoint import CheckpointGenerator
 
 SAMPLING = (
-    *("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
-    *("height", "width", "dtype", "atol", "rtol"),
+    *("sampler", "sampler_option", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
+    *("height", "width", "precision"),
 )
+WEIGHTS = "ema (default), model for the raw weights, or another"
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Adds what names a checkpoint's weights and its VAE."""
+    add = parser.add_argument
+    add("--ema", default="ema", metavar="WEIGHTS", help=WEIGHTS)
+    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -23,18 +32,33 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "sampling (what is not given is as the checkpoint's configuration has it)"
     )
     add = group.add_argument
-    add("--sampler", metavar="NAME", help=" or ".join(SAMPLERS))
-    add("--steps", type=int, metavar="N", help=f"updates of the sampler; {' and '.join(ADAPTIVE)} takes none")
+    add("--sampler", metavar="NAME", help=", ".join(sorted(announced("flashdit.samplers"))))
+    add(
+        "--sampler-option",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="options of the sampler (listed by: flashdit list samplers)",
+    )
+    for name in ("atol", "rtol"):
+        text = f"the same as --sampler-option {name}=TOLERANCE"
+        add(
+            f"--{name}",
+            nargs=1,
+            action="extend",
+            dest="sampler_option",
+            type=f"{name}={{}}".format,
+            metavar="TOLERANCE",
+            help=text,
+        )
+    add("--steps", type=int, metavar="N", help="updates of the sampler; an adaptive one takes none")
     add("--cfg-scale", type=float, metavar="W", help="guidance scale; 1 is the conditional model")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts")
     add("--shift", type=float, help="below 1, finer steps near noise")
     add("--seed", type=int)
     add("--height", type=int, help="in pixels; any multiple of the VAE's factor times the patch size")
     add("--width", type=int, help="in pixels; likewise")
-    add("--dtype", help=f"of the model's matrix products: {' or '.join(DTYPES)}")
-    add("--atol", type=float, help="absolute tolerance of an adaptive sampler")
-    add("--rtol", type=float, help="relative tolerance of an adaptive sampler")
-    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add("--precision", help="what the model computes in: fp32, tf32, bf16 or fp16")
     add(
         "--compile",
         action="store_true",
@@ -43,17 +67,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the sampling options that the command line gives, None where it gives none."""
+    return {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")}
+
+
 def open_generator(
     arguments: argparse.Namespace, device: torch.device | str | None = None
 ) -> CheckpointGenerator:
-    """Returns the generator of `--checkpoint`, on a device or `--device`, compiled if that was asked for."""
+    """Returns the generator of `--checkpoint` on a device or `--device`, compiled if that was asked for."""
+    from flashdit.sampling.checkpoint import load_generator
+    from flashdit.shared.process import keep_freed_memory
+
     where = arguments.device if device is None else device
-    generator = load_generator(arguments.checkpoint, where, arguments.vae, arguments.ema)
-    if arguments.compile:
-        generator.compile()
-    return generator
-
-
-def options_from(arguments: argparse.Namespace, generator: CheckpointGenerator) -> SamplingOptions:
-    """Returns the checkpoint's sampling options with what the command line says otherwise, checked."""
-    return sampling_options(generator, {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")})
+    if str(where).startswith("cpu"):
+        keep_freed_memory()
+    given = (arguments.checkpoint, where, arguments.vae, arguments.ema)
+    return load_generator(*given, compiled=bool(arguments.compile))

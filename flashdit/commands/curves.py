@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ import yaml
 
 from flashdit.shared.files import write_atomically
 from flashdit.shared.registry import announced
-from flashdit.training.tracking import METRICS
+from flashdit.shared.runs import METRICS_FILE
 
 SHIPPED = Path("assets", "curves")  # beside the module that announces a data set
 TASK = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
-SCORES = ("fid", "fd", "sfid", "kid", "is_mean", "precision", "recall", "accuracy", "ema_top")  # beginnings
+OLDER_SCORES = (
+    *("fid", "fd", "sfid", "sfd", "kid", "kd", "is_mean"),
+    *("precision", "recall", "accuracy", "ema_top"),
+)
+"""Beginnings of the scores' names, for runs whose records do not list their `scores`."""
 REFERENCE_POINTS = 100
 Curve = list[tuple[float, float]]
 """(images seen, value), by rising images."""
@@ -33,48 +37,58 @@ class RunCurves:
     """Its configuration as far as it says what a loss is of."""
     curves: dict[str, Curve]
     """By metric."""
+    scores: list[str] = field(default_factory=list)
+    """The metrics that are scores of evaluations within training."""
 
 
-def is_score(metric: str) -> bool:
-    """Returns whether a metric is of evaluations within training: few points, which are not smoothed."""
-    return metric.startswith(SCORES)
+def list_scores(curves: Iterable[str], listed: Iterable[str]) -> list[str]:
+    """Returns which metrics are scores: those that records list, or by their names where no record does."""
+    scores = set(listed) or {name for name in curves if name.startswith(OLDER_SCORES)}
+    return [name for name in curves if name in scores]
 
 
 def read_run(run: Path) -> RunCurves:
     """Returns the curves of a run's folder.
 
     Raises:
-        ValueError: If it is no run or its records cannot be read.
+        ValueError: If it is no run or its records are invalid.
     """
-    path = run / METRICS
+    path = run / METRICS_FILE
     if not path.is_file():
-        raise ValueError(f"a run must be a folder that holds {METRICS}, got {run}")
+        raise ValueError(f"a run must be a folder that holds {METRICS_FILE}, got {run}")
     curves: dict[str, Curve] = {}
+    listed: set[str] = set()
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         if not line.endswith("\n"):  # a running or killed process is within it
             break
-        for name, point in _points(line, path, number):
+        points, scores = _read_record(line, path, number)
+        listed |= scores
+        for name, point in points.items():
             curves.setdefault(name, []).append(point)
     if not curves:
         raise ValueError(f"a run must have logged before it can be drawn, {path} is empty")
     config = run / "config.yaml"
     stated = yaml.safe_load(config.read_text()) if config.is_file() else {}
     return RunCurves(
-        name=run.resolve().name, task={key: stated[key] for key in TASK if key in stated}, curves=curves
+        name=run.resolve().name,
+        task={key: stated[key] for key in TASK if key in stated},
+        curves=curves,
+        scores=list_scores(curves, listed),
     )
 
 
-def _points(line: str, path: Path, number: int) -> list[tuple[str, tuple[float, float]]]:
-    """Returns the finite numbers of a record with its images seen."""
+def _read_record(line: str, path: Path, number: int) -> tuple[dict[str, tuple[float, float]], set[str]]:
+    """Returns the finite numbers of a record with its images seen, and which of them it lists as scores."""
     try:
         record = json.loads(line)
-        images = float(record["images_seen"])
+        images, scores = float(record["images_seen"]), set(record.get("scores", ()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must hold a record with images_seen in each line, line {number} is not"
         ) from error
     numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-    return [(name, (images, float(value))) for name, value in numbers.items() if math.isfinite(value)]
+    points = {name: (images, float(value)) for name, value in numbers.items() if math.isfinite(value)}
+    return points, scores
 
 
 def smooth(curve: Curve, share: float) -> Curve:
@@ -123,7 +137,8 @@ def thin(curve: Curve, points: int) -> Curve:
 def write_reference(run: RunCurves, metrics: Sequence[str], path: Path) -> None:
     """Writes a thinned copy of a run, as it ships with its preset."""
     curves = {name: thin(run.curves[name], REFERENCE_POINTS) for name in metrics}
-    text = json.dumps(asdict(RunCurves(name=run.name, task=run.task, curves=curves))) + "\n"
+    thinned = replace(run, curves=curves, scores=[name for name in run.scores if name in curves])
+    text = json.dumps(asdict(thinned)) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
@@ -138,7 +153,8 @@ def read_reference(path: Path) -> RunCurves:
         curves = {
             name: [(float(x), float(y)) for x, y in points] for name, points in content["curves"].items()
         }
-        return RunCurves(name=content["name"], task=content["task"], curves=curves)
+        scores = list_scores(curves, content.get("scores", ()))
+        return RunCurves(name=content["name"], task=content["task"], curves=curves, scores=scores)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"a reference must be a file of --write-reference, {path} is not: {error}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import SAMPLING, open_generator
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
-from flashdit.shared.command import check_device, run_script
+from flashdit.shared.command import resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan
@@ -86,7 +86,7 @@ def open_all(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Plan, Path]:
 def score(argv: Sequence[str]) -> None:
     """Scores, writes the report and prints the table."""
     arguments = parse_arguments(argv)
-    arguments.device = check_device(arguments.device)
+    arguments.device = resolve_device(arguments.device)
 
     from flashdit.evaluation.evaluate import evaluate_fully
     from flashdit.evaluation.features.ranks import processes
@@ -137,7 +137,7 @@ def make_reference(argv: Sequence[str]) -> None:
         raise ValueError(f"a reference must be written to an .npz file, got {arguments.output}")
     if arguments.batch_size < 1:
         raise ValueError(f"the batch size must be positive, got {arguments.batch_size}")
-    device = check_device(arguments.device)
+    device = resolve_device(arguments.device)
 
     from flashdit.evaluation.features.cache import FeatureCache
     from flashdit.evaluation.features.extractors import build_extractor
@@ -209,7 +209,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[words[0]](words[1:])
     else:
         score(words)
-
-
-if __name__ == "__main__":
-    run_script(main)

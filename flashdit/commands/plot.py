@@ -1,29 +1,26 @@
-"""`flashdit plot RUN [RUN…]`: losses and scores of runs side by side, over the images they saw."""
+"""Draws losses and scores of runs side by side, over the images they saw: `flashdit plot RUN [RUN…]`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any
 
 from flashdit.commands.curves import (
     Curve,
     RunCurves,
-    is_score,
     read_reference,
     read_run,
     shipped_references,
     smooth,
     write_reference,
 )
-from flashdit.shared.charts import COLOURS, new_axes, save_figure
-from flashdit.shared.command import run_script
 from flashdit.shared.registry import unknown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REFERENCE_COLOUR = "#3c4350"
 STYLES = ("-", "--", ":")
@@ -36,7 +33,6 @@ LARGER = 1.4  # than a panel of a sweep
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
     parser = argparse.ArgumentParser(
-        prog="flashdit plot",
         description="Draws the losses of runs over the images they have seen, and the scores of evaluations "
         "within training where there are some. Beside a run of a small preset's task stands the curve that "
         "ships with the preset, made by --write-reference from the preset's own run.",
@@ -77,7 +73,12 @@ def pick_metrics(text: str, runs: Sequence[RunCurves]) -> list[str]:
     for name in named:
         if name not in known:
             raise unknown("metric", name, known)
-    return list(dict.fromkeys([*named, *filter(is_score, known)]))
+    return list(dict.fromkeys([*named, *(name for name in known if name in scores_of(runs))]))
+
+
+def scores_of(runs: Sequence[RunCurves]) -> set[str]:
+    """Returns which metrics are scores of evaluations in a run: few points, which are not smoothed."""
+    return {name for run in runs for name in run.scores}
 
 
 def distinct(runs: Sequence[RunCurves], paths: Sequence[Path]) -> list[RunCurves]:
@@ -105,18 +106,25 @@ def draw(
         smoothing: As a share of a run's length.
         path: Of the figure.
     """
+    from matplotlib.ticker import EngFormatter
+
+    from flashdit.shared.charts import COLOURS, new_axes, save_figure
+
+    scores = scores_of([*runs, *references])
     figure, all_axes = new_axes(metrics, "images seen", columns=2)
     figure.set_size_inches(*(LARGER * figure.get_size_inches()))
     for axes, metric in zip(all_axes, metrics, strict=True):
+        share = 0.0 if metric in scores else smoothing
         for place, run in enumerate(runs):
             colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
-            if smoothing and run.curves.get(metric) and not is_score(metric):
+            if share and run.curves.get(metric):
                 axes.plot(*zip(*run.curves[metric], strict=True), color=colour, linewidth=0.8, alpha=0.3)
-            draw_curve(axes, run, metric, smoothing, run.name, color=colour, linestyle=style, linewidth=1.7)
+            line: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.7}
+            draw_curve(axes, run.curves.get(metric), metric in scores, share, run.name, line)
         for reference in references:  # above the runs, for where it is the same
+            line = {"color": REFERENCE_COLOUR, "linestyle": "--", "linewidth": 1.1}
             label = f"{reference.name}, reference"
-            look: dict[str, Any] = {"color": REFERENCE_COLOUR, "linestyle": "--", "linewidth": 1.1}
-            draw_curve(axes, reference, metric, smoothing, label, **look)
+            draw_curve(axes, reference.curves.get(metric), metric in scores, share, label, line)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         fit_values(axes, [run.curves[metric] for run in (*runs, *references) if metric in run.curves])
@@ -124,18 +132,25 @@ def draw(
     save_figure(figure, path)
 
 
-def draw_curve(axes: Axes, run: RunCurves, metric: str, smoothing: float, label: str, **look: Any) -> None:
-    """Draws one curve, smoothed, or a score's points as they are; the label gives where it ends."""
-    curve = run.curves.get(metric)
+def draw_curve(
+    axes: Axes, curve: Curve | None, is_score: bool, smoothing: float, label: str, line: Mapping[str, Any]
+) -> None:
+    """Draws one curve, smoothed, or the points of a score; the label gives where it ends.
+
+    Args:
+        axes: The panel.
+        curve: None draws nothing.
+        is_score: Whether each point is marked and the last one, not the mean of the end, is in the label.
+        smoothing: As a share of the curve's length.
+        label: Name of the run.
+        line: Colour and style.
+    """
     if not curve:
         return
     tail = [value for images, value in curve if images >= (1 - TAIL) * curve[-1][0]]
-    end = curve[-1][1] if is_score(metric) else sum(tail) / len(tail)
-    if is_score(metric):
-        look |= {"marker": "o", "markersize": 3.5}
-    else:
-        curve = smooth(curve, smoothing)
-    axes.plot(*zip(*curve, strict=True), label=f"{label}: {end:.4g}", **look)
+    end = curve[-1][1] if is_score else sum(tail) / len(tail)
+    marks = {"marker": "o", "markersize": 3.5} if is_score or len(curve) == 1 else {}
+    axes.plot(*zip(*smooth(curve, smoothing), strict=True), label=f"{label}: {end:.4g}", **line, **marks)
 
 
 def fit_values(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -170,7 +185,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = arguments.output or arguments.runs[0] / "curves.png"
     draw(runs, references, metrics, arguments.smoothing, output)
     print(f"wrote {output}")
-
-
-if __name__ == "__main__":
-    run_script(main)

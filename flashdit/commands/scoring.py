@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.commands.arguments import add_sampling, options_from
+from flashdit.commands.arguments import add_sampling, add_weights, given_sampling
 from flashdit.shared.command import add_device
 from flashdit.shared.registry import announced
 
@@ -25,7 +25,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what = parser.add_argument_group("what is scored (default: the newest run's checkpoint)")
     what.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint to sample from")
     what.add_argument("--num-images", type=int, metavar="N", help="default: as many as fit the reference")
-    what.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
+    add_weights(what)
     what.add_argument(
         "--labels", metavar="KIND", help="balanced: equal shares (default), or random; in random order"
     )
@@ -67,11 +67,12 @@ def make_request(
 ) -> EvaluationRequest:
     """Returns the request of a command line: for a generator's samples, or for those of a path."""
     from flashdit.evaluation.request import EvaluationRequest
+    from flashdit.sampling.checkpoint import sampling_options
 
     return EvaluationRequest(
         samples=samples,
         generator=generator,
-        sampling=None if generator is None else options_from(arguments, generator),
+        sampling=None if generator is None else sampling_options(generator, given_sampling(arguments)),
         data=None if generator is None else generator.data_name,
         labels=arguments.labels or "balanced",
         num_images=arguments.num_images,

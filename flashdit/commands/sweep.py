@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashdit.commands.arguments import open_generator
 from flashdit.commands.scoring import add_evaluation, make_request
-from flashdit.shared.command import check_device
+from flashdit.shared.command import resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Plan
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them."""
     arguments = parse_arguments(argv)
     scales = parse_scales(arguments.scales)
-    arguments.device = check_device(arguments.device)
+    arguments.device = resolve_device(arguments.device)
 
     from flashdit.evaluation.evaluate import evaluate
     from flashdit.evaluation.features.ranks import processes

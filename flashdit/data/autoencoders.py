@@ -37,6 +37,11 @@ def load_vae(name: str) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Returns how many pixels of a side one latent stands for."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
 def vae_identity(vae: AutoencoderKL) -> str:
     """Returns the SHA-256 of a VAE's configuration and weights: what tells VAEs apart."""
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}

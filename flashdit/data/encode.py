@@ -10,16 +10,15 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from flashdit.data.autoencoders import encode_images, load_vae
+from flashdit.data.autoencoders import encode_images, load_vae, vae_factor
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
-from flashdit.shared.process import allow_tf32
+from flashdit.shared.process import computing_in
 from flashdit.shared.seeds import generator_for
 
 BATCH = 64
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_latents(
@@ -77,8 +76,6 @@ def encode(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bo
 class MirrorEncoder:
     """Images → latents of each image and of its mirror, as they are stored.
 
-    Sets TF32 for the whole process, which torch has no other way to say.
-
     Args:
         vae: The VAE, frozen; it is moved to the device.
         device: Where it runs.
@@ -92,8 +89,7 @@ class MirrorEncoder:
     ):
         vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.vae, self.device, self.seed = vae, device, seed
-        self.autocast, self.dtype = AUTOCAST[precision], DTYPES[dtype]
-        allow_tf32(precision == "tf32")
+        self.precision, self.dtype = precision, DTYPES[dtype]
 
     def shape(self, image_size: int) -> tuple[int, ...]:
         """Returns the shape (C, H, W) of a latent of images (3, S, S).
@@ -101,7 +97,7 @@ class MirrorEncoder:
         Raises:
             ValueError: If the VAE's factor does not divide the side.
         """
-        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        factor = vae_factor(self.vae)
         if image_size % factor:
             raise ValueError(f"the image size must be a multiple of the VAE's {factor=}, got {image_size}")
         return self.vae.config["latent_channels"], image_size // factor, image_size // factor
@@ -116,7 +112,7 @@ class MirrorEncoder:
         noise: list[Tensor | None] = [None, None]
         if self.seed is not None:
             noise = list(torch.stack([self._noise(row, images.shape[-1]) for row in rows], 1))
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with computing_in(self.precision, self.device):
             pairs = zip((images, images.flip(-1)), noise, strict=True)
             return torch.stack([encode_images(self.vae, *pair).to(self.dtype).cpu() for pair in pairs])
 

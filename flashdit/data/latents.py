@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdit.data.autoencoders import load_vae, vae_identity
+from flashdit.data.autoencoders import load_vae, vae_factor, vae_identity
 
 DECODED_AT_ONCE = 32
 """Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
@@ -42,7 +43,7 @@ def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LatentSpace:
-    """Where the model lives: (z − mean) / std · multiplier of a VAE's latents z, per channel.
+    """The model's latents: (z − mean) / std · multiplier of a VAE's latents z, per channel.
 
     Args:
         mean: (1, C, 1, 1).
@@ -62,8 +63,21 @@ class LatentSpace:
     ):
         self.mean, self.std = mean, std
         self.options = options
-        self.vae = vae
-        self.identity = vae_identity(vae) if vae is not None else identity
+        self.vae, self.stated_identity = vae, identity
+
+    @cached_property
+    def identity(self) -> str | None:
+        """What tells the VAE apart: SHA-256 of its configuration and weights; None where it is unknown."""
+        return self.stated_identity if self.vae is None else vae_identity(self.vae)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side that one latent stands for.
+
+        Raises:
+            ValueError: If the space has no VAE.
+        """
+        return vae_factor(self.need_vae())
 
     def to(self, device: torch.device | str) -> LatentSpace:
         """Moves the statistics and the VAE to a device and returns the space."""
@@ -81,16 +95,19 @@ class LatentSpace:
         return latents / self.options.multiplier * self.std + self.mean
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns the images of the model's latents: (B, C, H, W) → uint8 (B, 3, H·f, W·f).
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Returns the images of the model's latents: (B, C, H, W) → float32 (B, 3, H·f, W·f), about −1 to 1.
 
         Raises:
             ValueError: If the space has no VAE.
         """
         vae = self.need_vae()
         parts = self.denormalise(latents).to(vae.dtype).split(DECODED_AT_ONCE)
-        pixels = torch.cat([vae.decode(part).sample for part in parts])  # type: ignore[union-attr]
-        return (pixels.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        return torch.cat([vae.decode(part).sample for part in parts]).float()  # type: ignore[union-attr]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the images of the model's latents, rounded: (B, C, H, W) → uint8 (B, 3, H·f, W·f)."""
+        return (self.pixels(latents) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def need_vae(self) -> AutoencoderKL:
         """Returns the VAE, or says how to give one."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from flashdit.shared.weights import read_tensors
 
 NETWORK = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 NEEDED = (
@@ -59,26 +57,6 @@ def load_ldm_vae(path: Path) -> AutoencoderKL:
     except RuntimeError as error:
         raise ValueError(f"{path} must be an AutoencoderKL in LDM's layout: {error}") from error
     return vae
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint file, which may lie under `state_dict` or `model`."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"a VAE's file must hold tensors and nothing else, {path} does not: {error}"
-        ) from error
-    for name in ("state_dict", "model"):
-        if isinstance(stored, Mapping) and isinstance(stored.get(name), Mapping):
-            stored = stored[name]
-    if not isinstance(stored, Mapping):
-        raise ValueError(
-            f"a VAE's file must hold a mapping of tensors, {path} holds a {type(stored).__name__}"
-        )
-    return {key: value for key, value in stored.items() if isinstance(value, Tensor)}
 
 
 def ldm_config(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -109,6 +109,10 @@ class ImagesOptions:
     mirrors: bool = True
     """Whether images are mirrored half the time."""
 
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+
 
 @DATASETS.register("images", ImagesOptions)
 class ImageFolder:

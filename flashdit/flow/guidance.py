@@ -7,16 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (B, …), t (B,), y (B,)) → v."""
 Velocity = Callable[[Tensor, float], Tensor]
+"""(x_t, t) → v, at one time for the whole batch."""
 ROUNDING = 1e-9  # a grid time that means an end of the interval meets it this closely
 
 
-def check_interval(interval: tuple[float, float]) -> None:
-    """Raises ValueError unless 0 ≤ low ≤ high ≤ 1."""
+def check_interval(interval: tuple[float, float], name: str = "the guidance interval") -> None:
+    """Raises ValueError unless 0 ≤ low ≤ high ≤ 1; `name` is what the message calls the interval."""
     low, high = interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"the guidance interval must be 0 ≤ low ≤ high ≤ 1 in time, got {low} {high}")
+        raise ValueError(f"{name} must be 0 ≤ low ≤ high ≤ 1 in time, got {low} {high}")
 
 
 def scale_at(t: float, scale: float, interval: tuple[float, float]) -> float:
@@ -31,7 +33,7 @@ def evaluations(t: float, scale: float, interval: tuple[float, float]) -> int:
 
 
 def guide(
-    model: Model,
+    model: VelocityModel,
     labels: Tensor,
     null_label: int,
     scale: float = 1.0,
@@ -52,7 +54,7 @@ def guide(
         channels: How many leading channels are guided; None guides all, 3 is LightningDiT's legacy form.
 
     Raises:
-        ValueError: If the interval is upside down or leaves [0, 1].
+        ValueError: If the interval is reversed or leaves [0, 1].
 
     Source: Ho & Salimans 2022, eq. (6), written for velocities; interval: Kynkäänniemi et al. 2024.
     """

@@ -24,6 +24,10 @@ class LogitNormalOptions:
     """Below 0, more noise."""
     std: float = 1.0
 
+    def __post_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"std of logit-normal times must be positive, got {self.std}")
+
 
 class Uniform:
     """Uniform draws (B,) in [0, 1) → times: themselves."""
@@ -45,15 +49,10 @@ class LogitNormal:
     Args:
         options: Mean and standard deviation of logit(t).
 
-    Raises:
-        ValueError: If std is not positive.
-
     Source: Esser et al. 2024 (SD3), eq. (19); LightningDiT's use_lognorm has mean 0 and std 1.
     """
 
     def __init__(self, options: LogitNormalOptions):
-        if options.std <= 0:
-            raise ValueError(f"std of logit-normal times must be positive, got {options.std}")
         self.options = options
 
     def __call__(self, uniform: Tensor) -> Tensor:

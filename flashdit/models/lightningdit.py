@@ -8,58 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from flashdit.models.weights import fit_weights
+from flashdit.models.weights import ROPE_KEYS, fit_weights
+from flashdit.shared.weights import read_tensors, unwrap
 
 if TYPE_CHECKING:
     from flashdit.models.dit import FlashDiT
 
 logger = logging.getLogger(__name__)
-WRAPPERS = ("ema", "model", "state_dict")
-PREFIXES = ("module.", "_orig_mod.")
-ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
-
-
-def read_state(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the state dict of a LightningDiT file, its EMA where it has one, without wrapper prefixes.
-
-    Args:
-        source: A .safetensors file, a file of torch.save, or what such a file holds.
-
-    Raises:
-        ValueError: If the file cannot be read as one.
-    """
-    state = source if isinstance(source, Mapping) else _read_file(Path(source))
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"LightningDiT weights must be tensors by name, got {type(state).__name__} in {source}"
-        )
-    for name in WRAPPERS:
-        if isinstance(state.get(name), Mapping):
-            state = state[name]
-            break
-    return {_bare(key): value for key, value in state.items()}
-
-
-def _read_file(path: Path) -> Mapping[str, Any]:
-    """Returns what a .safetensors file or a file of torch.save holds, or raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"LightningDiT weights must be a file, got {path}")
-    try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu")
-    except Exception as error:
-        rule = "LightningDiT weights must load with weights_only=True"
-        raise ValueError(f"{rule}, {path} does not: {error}") from error
-
-
-def _bare(key: str) -> str:
-    """Returns the key without the prefixes that DDP and torch.compile add."""
-    while key.startswith(PREFIXES):
-        key = key.partition(".")[2]
-    return key
 
 
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -123,12 +80,12 @@ def load_lightningdit(
     """
     from flashdit.models.sizes import SIZES
 
-    state = read_state(source)
+    state = unwrap(source) if isinstance(source, Mapping) else read_tensors(source)
     config = infer_config(state, SIZES) | dict(overrides)
     if "num_heads" not in config:
         raise ValueError("num_heads cannot be inferred from these weights: give num_heads=...")
     model = model_type(**config)
-    new = fit_weights(model, {key: value for key, value in state.items() if key not in ROPE_KEYS})
+    new = fit_weights(model, state)
     if new:
         logger.warning("new and zero-initialised: %s", ", ".join(new))
     return model.eval()

@@ -1,16 +1,28 @@
-"""Weights from elsewhere fitted to a FlashDiT: what is kept, what is new, and what is refused."""
+"""Weights from elsewhere loaded into a FlashDiT: what is kept, what is new, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from flashdit.shared.runs import find_checkpoint
+from flashdit.shared.weights import read_tensors
+
+if TYPE_CHECKING:
+    from flashdit.models.dit import FlashDiT
+
 logger = logging.getLogger(__name__)
 LABELS = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"
+ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
+UNSEEN = ("num_heads", "time_scale")
+"""Options that no tensor's shape shows: with others, the weights load and mean nothing."""
 
 
 def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool = False) -> list[str]:
@@ -31,7 +43,8 @@ def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool
     Raises:
         ValueError: If tensors are missing, left over or of another shape.
     """
-    own, state = model.state_dict(), dict(given)
+    own = model.state_dict()
+    state = {key: value for key, value in given.items() if key not in ROPE_KEYS}
     if POSITIONS not in own:
         if state.pop(POSITIONS, None) is not None:
             logger.warning("these weights know a position table, which position_embedding=none leaves out")
@@ -50,3 +63,36 @@ def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool
         raise ValueError(f"weights of another shape than the configuration's: {', '.join(wrong)}")
     model.load_state_dict(state)
     return new
+
+
+def check_unseen(model: FlashDiT, folder: Path) -> None:
+    """Raises ValueError if a model folder's weights were trained with other such options."""
+    theirs = json.loads((folder / "config.json").read_text())
+    own = model.config
+    other = [f"{key}={own[key]} for {theirs[key]}" for key in UNSEEN if theirs.get(key, own[key]) != own[key]]
+    if other:
+        rule = f"weights need the options they were trained with, those of {folder} too"
+        raise ValueError(f"{rule}, got {', '.join(other)}")
+
+
+def start_from(model: FlashDiT, source: Path | str) -> list[str]:
+    """Loads weights to start from, for the same or another set of classes, resolution or kind of attention.
+
+    Args:
+        model: Freshly built; changed in place.
+        source: A run or a checkpoint, whose average is meant; a folder of `save_pretrained`; or a file of
+            weights in LightningDiT's or FlashDiT's layout.
+
+    Returns:
+        The names of what the weights lacked: zero convolutions, a label table for other classes.
+
+    Raises:
+        ValueError: If there are no weights, or they do not fit.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"weights must be a run, a checkpoint, a model folder or a file, got {path}")
+    if path.is_dir():
+        path = path if (path / "config.json").is_file() else find_checkpoint(path) / "ema"
+        check_unseen(model, path)
+    return fit_weights(model, read_tensors(path), new_classes=True)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from flashdit.data.latents import LatentSpace
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.generator import ImageGenerator
-from flashdit.sampling.options import SamplingOptions, nfe
+from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.records import change_sampler, current_sampling
 from flashdit.shared.registry import unknown
 from flashdit.shared.runs import LATENTS, find_checkpoint, newest_run, read_state
 
@@ -61,7 +62,7 @@ class CheckpointGenerator(ImageGenerator):
             state = read_state(checkpoint)
             self.data_name: str = state["data_name"]
             self.step: int = state["step"]
-            self.sampling = SamplingOptions(**state["sampling"])
+            self.sampling = SamplingOptions(**current_sampling(state["sampling"]))
             class_names = list(state["class_names"])
             space = LatentSpace.load(checkpoint / LATENTS, vae)
         except (KeyError, TypeError, AttributeError, JSONDecodeError, OSError, SafetensorError) as error:
@@ -83,8 +84,7 @@ class CheckpointGenerator(ImageGenerator):
         digest = hashlib.sha256()
         for path in sorted((self.checkpoint / self.weights).glob("*.safetensors")):
             with path.open("rb") as file:
-                while chunk := file.read(2**24):
-                    digest.update(chunk)
+                hashlib.file_digest(file, lambda: digest)
         return {
             "checkpoint": str(self.checkpoint),
             "step": self.step,
@@ -95,16 +95,14 @@ class CheckpointGenerator(ImageGenerator):
             "compile": self.is_compiled,
         }
 
-    def nfe(self, options: SamplingOptions) -> int | None:
-        """Returns how many model evaluations one image takes; None where it differs by image."""
-        return nfe(options)
-
 
 def load_generator(
     checkpoint: Path | str | None = None,
     device: torch.device | str = "cpu",
     vae: str | None = None,
     weights: str = "ema",
+    *,
+    compiled: bool = False,
 ) -> CheckpointGenerator:
     """Returns the generator of a checkpoint.
 
@@ -113,25 +111,32 @@ def load_generator(
         device: Where to run.
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
+        compiled: Whether to compile the model: slow to start, then faster.
 
     Raises:
         ValueError: If there is no checkpoint, or its VAE is missing or another one.
     """
     chosen = newest_run(holding=LATENTS) if checkpoint is None else checkpoint
-    return CheckpointGenerator(find_checkpoint(chosen), device, vae, weights)
+    generator = CheckpointGenerator(find_checkpoint(chosen), device, vae, weights)
+    if compiled:
+        generator.compile()
+    return generator
 
 
 def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -> SamplingOptions:
     """Returns the checkpoint's sampling options with those that are given and not None, checked.
 
+    Args:
+        generator: Of the checkpoint.
+        given: Fields of SamplingOptions, `sampler` by name, and `sampler_option`, the sampler's own options
+            as `key=value` texts.
+
     Raises:
         ValueError: If an option, or the size for this model, is invalid, or the VAE is missing.
     """
-    options = replace(
-        generator.sampling, **{name: value for name, value in given.items() if value is not None}
-    )
-    options.check()
-    generator.space.need_vae()
-    if options.height or options.width:
-        generator.latent_shape(options)
+    changes = {name: value for name, value in given.items() if value is not None}
+    name, texts = changes.pop("sampler", None), changes.pop("sampler_option", ())
+    changes["sampler"] = change_sampler(generator.sampling.sampler, name, texts)
+    options = replace(generator.sampling, **changes)
+    generator.image_size(options)
     return options

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from flashdit.shared.registry import unknown
 from flashdit.shared.seeds import generator_for
 
 ALL = "all"
 NEAREST = 3
+ORDERS = ("balanced", "random")
+PER_CLASS, FIRST_CLASSES = 10, 10
+"""Images of each class, and classes, where nothing else is asked for."""
 
 
-def class_ids(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
+def class_ids(names: Sequence[str | int], class_names: Sequence[str]) -> list[int]:
     """Returns the ids of classes given by id or by name.
 
     Args:
-        names: Ids as text, or names; capitals do not matter, and one of a class's names that commas part will
-            do. `all` alone stands for every class.
+        names: Ids as numbers or text, or names; capitals do not matter, and of several names with commas
+            between them one is enough. `all` alone stands for every class.
         class_names: The model's, one per class.
 
     Raises:
@@ -34,8 +39,11 @@ def class_ids(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
     return [_class_id(name, class_names, known) for name in names]
 
 
-def _class_id(name: str, class_names: Sequence[str], known: dict[str, list[int]]) -> int:
+def _class_id(name: str | int, class_names: Sequence[str], known: dict[str, list[int]]) -> int:
     """Returns the id of one class."""
+    count = len(class_names)
+    if not isinstance(name, str):  # 0 is the null label of a model without classes
+        return _checked(name, max(1, count))
     exact = [i for i, other in enumerate(class_names) if other == name]
     ids = exact or known.get(name.strip().lower(), [])
     if len(ids) > 1:
@@ -44,16 +52,51 @@ def _class_id(name: str, class_names: Sequence[str], known: dict[str, list[int]]
         )
     if ids:
         return ids[0]
-    count = len(class_names)
     if not name.lstrip("-").isdecimal():
         nearest = difflib.get_close_matches(name.lower(), known, n=NEAREST)
         hint = f"; did you mean {' or '.join(repr(word) for word in nearest)}?" if nearest else ""
         raise ValueError(f"unknown class '{name}'{hint} (this model has {count} classes)")
     if not count:
         raise ValueError(f"this model has no classes, got class {name}")
-    if not 0 <= int(name) < count:
-        raise ValueError(f"class {name} is out of range for this {count}-class model (0–{count - 1})")
-    return int(name)
+    return _checked(int(name), count)
+
+
+def _checked(number: int, count: int) -> int:
+    """Returns the id of a class, or raises ValueError unless it is a whole number from 0 to below count."""
+    if not (isinstance(number, Integral) and 0 <= number < count):
+        raise ValueError(f"class {number} is out of range for this {count}-class model (0–{count - 1})")
+    return int(number)
+
+
+def choose_labels(
+    class_names: Sequence[str],
+    classes: Sequence[str | int] | None,
+    num_images: int | None,
+    order: str = "balanced",
+    seed: int = 0,
+) -> Tensor:
+    """Returns the label of each image (N,) int64.
+
+    Args:
+        class_names: The model's, one per class.
+        classes: As `class_ids` takes them; none are all classes, the first ten where `num_images` is None.
+        num_images: In all, shared among the classes; None makes ten of each.
+        order: `balanced`, in equal shares and in the order of the classes, or `random`.
+        seed: Of the random order.
+
+    Raises:
+        ValueError: If a class, the number or the order is invalid.
+    """
+    if order not in ORDERS:
+        raise unknown("labels", order, ORDERS)
+    count = len(class_names)
+    every = range(count if num_images else min(FIRST_CLASSES, count))
+    ids = class_ids(classes, class_names) if classes else list(every)
+    ids = ids or [0]  # the null label of a model without classes
+    total = PER_CLASS * len(ids) if num_images is None else num_images
+    if total < 1:
+        raise ValueError(f"num_images must be at least 1, got {total}")
+    return equal_shares(total, ids) if order == "balanced" else random_labels(total, ids, seed)
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> Tensor:

@@ -1,10 +1,8 @@
-"""A run becomes a diffusers pipeline: `flashdit export RUN OUT`."""
+"""The diffusers pipeline of a checkpoint, and the scores that its model card shows."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.pipeline import FlashDiTPipeline
-from flashdit.shared.command import run_script
+from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically
 
 INDEX = "model_index.json"
@@ -60,7 +58,8 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
         if samples.get("weights_sha256") == weights_sha256:
             labels = content.get("labels", {})
             return {
-                "values": {labels.get(name, name): value for name, value in content["metrics"].items()},
+                "values": {labels.get(key, key): value for key, value in content["metrics"].items()},
+                "types": {labels.get(key, key): key for key in content["metrics"]},
                 "num_images": content["num_images"],
                 "reference": content["reference"]["name"],
                 "sampling": samples.get("summary") or _summary(samples["sampling"]),
@@ -71,27 +70,27 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
 def _summary(sampling: dict[str, Any]) -> str:
     """Returns a recorded sampling in a few words."""
     known = {field.name for field in fields(SamplingOptions)}
-    return str(SamplingOptions(**{key: value for key, value in sampling.items() if key in known}))
+    found = current_sampling(sampling)
+    return str(SamplingOptions(**{key: value for key, value in found.items() if key in known}))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run, or one of its checkpoint folders")
-    parser.add_argument("out", type=Path, help="folder of the pipeline: new, or an earlier export")
-    parser.add_argument("--ema", default="ema", metavar="WEIGHTS", help="ema (default), model, or another")
-    parser.add_argument("--vae", help="folder of the VAE, where it is no longer where it was in training")
-    parser.add_argument("--name", help="title of the model card (default: the run's name)")
-    arguments = parser.parse_args(argv)
-    out = arguments.out
+def export_run(
+    run: Path | str, out: Path, name: str | None = None, vae: str | None = None, weights: str = "ema"
+) -> None:
+    """Writes the pipeline of a checkpoint, whole or not at all.
+
+    Args:
+        run: A run, or one of its checkpoint folders.
+        out: A new folder, or an earlier export, which is replaced.
+        name: The title of the model card; None means the run's name.
+        vae: Folder of the VAE, where it is no longer where it was in training.
+        weights: Which of the checkpoint's weights.
+
+    Raises:
+        ValueError: If the folder holds something else, or the checkpoint or its VAE is missing.
+    """
     if out.exists() and not (out / INDEX).is_file():
         raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
-    generator = load_generator(arguments.run, "cpu", arguments.vae, arguments.ema)
-    generator.space.need_vae()
-    pipeline = make_pipeline(generator, arguments.name or f"FlashDiT {generator.run_dir.absolute().name}")
+    generator = load_generator(run, "cpu", vae, weights)
+    pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     write_atomically(out, pipeline.save_pretrained)
-    print(f'{out}: FlashDiTPipeline.from_pretrained("{out}")')
-
-
-if __name__ == "__main__":
-    run_script(main)

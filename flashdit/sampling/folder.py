@@ -1,4 +1,4 @@
-"""The folder that sample.py fills: it can be left at any time and taken up again, by any number of processes.
+"""The folder of samples: filling it can stop at any time and go on later, by any number of processes.
 
 OUT/
     recipe.json   everything the images were made with, written first; "finished" once all are there
@@ -26,8 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
-from flashdit.sampling.generator import Batch
+from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
+from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically, write_json
 from flashdit.shared.pictures import labelled_grid, png_text, rows_by_class, save_png
 from flashdit.shared.registry import unknown
@@ -35,7 +37,6 @@ from flashdit.shared.registry import unknown
 FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS = "recipe.json", "samples.npz", "grid.png", ".parts"
 CHANGES_NO_IMAGE = ("checkpoint", "vae", "batch_size", "nfe", "nfe_max", "finished", "device")
-PER_CLASS, GRID_CLASSES = 10, 10
 
 
 def make_recipe(
@@ -58,7 +59,7 @@ def make_recipe(
     return {
         **generator.recipe(),
         "sampling": asdict(options),
-        "nfe": generator.nfe(options),
+        "nfe": options.nfe,
         "device": generator.space.mean.device.type,
         "labels": f"{order}{', in order' if order == 'balanced' else ''}",
         "classes": list(dict.fromkeys(labels.tolist())),
@@ -70,9 +71,10 @@ def make_recipe(
 
 
 def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a recipe that decides what the images look like."""
+    """Returns the part of a recipe that decides the images."""
     kept = {key: value for key, value in recipe.items() if key not in CHANGES_NO_IMAGE}
-    sampling = {key: value for key, value in recipe["sampling"].items() if key not in CHANGES_NO_IMAGE}
+    sampling = current_sampling(recipe["sampling"])
+    sampling = {key: value for key, value in sampling.items() if key not in CHANGES_NO_IMAGE}
     return json.loads(json.dumps(kept | {"sampling": sampling}))
 
 
@@ -153,7 +155,7 @@ class SampleFolder:
             is_missing[part["ids"]] = False
         return is_missing.nonzero()[:, 0]
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: SampleBatch) -> None:
         """Writes a batch; a kill before the end of it leaves its samples missing."""
         if self.has_png:
             recipe = json.dumps(self.recipe)
@@ -194,7 +196,7 @@ class SampleFolder:
                 yield dict(arrays)
 
     def _assemble(self) -> np.ndarray:
-        """Returns all pixels (N, H, W, 3) in order, in a file that memory holds no more of than it likes."""
+        """Returns all pixels (N, H, W, 3) in order, in a memory-mapped file."""
         pixels = None
         for part in self._parts():
             if pixels is None:
@@ -218,7 +220,7 @@ class SampleFolder:
 
     def _write_grid(self, pixels: np.ndarray | None) -> None:
         """Writes grid.png: the first few images of the first few classes."""
-        classes = self.labels.unique()[:GRID_CLASSES]
+        classes = self.labels.unique()[:FIRST_CLASSES]
         chosen = torch.cat([(self.labels == label).nonzero()[:PER_CLASS, 0] for label in classes])
         images = [self._pixels(i) if pixels is None else pixels[i] for i in chosen.tolist()]
         batch = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")

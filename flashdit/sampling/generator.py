@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdit.data.latents import LatentSpace
-from flashdit.flow.guidance import guide
-from flashdit.flow.samplers import ADAPTIVE, make_sampler
+from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.process import keep_freed_memory
+from flashdit.shared.process import computing_in
 from flashdit.shared.seeds import generator_for
-from flashdit.training.options import DTYPES
-
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(kw_only=True)
-class Batch:
+class SampleBatch:
     """Generated images in order."""
 
     ids: Tensor
@@ -34,6 +28,30 @@ class Batch:
     """(B, 3, H, W) uint8, on the CPU."""
     nfe: Tensor
     """(B,) int64: model evaluations that each image took, a guided one counting two."""
+
+
+def latent_shape(
+    model: FlashDiT, space: LatentSpace, height: int | None, width: int | None
+) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the latents of images.
+
+    Args:
+        model: The velocity model.
+        space: Its latent space, with the VAE.
+        height: Of the images in pixels; None is the training size.
+        width: Likewise.
+
+    Raises:
+        ValueError: If a side is no multiple of the VAE's factor times the patch size.
+    """
+    factor, patch = space.factor, model.patch_size
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < 1 or side % (factor * patch)):
+            parts = f"the VAE's factor {factor} × the patch size {patch}"
+            raise ValueError(f"{name} must be a multiple of {factor * patch} pixels ({parts}), got {side}")
+        sides.append(model.config["sample_size"] if side is None else side // factor)
+    return model.config["in_channels"], sides[0], sides[1]
 
 
 class ImageGenerator:
@@ -47,13 +65,11 @@ class ImageGenerator:
 
     def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str]):
         self.model, self.space, self.class_names = model, space, class_names
-        self.velocity: Velocity = model
+        self.velocity: VelocityModel = model
         self.is_compiled = False
-        if space.mean.device.type == "cpu":
-            keep_freed_memory()
         self.num_classes = model.num_classes
-        config = model.config
-        self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        side = model.config["sample_size"]
+        self.shape = (model.config["in_channels"], side, side)
 
     def compile(self) -> None:
         """Compiles the model, on a GPU into CUDA graphs: the first batch of each size takes long."""
@@ -63,23 +79,13 @@ class ImageGenerator:
         self.is_compiled = True
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
-        """Returns (C, H, W) of the latents of images of the wanted size.
+        """Returns (C, H, W) of the latents of images of the options' size."""
+        return latent_shape(self.model, self.space, options.height, options.width)
 
-        Raises:
-            ValueError: If a side is no multiple of the VAE's factor times the patch size.
-        """
-        factor = 2 ** (len(self.space.need_vae().config["block_out_channels"]) - 1)
-        multiple = factor * self.model.patch_size
-        for name, side in (("height", options.height), ("width", options.width)):
-            if side is not None and side % multiple:
-                parts = f"the VAE's factor {factor} × the patch size {self.model.patch_size}"
-                raise ValueError(f"{name} must be a multiple of {multiple} pixels ({parts}), got {side}")
-        channels, *sides = self.shape
-        height, width = (
-            old if side is None else side // factor
-            for old, side in zip(sides, (options.height, options.width), strict=True)
-        )
-        return channels, height, width
+    def image_size(self, options: SamplingOptions) -> tuple[int, int]:
+        """Returns (H, W) in pixels of the images that are generated with these options."""
+        _, height, width = self.latent_shape(options)
+        return height * self.space.factor, width * self.space.factor
 
     def noise(
         self, ids: Tensor, seed: int, shape: tuple[int, int, int] | None = None, purpose: str = "noise"
@@ -93,7 +99,7 @@ class ImageGenerator:
     @torch.no_grad()
     def generate(
         self, labels: Tensor, options: SamplingOptions, ids: Tensor | None = None
-    ) -> Iterator[Batch]:
+    ) -> Iterator[SampleBatch]:
         """Yields images in batches; sample i has labels[i] and noise (seed, i).
 
         Args:
@@ -101,13 +107,12 @@ class ImageGenerator:
             options: How to sample.
             ids: int64, which samples to make, in this order; None makes all N.
         """
-        options.check()
         self.latent_shape(options)
         wanted = torch.arange(len(labels)) if ids is None else ids
         for batch in wanted.split(options.batch_size) if len(wanted) else ():
             latents, count = self.latents(batch, labels[batch], options)
             images = self.space.decode(latents).cpu()
-            yield Batch(ids=batch, labels=labels[batch], images=images, nfe=count)
+            yield SampleBatch(ids=batch, labels=labels[batch], images=images, nfe=count)
 
     @torch.no_grad()
     def latents(self, ids: Tensor, labels: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
@@ -121,7 +126,7 @@ class ImageGenerator:
             labels: (B,) int64, theirs.
             options: How to sample.
         """
-        size = 1 if options.sampler in ADAPTIVE else len(ids)
+        size = 1 if options.is_adaptive else len(ids)
         parts = [
             self._integrate(*part, options) for part in zip(ids.split(size), labels.split(size), strict=True)
         ]
@@ -135,26 +140,13 @@ class ImageGenerator:
         def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             nonlocal rows
             rows += len(x)
-            with self._precision(options):
+            with computing_in(options.precision, device):
                 return self.velocity(x, t, y)
 
         def noise(step: int) -> Tensor:
             return self.noise(ids, options.seed, shape, f"sde {step}").to(device)
 
-        interval = options.cfg_interval
-        sampler = make_sampler(
-            options.sampler,
-            noise,
-            atol=options.atol,
-            rtol=options.rtol,
-            jumps=() if options.cfg_scale == 1 else interval,
-        )
-        v = guide(model, labels.to(device), self.num_classes, options.cfg_scale, interval)
-        latents = sampler(v, self.noise(ids, options.seed, shape).to(device), options.check())
+        v = guide(model, labels.to(device), self.num_classes, options.cfg_scale, options.cfg_interval)
+        start = self.noise(ids, options.seed, shape).to(device)
+        latents = options.make_sampler(noise)(v, start, options.times)
         return latents, rows // len(ids)
-
-    def _precision(self, options: SamplingOptions) -> AbstractContextManager[Any]:
-        """Returns the context in which the model's matrix products have the wanted dtype."""
-        if options.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.space.mean.device.type, DTYPES[options.dtype])

@@ -1,24 +1,28 @@
-"""Options of sampling: the whole recipe beside the model and the labels."""
+"""Options of sampling: all that decides an image beside the model and its label."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdit.flow.guidance import check_interval, evaluations
-from flashdit.flow.samplers import ADAPTIVE, make_sampler, time_grid
+from flashdit.flow.samplers import SAMPLERS, Draw, Sampler, check_grid, time_grid
+from flashdit.sampling.records import current_sampling, sampler_name
+from flashdit.shared.process import AUTOCAST
 from flashdit.shared.registry import unknown
-from flashdit.training.options import DTYPES
 
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """Options of sampling: the whole recipe beside the model and the labels."""
+    """Options of sampling, checked when made: all that decides an image beside the model and its label."""
 
-    sampler: str = "euler"
+    sampler: Any = "euler"
+    """A sampler's name, or `{name, **options}` for one that has options."""
     steps: int = 50
     """Updates of the sampler; an adaptive one takes as many as its tolerances ask for."""
     cfg_scale: float = 1.0
@@ -33,52 +37,71 @@ class SamplingOptions:
     height: int | None = None
     """In pixels; None is the training size."""
     width: int | None = None
-    dtype: str = "fp32"
-    """`fp32`, or `bf16` or `fp16` for the model's matrix products; the state and the VAE stay in fp32."""
-    atol: float = 1e-5
-    """Absolute tolerance of an adaptive sampler."""
-    rtol: float = 1e-5
-    """Relative tolerance of an adaptive sampler."""
+    precision: str = "fp32"
+    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`. The state and the VAE
+    stay in fp32."""
+
+    def __post_init__(self):
+        name, options = SAMPLERS.options(self.sampler)
+        self.sampler = {"name": name, **asdict(options)} if fields(options) else name
+        low, high = self.cfg_interval
+        self.cfg_interval = (low, high)  # JSON and YAML have lists
+        check_interval(self.cfg_interval, "cfg_interval")
+        if not math.isfinite(self.cfg_scale):
+            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")
+        if self.precision not in AUTOCAST:
+            raise unknown("precision", self.precision, AUTOCAST)
+        for key in ("batch_size", "height", "width"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_grid(self.steps, self.shift)
+
+    @staticmethod
+    def current(record: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns recorded options under today's keys, for whoever reads a configuration."""
+        return current_sampling(record)
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler's name, without its options."""
+        return sampler_name(self.sampler)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the sampler chooses its steps: it integrates one image at a time."""
+        return SAMPLERS[self.sampler_name].adaptive
+
+    @property
+    def times(self) -> list[float]:
+        """The steps + 1 times from 0 to 1."""
+        return time_grid(self.steps, self.shift)
+
+    @property
+    def nfe(self) -> int | None:
+        """Model evaluations an image takes, a guided one counting two; None where they differ by image."""
+        if self.is_adaptive:
+            return None
+        count = 0
+
+        def v(x: Tensor, t: float) -> Tensor:
+            nonlocal count
+            count += evaluations(t, self.cfg_scale, self.cfg_interval)
+            return x
+
+        self.make_sampler(lambda _step: torch.zeros(1))(v, torch.zeros(1), self.times)
+        return count
+
+    def make_sampler(self, noise: Draw) -> Sampler:
+        """Returns the sampler, which draws noise by this function if it draws any."""
+        jumps = () if self.cfg_scale == 1 else self.cfg_interval
+        return SAMPLERS.build(self.sampler, noise, jumps)
 
     def __str__(self) -> str:
         """Returns what a picture's title says of the sampling."""
         low, high = self.cfg_interval
-        steps = "" if self.sampler in ADAPTIVE else f" {self.steps}"
+        steps = "" if self.is_adaptive else f" {self.steps}"
         times = "" if (low, high) == (0, 1) or self.cfg_scale == 1 else f" for t in {low:g} to {high:g}"
-        return f"{self.sampler}{steps}, guidance {self.cfg_scale:g}{times}"
-
-    def check(self) -> list[float]:
-        """Returns the time grid, or raises ValueError for an option that cannot be."""
-        make_sampler(self.sampler, noise=torch.zeros)
-        check_interval(self.cfg_interval)
-        if not math.isfinite(self.cfg_scale):
-            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        for name in ("batch_size", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not (self.atol > 0 and self.rtol > 0):
-            raise ValueError(f"atol and rtol must be positive, got {self.atol} and {self.rtol}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        return time_grid(self.steps, self.shift)
-
-
-def nfe(options: SamplingOptions) -> int | None:
-    """Returns how many model evaluations one image takes, a guided one counting two.
-
-    None for an adaptive sampler, where it differs by image: `Batch.nfe` has what was measured.
-    """
-    times, count = options.check(), 0
-    if options.sampler in ADAPTIVE:
-        return None
-
-    def v(x: Tensor, t: float) -> Tensor:
-        nonlocal count
-        count += evaluations(t, options.cfg_scale, options.cfg_interval)
-        return x
-
-    make_sampler(options.sampler, noise=lambda _step: torch.zeros(1))(v, torch.zeros(1), times)
-    return count
+        return f"{self.sampler_name}{steps}, guidance {self.cfg_scale:g}{times}"

@@ -19,10 +19,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flashdit.data.autoencoders import vae_factor
+from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import model_card
 from flashdit.sampling.classes import class_ids
+from flashdit.sampling.generator import latent_shape
 from flashdit.shared.files import write_json
 
 ROUNDING = 1e-6
@@ -43,7 +46,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         latents_mean: Mean of the VAE's latents by channel; None means 0.
         latents_std: Their standard deviation by channel; None means 1.
         latents_multiplier: Factor on normalised latents.
-        recipe: What the model card tells: checkpoint, sampling, metrics.
+        recipe: What the model card states: checkpoint, sampling, metrics.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -82,9 +85,9 @@ class FlashDiTPipeline(DiffusionPipeline):
         )
         names = {int(i): name for i, name in (id2label or {}).items()}
         self.class_names = [names.get(i, str(i)) for i in range(transformer.num_classes)]
-        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.vae_scale_factor = vae_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._mean, self._std = torch.tensor(mean), torch.tensor(std)
+        self._mean, self._std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
     def __call__(
@@ -122,7 +125,7 @@ class FlashDiTPipeline(DiffusionPipeline):
             num_images_per_prompt: Images of each class, next to one another.
 
         Raises:
-            ValueError: If a class, a size, the interval or the scheduler cannot be.
+            ValueError: If a class, a size, the interval or the scheduler is invalid.
         """
         check_interval(guidance_interval)
         check_scheduler(self.scheduler)
@@ -138,7 +141,8 @@ class FlashDiTPipeline(DiffusionPipeline):
                 f"there must be an image to make, got {len(ids)} classes, {num_images_per_prompt=}"
             )
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
-        shape = (len(labels), *self.latent_shape(height, width))
+        space = self._space(device)
+        shape = (len(labels), *latent_shape(self.transformer, space, height, width))
         x = self._noise(shape, generator, latents, device)
         # Their sigmas are float32: a time that stands for an end of the interval may lie this far beyond it.
         interval = (max(0, guidance_interval[0] - ROUNDING), min(1, guidance_interval[1] + ROUNDING))
@@ -157,7 +161,9 @@ class FlashDiTPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 given = {"latents": x} if callback_on_step_end_tensor_inputs else {}
                 x = (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
-        images: Any = x if output_type == "latent" else self._decode(x, output_type)
+        images: Any = x
+        if output_type != "latent":
+            images = self.image_processor.postprocess(space.pixels(x), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -181,29 +187,7 @@ class FlashDiTPipeline(DiffusionPipeline):
             class_labels = class_labels.flatten().tolist()
         elif isinstance(class_labels, (str, int, np.integer)):
             class_labels = [class_labels]
-        count = len(self.class_names)
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                ids += class_ids([label], self.class_names)
-            elif isinstance(label, (int, np.integer)) and 0 <= label < max(1, count):
-                ids.append(int(label))
-            else:
-                raise ValueError(
-                    f"class {label} is out of range for this {count}-class model (0–{count - 1})"
-                )
-        return ids
-
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """Returns (C, H, W) of the latents of images of this size in pixels; None is the training size."""
-        config, factor = self.transformer.config, self.vae_scale_factor
-        multiple = factor * self.transformer.patch_size
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and (side < 1 or side % multiple):
-                raise ValueError(f"{name} must be a multiple of {multiple} pixels, got {side}")
-        native = config["sample_size"]
-        rows, columns = (native if side is None else side // factor for side in (height, width))
-        return config["in_channels"], rows, columns
+        return class_ids(class_labels, self.class_names)
 
     def _noise(
         self,
@@ -225,12 +209,10 @@ class FlashDiTPipeline(DiffusionPipeline):
         """Returns the model's velocity in float32, whatever its own dtype."""
         return self.transformer(x.to(self.transformer.dtype), t, y).float()
 
-    def _decode(self, x: Tensor, output_type: str) -> Any:
-        """Returns the images of normalised latents (B, C, H, W)."""
-        mean, std = (value.to(x)[None, :, None, None] for value in (self._mean, self._std))
-        latents = x / self.config["latents_multiplier"] * std + mean
-        pixels = self.vae.decode(latents.to(self.vae.dtype)).sample  # type: ignore[union-attr]
-        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+    def _space(self, device: torch.device) -> LatentSpace:
+        """Returns the latent space, its statistics on a device."""
+        options = LatentOptions(multiplier=self.config["latents_multiplier"])
+        return LatentSpace(self._mean.to(device), self._std.to(device), options, self.vae)
 
     def card(self) -> str:
         """Returns the model card: what this is, how it is used, what it scores."""
@@ -281,5 +263,6 @@ def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
         scheduler.set_timesteps(steps, device=device)
 
 
-# DiffusionPipeline.from_pretrained looks the class that model_index.json names up here.
+# One of the two writes to another package's names at import (the other registers the backbones with timm):
+# DiffusionPipeline.from_pretrained finds the class that model_index.json names as an attribute of diffusers.
 diffusers.FlashDiTPipeline = FlashDiTPipeline  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,25 +1,27 @@
-"""How a command runs: a user's mistake is one line on stderr and exit status 2; the device is checked."""
+"""Runs a command: a user's mistake is one line on stderr and exit status 2; the device is checked."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
-import torch
-from omegaconf.errors import OmegaConfBaseException
+from flashdit.shared.registry import unknown
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; what a user can cause ends it with one sentence instead of a traceback.
+    """Runs a command's `main`; what a user can cause ends it with one sentence instead of a traceback.
 
-    `FLASHDIT_TRACEBACK=1` shows the traceback, for those who look for a bug of ours.
+    `FLASHDIT_TRACEBACK=1` shows the traceback, for those who search for a bug of ours.
     """
     try:
         main()
-    except (ValueError, OSError, OmegaConfBaseException) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FLASHDIT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())
@@ -27,25 +29,78 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def check_device(name: str) -> str:
-    """Returns the name of a device that this machine has.
+class Command(NamedTuple):
+    """One command of a console entry: `module.main(argv)`, imported when it is named."""
+
+    module: str
+    about: str
+    """One line for the list of commands."""
+
+
+def run_command(entry: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first word names with the words after it; without one, lists them all.
+
+    Its usage and its errors begin with `ENTRY COMMAND`, which becomes the process's `sys.argv[0]`.
+
+    Args:
+        entry: Name of the console entry, such as `flashdit`.
+        commands: By name.
+        argv: Words after the entry's name; None means those of this process.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {entry} COMMAND [options]; {entry} COMMAND --help says which\n")
+        print("\n".join(f"  {name:{width}}  {command.about}" for name, command in commands.items()))
+        return
+    name, *rest = words
+    sys.argv = [entry, *words] if name not in commands else [f"{entry} {name}", *rest]
+
+    def main() -> None:
+        if name not in commands:
+            raise unknown("command", name, commands)
+        import_module(commands[name].module).main(rest)
+
+    run_script(main)
+
+
+def need_extra(module: str, extra: str) -> ModuleType:
+    """Returns a module of a package that only an extra installs.
 
     Raises:
-        OSError: If it has none of that name; argparse would put its usage before a ValueError.
+        ValueError: If it is not installed; says what to install.
     """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this requires the extra '{extra}': pip install 'flashdit[{extra}]' ({error})"
+        ) from error
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Adds `--device`, for `resolve_device`; torch is not imported."""
+    parser.add_argument("--device", help="where to run (default: cuda where there is one, else cpu)")
+
+
+def resolve_device(name: str | None) -> str:
+    """Returns the name of a device that this machine has.
+
+    Args:
+        name: Such as `cuda:1`; None means cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: If the machine has none of that name.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         count = 1 if device.type == "cpu" else torch.get_device_module(device).device_count()
     except (RuntimeError, AttributeError):  # torch knows no such kind, or it computes nothing
         count = 0
     if not count or (device.index or 0) >= count:
-        raise OSError(f"--device must be one of this machine, such as cpu, got {name}")
+        raise ValueError(f"--device must be one of this machine, such as cpu, got {name}")
     return name
-
-
-def add_device(parser: argparse._ActionsContainer) -> None:
-    """Adds `--device`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--device", type=check_device, default=device, help=f"where to run (default here: {device})"
-    )

@@ -1,7 +1,8 @@
-"""Images as people look at them: PNG files and labelled grids."""
+"""Images for people: PNG files with text, grids of labelled images, panels with heads and a legend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 MIN_CELL = 64
-GAP = 2
+GAP = 6
 FONT_SIZE = 15
 
 
@@ -41,21 +42,57 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Tensor]]], title: str = "")
     """
     height, width = rows[0][1][0].shape[1:]
     scale = max(1, -(-MIN_CELL // max(height, width)))
-    cell_width, cell_height = width * scale + GAP, height * scale + GAP
+    size = (width * scale, height * scale)
+    panels = [
+        (label, [to_pil(image).resize(size, Image.Resampling.BICUBIC) for image in images])
+        for label, images in rows
+    ]
+    return panel_grid(panels, title=title, gap=2)
+
+
+def panel_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    heads: Sequence[str] = (),
+    *,
+    title: str = "",
+    legend: Image.Image | None = None,
+    gap: int = GAP,
+) -> Image.Image:
+    """Returns panels of one size in rows: title, a head above each column, a label before each row, legend.
+
+    Args:
+        rows: (label, panels) for each row.
+        heads: One per column, or none.
+        title: The line at the top, empty for none.
+        legend: Placed below.
+        gap: Pixels between panels.
+    """
     font = ImageFont.load_default(FONT_SIZE)
-    left = max((int(font.getlength(label)) + 12 for label, _ in rows if label), default=GAP)
-    top = 2 * FONT_SIZE if title else GAP
-    columns = max(len(images) for _, images in rows)
-    size = (max(left + columns * cell_width, int(font.getlength(title)) + 12), top + len(rows) * cell_height)
-    canvas = Image.new("RGB", size, "white")
+
+    def width_of(text: str) -> int:
+        return math.ceil(font.getlength(text)) + 2 * GAP if text else 0
+
+    cell_width, cell_height = rows[0][1][0].size
+    cell_width = max([cell_width, *(width_of(head) - 2 * GAP for head in heads)]) + gap
+    cell_height += gap
+    left = max([gap, *(width_of(label) for label, _ in rows)])
+    title_height, head_height = (2 * FONT_SIZE if shown else 0 for shown in (title, heads))
+    top = max(gap, title_height + head_height)
+    bottom = top + len(rows) * cell_height
+    columns = max(len(panels) for _, panels in rows)
+    widths = (left + columns * cell_width, width_of(title), left + legend.width + gap if legend else 0)
+    canvas = Image.new("RGB", (max(widths), bottom + (legend.height + gap if legend else 0)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((6, top / 2), title, "black", font, anchor="lm")
-    for row, (label, images) in enumerate(rows):
+    draw.text((GAP, FONT_SIZE), title, "black", font, anchor="lm")
+    for column, head in enumerate(heads):
+        draw.text((left + column * cell_width, top - FONT_SIZE), head, "black", font, anchor="lm")
+    for row, (label, panels) in enumerate(rows):
         y = top + row * cell_height
-        draw.text((6, y + cell_height / 2), label, "black", font, anchor="lm")
-        for column, image in enumerate(images):
-            enlarged = to_pil(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-            canvas.paste(enlarged, (left + column * cell_width, y))
+        draw.text((GAP, y + cell_height / 2), label, "black", font, anchor="lm")
+        for column, panel in enumerate(panels):
+            canvas.paste(panel, (left + column * cell_width, y))
+    if legend:
+        canvas.paste(legend, (left, bottom))
     return canvas
 
 

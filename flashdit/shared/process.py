@@ -1,4 +1,4 @@
-"""Freed memory kept for the next tensor, on the CPU: fresh pages cost a step up to a quarter of its time."""
+"""Switches of the whole process: memory that the C library keeps, and how exact float32 products are."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
 
 
 def keep_freed_memory() -> bool:
     """Makes the process keep memory that it frees, instead of giving each large tensor's pages back.
 
     glibc maps what is larger than 32 MiB anew each time, and the kernel zeroes it page by page. The process
-    then holds the peak of its use until it ends. Once called, it holds for the whole process.
+    then holds the peak of its use until it ends. A step takes up to a quarter less time on a CPU. Once
+    called, it holds for the whole process: commands that compute on the CPU call it, nothing else does.
 
     Returns:
         Whether the C library took it: only glibc does.
@@ -28,20 +31,42 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(name, KEPT_BYTES) == 1 for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Lets matrix products and convolutions of float32 round to TF32, in the whole process, or forbids it."""
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Runs with matrix products and convolutions of float32 that may round to TF32, or may not.
+
+    The process has its own switches back afterwards.
+    """
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     # The older switches of CUDA alone and this one contradict each other where both are used.
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Runs matrix products and convolutions in a precision.
+
+    Args:
+        precision: One of `AUTOCAST`. `fp32` forbids TF32, `tf32` allows it; on a CPU they are the same.
+        device: Where the model runs.
+    """
+    dtype = AUTOCAST[precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with float32_products(tf32=precision == "tf32"), autocast:
+        yield
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Runs without TF32 and with one kernel per shape, whatever the process allows elsewhere."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    one_kernel = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    with float32_products(tf32=False), one_kernel:
+        yield

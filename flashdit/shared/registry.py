@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Piece = TypeVar("Piece")
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """Returns the hint `; did you mean 'NAME'?` of a message, or nothing where no known name is near."""
+    found = difflib.get_close_matches(str(name), sorted(map(str, known)), n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
@@ -24,9 +31,48 @@ def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
         known: Every name there is.
     """
     names = sorted(map(str, known))
-    nearest = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    return ValueError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})")
+    return ValueError(f"unknown {kind} '{name}'{nearest(name, names)} (known: {', '.join(names)})")
+
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+LISTS = (list, tuple, Sequence)
+
+
+def check_type(key: str, value: Any, expected: Any) -> None:
+    """Raises ValueError unless a value from YAML or the command line is of the annotated type."""
+    if not _is_of(value, expected):
+        raise ValueError(f"{key} must be {_type_name(expected)}, got {value!r}")
+
+
+def _is_of(value: Any, expected: Any) -> bool:
+    """Returns whether a value is of an annotated type; a boolean is no number."""
+    if isinstance(expected, UnionType) or get_origin(expected) is Union:
+        return any(_is_of(value, kind) for kind in get_args(expected))
+    origin, inner = get_origin(expected) or expected, get_args(expected)
+    if origin in LISTS:
+        if not isinstance(value, list | tuple):
+            return False
+        kinds = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
+        return len(kinds) in (0, len(value)) and all(map(_is_of, value, kinds))
+    if origin in (int, float):
+        return isinstance(value, int | origin) and not isinstance(value, bool)
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _type_name(expected: Any) -> str:
+    """Returns what a type is called in a message."""
+    if isinstance(expected, UnionType) or get_origin(expected) is Union:
+        return " or ".join(map(_type_name, get_args(expected)))
+    origin, inner = get_origin(expected) or expected, get_args(expected)
+    if origin is tuple and ... not in inner:
+        return f"[{', '.join(map(_type_name, inner))}]"
+    if origin in LISTS:
+        return f"a list, each {_type_name(inner[0])}" if inner else "a list"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping of keys"
+    return TYPE_NAMES.get(origin, getattr(origin, "__name__", str(origin)))
 
 
 def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any:
@@ -36,11 +82,18 @@ def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any
         options_type: A dataclass; its defaults stand for what is not given.
         given: Option names and values.
         kind: What the options belong to, for the message.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is of the wrong type or invalid.
     """
     known = [field.name for field in fields(options_type)]
-    for key in given:
+    types = get_type_hints(options_type)
+    for key, value in given.items():
+        if not known:
+            raise ValueError(f"unknown option of {kind} '{key}' (it has none)")
         if key not in known:
             raise unknown(f"option of {kind}", key, known)
+        check_type(f"option '{key}' of {kind}", value, types[key])
     for field in fields(options_type):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
             raise ValueError(f"{kind} needs the option '{field.name}'")
@@ -110,6 +163,8 @@ class Registry(Generic[Piece]):
 
     def options(self, spec: str | Mapping[str, Any]) -> tuple[str, Any]:
         """Returns (name, options) of a spec, without building anything: what a config check needs."""
+        if not isinstance(spec, str | Mapping):
+            raise ValueError(f"{self.kind} must be a name or a mapping with 'name', got {spec!r}")
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
         if "name" not in given:
             raise ValueError(f"a {self.kind} needs a 'name' (known: {', '.join(self.names())}), got {given}")

@@ -1,4 +1,4 @@
-"""The layout of a run's folder: where its checkpoints lie and what they hold."""
+"""The layout of a run's folder: where its files lie. Torch is not imported."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from flashdit.shared.registry import unknown
 
 FORMAT = 1
-
-
+"""Of a checkpoint, in its state.json."""
 PREFIX = "step_"
-
-
 STATE = "state.json"
-
-
 LATENTS = "latents.safetensors"
+METRICS_FILE = "metrics.jsonl"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -48,7 +40,7 @@ def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
         run for run in root.glob("*") for last in list_checkpoints(run)[-1:] if (last / holding).is_file()
     ]
     if not runs:
-        raise ValueError(f"no run with a checkpoint in {root}: train one first (python train.py)")
+        raise ValueError(f"no run with a checkpoint in {root}: train one first (flashdit train)")
     return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
 
 
@@ -70,25 +62,6 @@ def find_checkpoint(path: Path | str | None) -> Path:
             f"checkpoint must be a run or a folder {PREFIX}XXXXXXXX that holds {STATE}, got {path}"
         )
     return checkpoints[-1]
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a `save_pretrained` folder, which may be split over files.
-
-    Raises:
-        ValueError: If a file is missing or cannot be read.
-    """
-    weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            weights |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"weights must be a readable safetensors file, {path} is not: {error}"
-            ) from error
-    if not weights:
-        raise ValueError(f"a checkpoint must hold weights, got none in {folder}")
-    return weights
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,21 +1,52 @@
-"""The Accelerator of a run: precision, accumulation, patience, and what FSDP2 gathers in."""
+"""The Accelerator of a run: processes, precision, what FSDP2 gathers in, and switches for a while."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from flashdit.shared.process import allow_tf32
-from flashdit.training.options import DTYPES, TrainingOptions
+from flashdit.shared.process import AUTOCAST
+from flashdit.shared.runs import list_checkpoints
+from flashdit.shared.settings import to_yaml
+from flashdit.training.checkpoint import check_unchanged
+from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
+
+logger = logging.getLogger(__name__)
+
+
+def start_run(config: LoopConfig, fixed: tuple[str, ...]) -> Accelerator:
+    """Returns the Accelerator of a run that is new or resumed, and seeds the weights that are built next.
+
+    Args:
+        config: Of the run.
+        fixed: Prefixes of configuration keys that a resumed run may not change.
+
+    Raises:
+        ValueError: If the global batch cannot be shared evenly, or the folder holds another run.
+    """
+    accelerator = make_accelerator(config.training)
+    share_of_batch(config.training, accelerator.num_processes)
+    for checkpoint in list_checkpoints(Path(config.run.dir))[-1:]:
+        changed = check_unchanged(checkpoint, to_yaml(config), fixed)
+        for line in changed if accelerator.is_main_process else ():
+            logger.info(line)
+    torch.manual_seed(config.seed)
+    return accelerator
 
 
 def make_accelerator(training: TrainingOptions) -> Accelerator:
     """Returns the Accelerator of the run; what it is launched with decides on processes and sharding."""
-    allow_tf32(training.tf32)
     accelerator = Accelerator(
         mixed_precision=precision_name(training.precision),
         gradient_accumulation_steps=training.accumulation,
@@ -31,12 +62,37 @@ def set_shard_precision(accelerator: Accelerator, precision: str) -> None:
     Accelerate's own policy would round times and add gradients in bf16.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and precision != "fp32":
+    dtype = AUTOCAST[precision]
+    if plugin is not None and dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
 
 
 def precision_name(precision: str) -> str:
     """Returns what Accelerate calls a precision."""
     return "no" if precision == "fp32" else precision
+
+
+def whole_norm(norm: Any) -> Tensor:
+    """Returns the gradient norm as one number of the whole model, also where the gradients lie in shards."""
+    norm = torch.as_tensor(norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@contextmanager
+def gradient_strides_ignored() -> Iterator[None]:
+    """Runs a backward pass without DDP's warning about strides.
+
+    A (C, 1, 3, 3) gradient in channels-last order has other strides and the same memory: nothing is slower.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        yield
+
+
+def blocks_compiled_whole(compiled: str) -> AbstractContextManager[Any]:
+    """Returns the context in which blocks that are compiled one by one are not cut at DDP's buckets."""
+    if compiled != "block":
+        return nullcontext()
+    return torch._dynamo.config.patch(optimize_ddp=False)

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, float32, with its counter."""
+"""Averages of the weights, float32: an exponential one, and power-function ones of given widths."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from flashdit.training.profiles import Profile, gamma_of_width, kept_share
 from flashdit.training.state import copy_whole, whole
 
 
 @dataclass(kw_only=True)
 class EmaOptions:
-    """Options of the average."""
+    """Options of the averages.
+
+    Raises:
+        ValueError: If a decay, a width or an interval is invalid.
+    """
 
     decay: float = 0.9999
     """Share of the old average that an update keeps."""
@@ -25,42 +30,105 @@ class EmaOptions:
     snapshot_every: int = 5_000
     """Steps between those snapshots, which are all kept; 16 in a run give widths of 0.03 to 0.20."""
 
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
+        for width in self.power_widths:
+            gamma_of_width(width)
+        if len({f"{width:.3f}" for width in self.power_widths}) < len(self.power_widths):
+            rule = "ema.power_widths must differ in their first three decimals"
+            raise ValueError(f"{rule}, got {self.power_widths}")
+        if self.snapshot_every < 1:
+            raise ValueError(f"ema.snapshot_every must be at least 1, got {self.snapshot_every}")
+
 
 class Ema:
     """The averaged parameters by name, float32; the model's own are never touched.
 
     Args:
-        model: Whose parameters are averaged; the average starts as their copy.
-        options: Decay and warm-up.
+        model: Whose parameters are averaged; every average starts as their copy.
+        options: Decay and warm-up of the exponential average, and the widths of the others.
 
     Attributes:
-        updates: How many updates it has seen.
+        updates: How many updates they have seen.
+        average: The exponential average by name.
+        tracks: Width → the power-function average by name.
     """
 
     def __init__(self, model: nn.Module, options: EmaOptions):
-        if not 0 <= options.decay < 1:
-            raise ValueError(f"ema.decay must be at least 0 and below 1, got {options.decay}")
         self.options = options
         self.updates = 0
-        self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.average = _copy(model)
+        self.tracks = {width: _copy(model) for width in options.power_widths}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average towards the model's parameters."""
+        """Moves every average towards the model's parameters; the power-function ones start as the first."""
         self.updates += 1
-        decay = self.options.decay
-        if self.options.warmup:
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         current = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        averages = [(self._kept(), self.average)]
+        averages += [(kept_share(gamma_of_width(w), self.updates), track) for w, track in self.tracks.items()]
+        for kept, average in averages:
+            torch._foreach_lerp_(list(average.values()), current, 1 - kept)  # pyright: ignore[reportPrivateImportUsage]
 
-    @torch.no_grad()
-    def load(self, average: Mapping[str, Tensor], updates: int) -> None:
-        """Continues from a saved average and its counter."""
-        for name, value in self.average.items():
-            copy_whole(value, average[name])
-        self.updates = updates
+    def _kept(self) -> float:
+        """Returns what the latest update keeps of the exponential average."""
+        warm = (1 + self.updates) / (10 + self.updates) if self.options.warmup else 1.0
+        return min(self.options.decay, warm)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the whole average by name, on the CPU; all processes call it."""
-        return {name: whole(value) for name, value in self.average.items()}
+        """Returns the whole exponential average by name, on the CPU; all processes call it."""
+        return _whole(self.average)
+
+    def tracks_state(self) -> dict[Profile, dict[str, Tensor]]:
+        """Returns the whole power-function averages by profile, on the CPU, none before the first update.
+
+        All processes call it.
+        """
+        tracks = self.tracks if self.updates else {}
+        return {Profile(width=w, updates=self.updates): _whole(track) for w, track in tracks.items()}
+
+    @torch.no_grad()
+    def load(
+        self,
+        average: Mapping[str, Tensor],
+        updates: int,
+        tracks: Mapping[Profile, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Continues from saved averages.
+
+        Args:
+            average: As `state` returned it.
+            updates: How many updates the run has made.
+            tracks: As `tracks_state` returned them.
+
+        Raises:
+            ValueError: If one of the widths has not been tracked from the beginning.
+        """
+        saved = dict(tracks or {})
+        _load(self.average, average)
+        for width, track in self.tracks.items() if updates else ():
+            profile = Profile(width=width, updates=updates)
+            if profile not in saved:
+                known = [profile.width for profile in saved]
+                rule = "ema.power_widths must be tracked from a run's first step"
+                raise ValueError(f"{rule}, got {width} for a run that tracks {known}")
+            _load(track, saved[profile])
+        self.updates = updates
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    """Returns float32 copies of a model's parameters by name."""
+    return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+
+def _whole(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns an average's whole tensors on the CPU."""
+    return {name: whole(value) for name, value in average.items()}
+
+
+def _load(average: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copies a saved average into one that may lie in shards."""
+    for name, value in average.items():
+        copy_whole(value, saved[name])

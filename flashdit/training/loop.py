@@ -1,167 +1,101 @@
-"""The loop that every trainer shares: steps, EMA, log, checkpoints, guards. It speaks Accelerate."""
+"""The loop that trains any task: steps, averages, log, checkpoints, guards. It speaks Accelerate."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
-from flashdit.shared.process import keep_freed_memory
-from flashdit.shared.runs import list_checkpoints, read_state, read_weights, step_folder
+from flashdit.shared.process import AUTOCAST, float32_products
+from flashdit.shared.runs import list_checkpoints, read_state, step_folder
 from flashdit.shared.seeds import generator_for
-from flashdit.training.accelerator import make_accelerator
-from flashdit.training.checkpoint import check_room, check_unchanged, prune, write_checkpoint
+from flashdit.shared.settings import to_yaml
+from flashdit.shared.weights import read_tensors
+from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
+from flashdit.training.batches import make_loader, positions
+from flashdit.training.checkpoint import check_room, prune, write_checkpoint
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, TermSignal
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
-from flashdit.training.options import DTYPES, LoopConfig, TrainingOptions
-from flashdit.training.power_ema import PowerEma, Profile
+from flashdit.training.options import LoopConfig, share_of_batch
+from flashdit.training.profiles import Profile
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
 from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
+from flashdit.training.task import Task, Tensors
 from flashdit.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-class TrainingLoop(ABC):
-    """Builds and checks everything, resumes where checkpoints lie, then `fit()` trains.
-
-    A trainer says what is built, what a batch costs, and what a checkpoint holds of its models.
+class TrainingLoop(Generic[AnyTask]):
+    """Trains a task: resumes where checkpoints lie, then `fit()` makes the steps that are left.
 
     Args:
         config: The checked configuration, a dataclass.
-        to_yaml: Writes it as text.
+        task: What is trained.
+        accelerator: Of the run, as `start_run` returned it.
 
     Attributes:
-        fixed_on_resume: Prefixes of configuration keys that a resumed run may not change.
+        step: Optimiser steps made.
+        images_seen: Images that they took, over all processes.
+        model: The task's model; `network` is the same one as Accelerate wraps it.
+        ema: The averages of its weights.
 
     Raises:
-        ValueError: If data, model and run folder do not fit together.
+        ValueError: If the disk has no room, or a checkpoint cannot be resumed.
     """
 
-    fixed_on_resume: tuple[str, ...] = ("seed", "data.", "model.")
-
-    def __init__(self, config: LoopConfig, to_yaml: Callable[[Any], str]):
-        self.config, training = config, config.training
-        self.config_text = to_yaml(config)
-        self.accelerator = make_accelerator(training)
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.run_dir = Path(config.run.dir)
-        self.batch_size = share_of_batch(training, self.accelerator.num_processes)
-        checkpoints = list_checkpoints(self.run_dir)
-        if checkpoints:
-            changed = check_unchanged(checkpoints[-1], self.config_text, self.fixed_on_resume)
-            for line in changed if self.main else ():
-                logger.info(line)
-        torch.manual_seed(config.seed)
-        self.model = self.build()
+    def __init__(self, config: LoopConfig, task: AnyTask, accelerator: Accelerator):
+        self.config, self.task, self.accelerator, self.model = config, task, accelerator, task.model
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.run_dir, self.config_text = Path(config.run.dir), to_yaml(config)
         check_room(self.run_dir, self.model, len(config.ema.power_widths))
         self.step = self.images_seen = 0
-        self.guard = SkipGuard(training.max_skips)
-        self.flops_per_image = self._flops_per_image()
+        self.guard = SkipGuard(config.training.max_skips)
+        forward = task.forward_flops()
+        self.flops_per_image = None if forward is None else 3 * forward  # the backward pass counts twice
         self.meter = Meter(self.device, self.flops_per_image)
         self._prepare()
-        rank_seed = generator_for(config.seed, "rank", self.accelerator.process_index).initial_seed()
+        rank_seed = generator_for(config.seed, "rank", accelerator.process_index).initial_seed()
         torch.manual_seed(rank_seed)  # drop path and the like differ from process to process
-        if checkpoints:
-            self._resume(checkpoints[-1])
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """Opens the data, builds the model and checks that they fit."""
-
-    @abstractmethod
-    def examples(self) -> tuple[Dataset, int]:
-        """Returns the data set, by position in the endless stream of images, and the images of an epoch."""
-
-    @abstractmethod
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar loss of a batch on the device, and the terms to log."""
-
-    @abstractmethod
-    def write_models(self, folder: Path, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
-        """Makes a checkpoint's folder with the model in `model/`, its average in `ema/`, and the like."""
-
-    def parameter_groups(self) -> Iterable[Any]:
-        """Returns what the optimiser takes."""
-        return self.model.parameters()
-
-    def blocks(self) -> Iterable[nn.Module]:
-        """Returns the parts that are compiled one by one."""
-        return cast(Iterable[nn.Module], self.model.blocks)
-
-    def checkpoint_activations(self) -> None:
-        """Makes the model compute its blocks again in the backward pass."""
-        self.model.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what state.json holds beside the position."""
-        return {}
-
-    def look_every(self) -> tuple[int, ...]:
-        """Returns after how many steps the averaged model is looked at, for each way to look; 0 is never."""
-        return (self.config.training.preview_every,)
-
-    def look(self, average: dict[str, Tensor]) -> dict[str, float]:
-        """Looks at the averaged model in the ways that are due; returns numbers for the log.
-
-        All processes call it.
-        """
-        return {}
-
-    def due(self, every: int) -> bool:
-        """Returns whether what is done every so many steps, and after the last, is due now."""
-        return every > 0 and (self.step == self.config.training.steps or self.step % every == 0)
-
-    def forward_flops(self) -> float | None:
-        """Returns the FLOPs of one image's forward pass; None where that is not known."""
-        return None
-
-    def _flops_per_image(self) -> float | None:
-        """Returns the FLOPs of a forward and backward pass; the backward pass counts twice."""
-        forward = self.forward_flops()
-        return None if forward is None else 3 * forward
+        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
+            self._resume(checkpoint)
 
     def _prepare(self) -> None:
-        """Compiles, wraps and moves the model, and makes optimiser and average."""
+        """Compiles, wraps and moves the model, and makes optimiser and averages."""
         training = self.config.training
         if training.gradient_checkpointing:
-            self.checkpoint_activations()
+            self.task.checkpoint_activations()
         if training.compile == "model":
             self.model.compile()
         elif training.compile == "block":
-            torch._dynamo.config.optimize_ddp = False  # DDP's buckets would cut blocks into smaller graphs
-            for block in self.blocks():
+            for block in self.task.blocks():
                 block.compile()
-        optimizer = make_optimizer(self.parameter_groups(), self.config.optimizer)
+        optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
-        self.power_ema = PowerEma(self.model, self.config.ema)
 
     def _resume(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint: weights, EMA, optimiser, loss scaler, position, random state."""
+        """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
         state = read_state(checkpoint)
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        load_model_state(self.model, read_weights(checkpoint / "model"))
-        self.ema.load(read_weights(checkpoint / "ema"), state["ema_updates"])
-        self.power_ema.load(read_tracks(checkpoint / TRACKS), state["ema_updates"])
+        load_model_state(self.model, read_tensors(checkpoint / "model"))
+        tracks = read_tracks(checkpoint / TRACKS)
+        self.ema.load(read_tensors(checkpoint / "ema"), state["ema_updates"], tracks)
         saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         load_optimizer_state(self.model, self.optimizer.optimizer, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"] is not None:
@@ -178,7 +112,10 @@ class TrainingLoop(ABC):
             self.meter.load(states[rank]["meter"])
 
     def fit(self) -> Path:
-        """Trains to `training.steps`, or until SIGTERM, and returns the run's folder."""
+        """Trains to `training.steps`, or until SIGTERM, and returns the run's folder.
+
+        While it runs, float32 products follow `training.tf32`.
+        """
         training = self.config.training
         if self.step >= training.steps:
             logger.info("%s is already at step %d of %d", self.run_dir, self.step, training.steps)
@@ -188,103 +125,116 @@ class TrainingLoop(ABC):
             drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
-        if self.flops_per_image:
-            self.meter.peak_flops = matmul_peak(self.device, DTYPES[training.precision])
         self.network.train()
-        batches = iter(self._batches())
+        batches = self._batches()  # before signals are handled, which processes that read would inherit
         bar = tqdm(total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main)
-        with TermSignal() as term, bar:
+        switches = float32_products(tf32=training.tf32), blocks_compiled_whole(training.compile)
+        with switches[0], switches[1], TermSignal() as term, bar:
+            if self.flops_per_image:
+                self.meter.peak_flops = matmul_peak(
+                    self.device, AUTOCAST[training.precision] or torch.float32
+                )
             self.meter.start_clock(self.images_seen)
             ended = False
             while self.step < training.steps and not ended:
-                self._update(batches)
+                ended = self._make_step(batches, term)
                 bar.update()
-                ended = self._any(term.received)
                 self._after_step(bar, ended)
         if self.main:
             self.tracker.close()
         return self.run_dir
 
-    def _any(self, received: bool) -> bool:
-        """Returns whether a process was told to end: all of them must stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return received
-        flag = torch.tensor(float(received), device=self.device)
-        return bool(cast(Tensor, self.accelerator.reduce(flag, "sum")) > 0)
-
-    def _after_step(self, bar: tqdm, ended: bool) -> None:
-        """Looks, logs and saves where the step is one for it; a run that is told to end only saves."""
-        training = self.config.training
-        save = ended or self.due(training.save_every)
-        looks = any(map(self.due, self.look_every()))
-        snapshot = self.step % self.config.ema.snapshot_every == 0
-        average = self.ema.state() if save or looks else {}
-        tracks = self.power_ema.state() if save or snapshot else {}
-        if snapshot and self.main:
-            write_snapshots(self.run_dir / SNAPSHOTS, self.step, tracks)
-        numbers = self.look(average) if looks else {}
-        if looks or self.due(training.log_every):
-            bar.set_postfix(self._log(numbers))
-        if save:
-            self._save(average, tracks)
-
-    def _batches(self) -> DataLoader:
+    def _batches(self) -> Iterator[Tensors]:
         """Returns this process's batches from where the run stands to its end."""
         training, accelerator = self.config.training, self.accelerator
-        examples, self.images_per_epoch = self.examples()
-        sampler = positions(
-            self.images_seen,
-            training.steps - self.step,
-            self.batch_size,
-            training.accumulation,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        return DataLoader(
-            examples,
-            batch_sampler=cast(Any, sampler),
-            collate_fn=as_batch,
-            num_workers=training.workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=training.workers > 0,
-            generator=torch.Generator(),  # its own: the global one stays where a resume would find it
-        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        share, updates = share_of_batch(training, processes), training.steps - self.step
+        taken = positions(self.images_seen, updates, share, training.accumulation, rank, processes)
+        return iter(make_loader(self.task.examples, taken, training.workers, self.device.type == "cuda"))
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Returns the next batch on the device, and notes how long that took."""
+    def _make_step(self, batches: Iterator[Tensors], term: TermSignal) -> bool:
+        """Makes one optimiser step from its accumulated batches, or skips it on every process.
+
+        Returns:
+            Whether the run ends here because a process received SIGTERM.
+        """
+        accelerator, accumulation = self.accelerator, self.config.training.accumulation
+        self.step += 1
+        self.images_seen += self.config.training.global_batch_size
+        self.lr = learning_rate(self.step, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+
+        for _ in range(accumulation):
+            batch = self._next(batches)
+            with accelerator.accumulate(self.network):
+                loss, terms = self.task.loss(self._forward, batch)
+                for name, value in {"loss": loss, **terms}.items():
+                    self.meter.add(name, value / accumulation)
+                with gradient_strides_ignored():
+                    accelerator.backward(loss)
+
+        limit = self.config.optimizer.max_grad_norm  # without one the norm is only measured
+        norm = whole_norm(
+            accelerator.clip_grad_norm_(self.network.parameters(), math.inf if limit is None else limit)
+        )
+        grad_norm, ended = self._wait(norm, term)
+        finite = math.isfinite(grad_norm)
+        if finite or accelerator.scaler is not None:  # fp16's scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if finite:
+            self.ema.update(self.model)
+        self.meter.add("grad_norm", norm)
+        self.meter.end_step(finite)
+        self.guard.record(finite, self.step, grad_norm)
+        return ended or (accelerator.num_processes == 1 and term.received)
+
+    def _forward(self, *arguments: Any, **named: Any) -> Tensor:
+        """Runs the network in the run's precision."""
+        with self.accelerator.autocast():
+            return self.network(*arguments, **named)
+
+    def _next(self, batches: Iterator[Tensors]) -> Tensors:
+        """Returns the next batch on the device, and records how long that took."""
         started = time.perf_counter()
         batch = next(batches)
         self.meter.waited_s += time.perf_counter() - started
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _update(self, batches: Iterator[Batch]) -> None:
-        """Makes one optimiser step from its accumulated batches, or skips it on every process."""
-        options, accelerator = self.config.optimizer, self.accelerator
-        self.step += 1
-        self.images_seen += self.config.training.global_batch_size
-        self.lr = learning_rate(self.step, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-        norm = torch.zeros(())
-        for _ in range(self.config.training.accumulation):
-            with accelerator.accumulate(self.network):
-                loss, terms = self.loss(self._next(batches))
-                for name, value in {"loss": loss, **terms}.items():
-                    self.meter.add(name, value / self.config.training.accumulation)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:  # without a limit the norm is only measured
-                    limit = math.inf if options.max_grad_norm is None else options.max_grad_norm
-                    norm = whole_norm(accelerator.clip_grad_norm_(self.network.parameters(), limit))
-                    if norm.isfinite() or accelerator.scaler is not None:  # fp16's scaler skips by itself
-                        self.optimizer.step()
-                    self.optimizer.zero_grad()
-        healthy = bool(norm.isfinite())
-        if healthy:
-            self.ema.update(self.model)
-            self.power_ema.update(self.model)
-        self.meter.add("grad_norm", norm)
-        self.meter.end_step(healthy)
-        self.guard.record(healthy, self.step, norm.item())
+    def _wait(self, norm: Tensor, term: TermSignal) -> tuple[float, bool]:
+        """Waits for the device, once a step: returns the gradient's norm, and whether all are to end here.
+
+        All processes must end at the same step, so they exchange whether one of them received SIGTERM.
+        """
+        if self.accelerator.num_processes == 1:
+            return norm.item(), False
+        received = torch.full((), float(term.received), device=self.device)
+        received = cast(Tensor, self.accelerator.reduce(received, "sum"))
+        grad_norm, ending = torch.stack([norm.float(), received]).tolist()
+        return grad_norm, ending > 0
+
+    def _due(self, every: int) -> bool:
+        """Returns whether what is done every so many steps, and after the last, is due now."""
+        return every > 0 and (self.step == self.config.training.steps or self.step % every == 0)
+
+    def _after_step(self, bar: tqdm, ended: bool) -> None:
+        """Evaluates, logs and saves where the step is one for it; a run that ends here is saved."""
+        training = self.config.training
+        actions = [action for action in self.task.actions if self._due(action.every)]
+        save = ended or self._due(training.save_every)
+        snapshot = self.step % self.config.ema.snapshot_every == 0
+        average = self.ema.state() if save or actions else {}
+        tracks = self.ema.tracks_state() if save or snapshot else {}
+        if snapshot and self.main:
+            write_snapshots(self.run_dir / SNAPSHOTS, self.step, tracks)
+        numbers: dict[str, float] = {}
+        for action in actions:
+            numbers |= action.run(self.step, average)
+        if actions or self._due(training.log_every):
+            bar.set_postfix(self._log(numbers))
+        if save:
+            self._save(average, tracks)
 
     def _log(self, numbers: dict[str, float]) -> dict[str, str]:
         """Writes the means since the last record and returns what the progress bar shows."""
@@ -294,7 +244,7 @@ class TrainingLoop(ABC):
         record = {
             "step": self.step,
             "images_seen": self.images_seen,
-            "epoch": self.images_seen / self.images_per_epoch,
+            "epoch": self.images_seen / self.task.images_per_epoch,
             "lr": self.lr,
             **dict(zip(names, means.tolist(), strict=True)),
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
@@ -309,7 +259,7 @@ class TrainingLoop(ABC):
         shown = {"epoch": f"{record['epoch']:.2f}", "images/s": f"{record['images_per_s']:.0f}"}
         return shown | {name: f"{record[name]:.4f}" for name in ("loss", *numbers) if name in record}
 
-    def _save(self, average: dict[str, Tensor], tracks: dict[Profile, dict[str, Tensor]]) -> None:
+    def _save(self, average: Tensors, tracks: dict[Profile, Tensors]) -> None:
         """Writes a checkpoint; every process calls it, the main one writes."""
         mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "meter": self.meter.state()}
         if self.device.type == "cuda":
@@ -331,54 +281,11 @@ class TrainingLoop(ABC):
         if self.main:
 
             def write_models(folder: Path) -> None:
-                self.write_models(folder, weights, average)
+                self.task.write_models(folder, weights, average)
                 write_snapshots(folder / TRACKS, self.step, tracks)
 
-            state = position | self.describe()
+            state = position | self.task.state()
             folder = step_folder(self.run_dir, self.step)
             write_checkpoint(folder, write_models, optimizer, processes, self.config_text, state)
             prune(self.run_dir, self.config.training.keep_last, self.config.training.keep_every)
         self.accelerator.wait_for_everyone()
-
-
-def as_batch(items: Any) -> Batch:
-    """Returns a batch: some data sets make it at once, others give its examples."""
-    return items if isinstance(items, dict) else default_collate(items)
-
-
-def share_of_batch(training: TrainingOptions, processes: int) -> int:
-    """Returns the batch of one process and one accumulated part.
-
-    Raises:
-        ValueError: If the global batch cannot be shared evenly.
-    """
-    parts = processes * training.accumulation
-    if training.global_batch_size % parts:
-        raise ValueError(
-            "training.global_batch_size must be a multiple of processes × accumulation, "
-            f"got {training.global_batch_size} for {processes} × {training.accumulation}"
-        )
-    return training.global_batch_size // parts
-
-
-def whole_norm(norm: Any) -> Tensor:
-    """Returns the gradient norm as one number of the whole model, also where the gradients lie in shards."""
-    norm = torch.as_tensor(norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def positions(
-    start: int, updates: int, batch_size: int, accumulation: int, rank: int, ranks: int
-) -> list[range]:
-    """Returns the positions of each batch of one process, in order.
-
-    Args:
-        start: Images seen before.
-        updates: Optimiser steps to come.
-        batch_size: Images of one process in one accumulated part.
-        accumulation: Parts of an optimiser step.
-        rank: This process.
-        ranks: How many processes there are.
-    """
-    parts = range(rank, updates * accumulation * ranks, ranks)
-    return [range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts]

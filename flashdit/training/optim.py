@@ -12,7 +12,11 @@ import torch
 
 @dataclass(kw_only=True)
 class OptimizerOptions:
-    """Options of AdamW and its schedule; the defaults are LightningDiT's recipe."""
+    """Options of AdamW and its schedule; the defaults are LightningDiT's recipe.
+
+    Raises:
+        ValueError: If the learning rate or the clipping norm is not positive.
+    """
 
     lr: float = 2e-4
     """Peak learning rate."""
@@ -26,6 +30,13 @@ class OptimizerOptions:
     min_lr: float = 0.0
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; None leaves them."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name in ("lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"optimizer.{name} must be positive, got {value}")
 
 
 def learning_rate(step: int, options: OptimizerOptions) -> float:
@@ -45,12 +56,7 @@ def make_optimizer(parameters: Iterable[Any], options: OptimizerOptions) -> torc
     Args:
         parameters: Parameters, or groups of them as torch's optimisers take them.
         options: Of AdamW.
-
-    Raises:
-        ValueError: If the learning rate or the clipping norm is not positive.
     """
-    if options.lr <= 0 or (options.max_grad_norm is not None and options.max_grad_norm <= 0):
-        raise ValueError(f"lr and max_grad_norm must be positive, got {options.lr}, {options.max_grad_norm}")
     trained = [item for item in parameters if isinstance(item, dict) or item.requires_grad]
     betas = (options.betas[0], options.betas[1])
     return torch.optim.AdamW(

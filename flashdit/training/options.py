@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from flashdit.shared.registry import unknown
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions of matrix products, in training and in sampling, by name."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 COMPILES = ("none", "block", "model")
 
 
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """Options of the training loop; all counts are optimiser steps."""
+    """Options of the training loop; all counts are optimiser steps.
+
+    Raises:
+        ValueError: If a count is not positive or a name is unknown.
+    """
 
     steps: int = 80_000
     """When training ends; may grow on resume."""
@@ -52,9 +53,9 @@ class TrainingOptions:
     timeout_s: int = 1800
     """Seconds that a process waits for the others before it gives up."""
 
-    def check(self) -> None:
-        """Raises ValueError for counts that are not positive and for unknown names."""
-        for name, known in (("precision", DTYPES), ("compile", COMPILES)):
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, known in (("precision", PRECISIONS), ("compile", COMPILES)):
             if getattr(self, name) not in known:
                 raise unknown(f"training.{name}", getattr(self, name), known)
         counts = ("steps", "global_batch_size", "accumulation", "log_every", "save_every", "max_skips")
@@ -64,13 +65,13 @@ class TrainingOptions:
                 raise ValueError(f"training.{name} must be at least 1, got {value}")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(
-                "training.keep_matmuls needs gradient_checkpointing and no compile, which does it by itself, "
+                "training.keep_matmuls requires gradient_checkpointing and no compile, which does so itself, "
                 f"got gradient_checkpointing={self.gradient_checkpointing} and compile={self.compile}"
             )
 
 
 class LoopConfig(Protocol):
-    """What the loop reads of a trainer's configuration; `run.dir` is the run's folder."""
+    """What the loop reads of a task's configuration; `run.dir` is the run's folder."""
 
     seed: int
     run: Any
@@ -89,15 +90,29 @@ class RunOptions:
 
 
 def check_run(config: LoopConfig) -> None:
-    """Raises ValueError for what cannot be in the options that every trainer has."""
+    """Raises ValueError for options of every run that are invalid together, or missing."""
     if not config.run.dir:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
     if config.seed < 0:
         raise ValueError(f"seed must not be negative, got {config.seed}")
-    config.training.check()
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
         raise ValueError(
             "training.steps must not pass optimizer.decay_steps, where the learning rate has come to 0, "
             f"got {steps} and {decay_steps}"
         )
+
+
+def share_of_batch(training: TrainingOptions, processes: int) -> int:
+    """Returns the batch of one process and one accumulated part.
+
+    Raises:
+        ValueError: If the global batch cannot be shared evenly.
+    """
+    parts = processes * training.accumulation
+    if training.global_batch_size % parts:
+        raise ValueError(
+            "training.global_batch_size must be a multiple of processes × accumulation, "
+            f"got {training.global_batch_size} for {processes} × {training.accumulation}"
+        )
+    return training.global_batch_size // parts

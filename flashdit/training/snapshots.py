@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdit.shared.files import write_atomically
-from flashdit.training.power_ema import Profile
+from flashdit.training.profiles import Profile
 
 SNAPSHOTS = "ema_snapshots"
 TRACKS = "ema_tracks"

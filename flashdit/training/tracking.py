@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashdit.shared.command import need_extra
 from flashdit.shared.files import write_atomically
+from flashdit.shared.runs import METRICS_FILE
 
-METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
 
 
@@ -34,7 +35,7 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, options: TrackingOptions, config: dict[str, Any], step: int):
-        self.path = run_dir / METRICS
+        self.path = run_dir / METRICS_FILE
         kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(kept)))
         self.wandb_run = _start_wandb(run_dir, options, config) if options.wandb else None
@@ -61,7 +62,7 @@ class Tracker:
 
 def _start_wandb(run_dir: Path, options: TrackingOptions, config: dict[str, Any]) -> Any:
     """Returns the wandb run of this run folder: the same one after a resume."""
-    import wandb
+    wandb: Any = need_extra("wandb", "wandb")
 
     stored = run_dir / WANDB_ID
     if not stored.exists():

@@ -16,11 +16,10 @@ from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.web.studio import (
     FRAMES,
     MAX_IMAGES,
+    PageRequest,
     Pictures,
-    Request,
     Studio,
     class_choices,
-    training_size,
 )
 
 TITLE = "FlashDiT"
@@ -83,7 +82,7 @@ def make_page(studio: Studio) -> gr.Blocks:
         def generate(model: str, beside: str, *values: Any) -> list[Any]:
             """Returns what each side shows; a mistake becomes one sentence on the page."""
             chosen = [model] if beside == NOBODY else [model, beside]
-            request = Request(**dict(zip(controls, values, strict=True)))
+            request = PageRequest(**dict(zip(controls, values, strict=True)))
             try:
                 made = [studio.make(plan) for plan in studio.plans(chosen, request)]
             except ValueError as error:
@@ -107,18 +106,18 @@ def make_page(studio: Studio) -> gr.Blocks:
 def fit(generator: CheckpointGenerator) -> dict[str, dict[str, Any]]:
     """Returns the properties of controls that depend on the model: its classes and the size it knows."""
     choices = class_choices(generator.class_names)
-    options, (height, width) = generator.sampling, training_size(generator)
+    height, width = generator.image_size(generator.sampling)
     return {
         "classes": {"choices": choices, "visible": bool(choices)},
-        "height": {"value": options.height or height},
-        "width": {"value": options.width or width},
+        "height": {"value": height},
+        "width": {"value": width},
     }
 
 
 def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
-    """Returns the controls by the names of `Request`, as the model's configuration has them.
+    """Returns the controls by the names of `PageRequest`, as the model's configuration has them.
 
-    Numbers have no bounds here: what cannot be is refused in the words of sample.py.
+    Numbers have no bounds here: an invalid one is refused with the message of `flashdit sample`.
     """
     options, fitted = generator.sampling, fit(generator)
     low, high = options.cfg_interval
@@ -127,7 +126,7 @@ def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
             **fitted["classes"],
             value=[],
             multiselect=True,
-            allow_custom_value=True,  # an id will do, and a wrong name is told the nearest
+            allow_custom_value=True,  # an id will do; for a wrong name the message has the nearest
             label="Classes",
             info="By name or id; none: the first ten.",
             elem_id="classes",
@@ -144,7 +143,7 @@ def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
         number("cfg_high", "until t", high, step=0.05)
     with gr.Row():
         controls["sampler"] = gr.Dropdown(
-            list(SAMPLERS), value=options.sampler, label="Sampler", min_width=100, elem_id="sampler"
+            SAMPLERS.names(), value=options.sampler_name, label="Sampler", min_width=100, elem_id="sampler"
         )
         number("steps", "Steps", options.steps, precision=0)
     with gr.Row():

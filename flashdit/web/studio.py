@@ -17,25 +17,24 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from flashdit.flow.guidance import guide
+from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.flow.path import data_prediction
-from flashdit.flow.samplers import ADAPTIVE
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator, sampling_options
-from flashdit.sampling.classes import class_ids, equal_shares
-from flashdit.sampling.folder import GRID, GRID_CLASSES, SampleFolder, make_recipe
-from flashdit.sampling.generator import Batch, Velocity
+from flashdit.sampling.classes import FIRST_CLASSES, choose_labels
+from flashdit.sampling.folder import GRID, SampleFolder, make_recipe
+from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import save_png
 
 FRAMES = 8
 MAX_IMAGES = 64
 MAX_STEPS = 1000
-MAX_SIDE = 1024  # a page that anybody may ask must not be asked for hours
+MAX_SIDE = 1024  # a page that anybody may ask must not be kept busy for hours
 KEPT = 8  # requests whose files stay, beside what the page itself keeps
 
 
 @dataclass(kw_only=True)
-class Request:
+class PageRequest:
     """What somebody wants to see; None leaves an option as the checkpoint's configuration has it."""
 
     classes: Sequence[str]
@@ -55,7 +54,7 @@ class Request:
 
 
 @dataclass(kw_only=True)
-class Plan:
+class PagePlan:
     """A checked request to one model."""
 
     generator: CheckpointGenerator
@@ -109,26 +108,16 @@ def class_choices(class_names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def training_size(generator: CheckpointGenerator) -> tuple[int, int]:
-    """Returns (height, width) in pixels of the images that a model was trained on."""
-    factor = 2 ** (len(generator.space.need_vae().config["block_out_channels"]) - 1)
-    height, width = generator.shape[1:]
-    return height * factor, width * factor
-
-
-def plan(generator: CheckpointGenerator, request: Request) -> Plan:
+def plan_page(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
     """Returns the labels and the sampling options of a request to a model.
 
     Raises:
-        ValueError: If it cannot be met, in the words of sample.py, or asks for too much.
+        ValueError: If an option is invalid, with the message of `flashdit sample`, or too large for a page.
     """
-    names = generator.class_names
-    first = range(min(GRID_CLASSES, len(names)))
-    ids = class_ids(request.classes, names) if request.classes else list(first)
-    ids = ids or [0]  # the null label of a model without classes
     _check_at_most("num_images", request.num_images, MAX_IMAGES)
-    if request.num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {request.num_images}")
+    names = generator.class_names
+    classes = request.classes or list(range(min(FIRST_CLASSES, len(names))))
+    labels = choose_labels(names, classes, request.num_images)
     low, high = generator.sampling.cfg_interval
     given = asdict(request) | {
         "cfg_interval": (
@@ -141,7 +130,7 @@ def plan(generator: CheckpointGenerator, request: Request) -> Plan:
         _check_at_most(name, getattr(request, name), most)
     known = {field.name for field in fields(SamplingOptions)}
     options = sampling_options(generator, {name: value for name, value in given.items() if name in known})
-    return Plan(generator=generator, labels=equal_shares(request.num_images, ids), options=options)
+    return PagePlan(generator=generator, labels=labels, options=options)
 
 
 def _check_at_most(name: str, value: int | None, most: int) -> None:
@@ -162,7 +151,7 @@ class Watched:
         scale: Guidance scale.
     """
 
-    def __init__(self, model: Velocity, labels: Tensor, null_label: int, scale: float):
+    def __init__(self, model: VelocityModel, labels: Tensor, null_label: int, scale: float):
         self.model, self.labels, self.null_label, self.scale = model, labels, null_label, scale
         self.predictions: dict[float, Tensor] = {}
 
@@ -170,19 +159,19 @@ class Watched:
         """Returns the model's velocity."""
         v = self.model(x, t, y)
         x_t, time = x[:1], float(t[0])
-        said = v[:: len(self.labels)].float()  # of the first image: v, or v_cond and v_uncond
-        is_guided = len(said) == 2
-        v_t = guide(lambda *_: said, self.labels[:1], self.null_label, self.scale) if is_guided else None
+        found = v[:: len(self.labels)].float()  # of the first image: v, or v_cond and v_uncond
+        is_guided = len(found) == 2
+        v_t = guide(lambda *_: found, self.labels[:1], self.null_label, self.scale) if is_guided else None
         # Where a sampler asks twice at one time (Heun), the later state is the better one.
-        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else said, time)
+        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else found, time)
         return v
 
 
-def watched_batches(plan: Plan) -> tuple[list[Batch], dict[float, Tensor]]:
+def watched_batches(plan: PagePlan) -> tuple[list[SampleBatch], dict[float, Tensor]]:
     """Returns the images, and x̂_1 = x_t + (1 − t)·v of the first one by time: (1, C, H, W) latents."""
     generator, labels, options = plan.generator, plan.labels, plan.options
     ids = torch.arange(len(labels))
-    first = 1 if options.sampler in ADAPTIVE else options.batch_size  # an adaptive one takes them singly
+    first = 1 if options.is_adaptive else options.batch_size  # an adaptive one takes them singly
     head, rest = ids[:first], ids[first:]
     watching = copy.copy(generator)  # this request alone is watched
     watched = Watched(generator.velocity, labels[head], generator.num_classes, options.cfg_scale)
@@ -210,11 +199,11 @@ class Studio:
         self.generators, self.folder = dict(generators), folder
         self.made: list[Path] = []
 
-    def plans(self, names: Sequence[str], request: Request) -> list[Plan]:
+    def plans(self, names: Sequence[str], request: PageRequest) -> list[PagePlan]:
         """Returns the request's plan for each model, all checked before anything is drawn."""
-        return [plan(self.generators[name], request) for name in names]
+        return [plan_page(self.generators[name], request) for name in names]
 
-    def make(self, plan: Plan) -> Pictures:
+    def make(self, plan: PagePlan) -> Pictures:
         """Returns the pictures of a plan; the images are those of sample.py, pixel for pixel."""
         batches, predictions = watched_batches(plan)
         generator, labels = plan.generator, plan.labels

@@ -1,12 +1,8 @@
-"""How much of the map does a token reach in n blocks? Iwin beside Swin, as a table and a picture.
-
-`python -m iwin_core.analysis.reach --size 56 --window 7 --kernel 3 --output reach.png`
-"""
+"""How much of the map does a token reach in n blocks? Iwin beside Swin, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from iwin_core.analysis.global_exchange import (
     kernel_radius,
@@ -15,9 +11,6 @@ from iwin_core.analysis.global_exchange import (
     theorem_3_as_printed,
 )
 from iwin_core.analysis.mixing import KINDS, coverage
-
-if TYPE_CHECKING:
-    pass
 
 
 def table(grid: Sequence[int], window: int, kernel: int, blocks: int) -> str:

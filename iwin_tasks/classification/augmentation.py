@@ -62,8 +62,7 @@ class AugmentationOptions:
     crop_pct: float | None = None
     """Side of the evaluated centre crop by that of the resized image; None means the model's own."""
 
-    def check(self) -> None:
-        """Raises ValueError for what cannot be."""
+    def __post_init__(self):
         for name in ("hflip", "shift", "random_erasing", "mix_prob", "cutmix_prob", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augmentation.{name} must be from 0 to 1, got {getattr(self, name)}")

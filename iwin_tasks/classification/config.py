@@ -16,7 +16,8 @@ from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.data import DATASETS
 from iwin_tasks.classification.model import check_model
 
-DEFAULT = Path(__file__).parents[2] / "configs" / "iwin" / "digits_32.yaml"
+DEFAULT = "iwin/digits_32"
+"""The shipped configuration of a run that names none."""
 
 
 @dataclass(kw_only=True)
@@ -42,11 +43,12 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults; None means configs/iwin/digits_32.yaml.
+        path: YAML that states what differs from the defaults, or a shipped one's name; None means
+            iwin/digits_32.
         overrides: `key=value` texts with dotted keys.
 
     Raises:
-        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+        ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
     config = read(path or DEFAULT, overrides, ClassifierConfig)
     check(config)
@@ -54,8 +56,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
 
 
 def check(config: ClassifierConfig) -> None:
-    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    """Raises ValueError for options that are invalid or do not fit each other, before anything is built."""
     check_run(config)
     DATASETS.options(config.data)
-    config.augmentation.check()
     check_model(config.model)

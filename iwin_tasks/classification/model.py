@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import timm
 from timm.data.config import resolve_model_data_config
 
-from flashdit.shared.registry import unknown
-from flashdit.shared.runs import find_checkpoint, read_weights
+from flashdit.shared.registry import check_type, unknown
+from flashdit.shared.runs import find_checkpoint
+from flashdit.shared.weights import read_tensors
 from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
 from iwin_core.windows import per_axis
 
@@ -34,14 +35,16 @@ class InputFormat:
 
 def check_model(spec: Mapping[str, Any]) -> None:
     """Raises ValueError unless a spec is a registered name and fields of IwinConfig."""
-    known = [f"model.{field.name}" for field in fields(IwinConfig)]
+    types = get_type_hints(IwinConfig)
     if "name" not in spec:
         raise ValueError(f"model needs a 'name' such as iwin_tiny_patch4_window7_224, got {dict(spec)}")
     if spec["name"] not in timm.list_models(NAMES):
         raise unknown("model", spec["name"], timm.list_models(NAMES))
-    for key in spec:
-        if key != "name" and f"model.{key}" not in known:
-            raise unknown("configuration key", f"model.{key}", known)
+    for key, value in spec.items():
+        if key != "name" and key not in types:
+            raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in types])
+        if key != "name":
+            check_type(f"model.{key}", value, types[key])
 
 
 def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
@@ -71,7 +74,7 @@ def load_weights(model: IwinTransformer, source: Path | str) -> None:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"weights must be a file of weights or a run, got {path}")
-    load_official_checkpoint(model, read_weights(find_checkpoint(path) / "ema") if path.is_dir() else path)
+    load_official_checkpoint(model, read_tensors(find_checkpoint(path) / "ema") if path.is_dir() else path)
 
 
 def input_format(

@@ -1,4 +1,4 @@
-"""Trains an Iwin backbone on labelled images. No argument trains a small one on the embedded digits."""
+"""Trains an Iwin backbone on labelled images. Without arguments a small one, on the embedded digits."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from flashdit.shared.command import run_script
-from iwin_tasks.classification.config import load
-from iwin_tasks.classification.trainer import ClassifierTrainer, evaluate_only
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: iwin/digits_32)")
+    add("--eval-only", action="store_true", help="print accuracy and throughput, train nothing")
+    add("overrides", nargs="*", metavar="key=value", help="such as data.path=IMAGENET")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, trains or evaluates, and prints the accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", help="YAML file (default: configs/iwin/digits_32.yaml)")
-    parser.add_argument(
-        "--eval-only", action="store_true", help="print accuracy and throughput, train nothing"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=IMAGENET")
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
+    from flashdit.shared.process import keep_freed_memory
+    from iwin_tasks.classification.config import load
+    from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load(arguments.config, arguments.overrides)
     if arguments.eval_only:
@@ -27,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{source}: {accuracy}")
         return
     trainer = ClassifierTrainer(config)
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     run_dir = trainer.fit()
-    if trainer.main and trainer.accuracy is not None:
-        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.accuracy}")
+    if trainer.main and trainer.task.accuracy is not None:
+        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.task.accuracy}")
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,4 +1,4 @@
-"""How maps become one labelled picture: colours, panels in a grid, a legend. And how photographs are read."""
+"""Panels and legends of maps: values to colours, colours to pictures; and photographs as tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-FONT_SIZE = 15
-GAP = 6
+from flashdit.shared.pictures import FONT_SIZE, GAP
+
 STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, every quarter
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -31,42 +31,6 @@ def to_picture(pixels: Tensor, height: int) -> Image.Image:
     scale = max(1, round(height / rows))
     picture = Image.frombytes("RGB", (columns, rows), bytes(pixels.flatten().tolist()))
     return picture.resize((columns * scale, rows * scale), Image.Resampling.NEAREST)
-
-
-def panel_grid(
-    title: str,
-    heads: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[Image.Image]]],
-    legend: Image.Image | None = None,
-) -> Image.Image:
-    """Returns panels of one size in rows, with a title, a head above each column and a label before each row.
-
-    Args:
-        title: The line at the top.
-        heads: One per column.
-        rows: (label, panels) for each row.
-        legend: Placed below.
-    """
-    font = ImageFont.load_default(FONT_SIZE)
-    cell_width, cell_height = rows[0][1][0].size
-    cell_width = max([cell_width, *(math.ceil(font.getlength(head)) for head in heads)])
-    left = GAP + max(math.ceil(font.getlength(label)) + 2 * GAP if label else 0 for label, _ in rows)
-    top = GAP + 3 * FONT_SIZE + GAP
-    width = max(left + len(heads) * (cell_width + GAP), math.ceil(font.getlength(title)) + 2 * GAP)
-    height = top + len(rows) * (cell_height + GAP) + (legend.height + GAP if legend else 0)
-    canvas = Image.new("RGB", (max(width, legend.width + left if legend else 0), height), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, GAP), title, "black", font)
-    for column, head in enumerate(heads):
-        draw.text((left + column * (cell_width + GAP), top - GAP), head, "black", font, anchor="lb")
-    for row, (label, panels) in enumerate(rows):
-        y = top + row * (cell_height + GAP)
-        draw.text((GAP, y + cell_height / 2), label, "black", font, anchor="lm")
-        for column, panel in enumerate(panels):
-            canvas.paste(panel, (left + column * (cell_width + GAP), y))
-    if legend:
-        canvas.paste(legend, (left, height - legend.height - GAP))
-    return canvas
 
 
 def colour_bar(low: str, middle: str, high: str, width: int = 240) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What does a model look at? Effective receptive fields and Grad-CAM (paper Fig. 4) of any timm model.
+"""Which pixels does a model use? Effective receptive fields and Grad-CAM (paper Fig. 4) of any timm model.
 
 `iwin visualise --model iwin_tiny_patch4_window7_224 --layer layers.0 layers.2 --kind erf`
 """
@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
-import importlib.util
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from flashdit.shared.command import run_script
-from iwin_core.analysis.saliency import effective_receptive_field, grad_cam, share_of_pixels
-
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-DECADES = 4  # of the receptive field's colour scale
-PANEL_HEIGHT = 280
+    from torch import Tensor, nn
 
 
 def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) -> nn.Module:
@@ -37,12 +25,13 @@ def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) 
         size: H and W to set the model to, where it has a fixed size; None keeps its own.
 
     Raises:
-        ValueError: If the name is unknown, the checkpoint is of another model or the size cannot be.
+        ValueError: If the name is unknown, the checkpoint is of another model or the size is invalid.
     """
     import timm
+    import torch
 
-    if importlib.util.find_spec("iwin_core.backbone.timm_models"):
-        importlib.import_module("iwin_core.backbone.timm_models")
+    import iwin_core  # noqa: F401 - registers its models with timm
+
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.3))
         raise ValueError(f"model must be a name that timm knows, nearest are {near}, got {name!r}")
@@ -73,47 +62,13 @@ def load_images(folder: Path | None, size: tuple[int, int], at_most: int) -> Ten
     """Returns float (N, 3, H, W) in [0, 1]: the folder's first images, or noise if it is None."""
     if min(size) < 1 or at_most < 1:
         raise ValueError(f"size and num_images must be positive, got {size=}, num_images={at_most}")
+    import torch
+
     if folder is None:
         return torch.rand(at_most, 3, *size, generator=torch.Generator().manual_seed(0))
     from iwin_tasks.commands.panels import read_photographs
 
     return read_photographs(folder, size, at_most)
-
-
-def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:
-    """Returns receptive fields (H, W) side by side, each relative to its largest pixel, in powers of ten."""
-    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
-
-    panels = []
-    for _, field in fields:
-        decades = (field / field.max().clamp_min(torch.finfo().tiny)).clamp_min(10.0**-DECADES).log10()
-        panels.append(to_picture(colours(1 + decades / DECADES), PANEL_HEIGHT))
-    heads = [f"{name}: half in {share_of_pixels(field, 0.5):.2%} of pixels" for name, field in fields]
-    bar = colour_bar(f"1e-{DECADES} or less", f"1e-{DECADES // 2}", "largest gradient")
-    return panel_grid(title, heads, [("", panels)], bar)
-
-
-def draw_cams(title: str, layers: Sequence[str], images: Tensor, cams: Sequence[Sequence[Tensor]]) -> Image:
-    """Returns a row per image: the image, then each layer's map over it, relative to its largest value.
-
-    Args:
-        title: The line at the top.
-        layers: Names for the columns.
-        images: (N, 3, H, W) in [0, 1].
-        cams: For each image and layer a map (h, w).
-    """
-    from iwin_tasks.commands.panels import colour_bar, colours, panel_grid, to_picture
-
-    rows = []
-    for image, maps in zip(images, cams, strict=True):
-        photograph = image.permute(1, 2, 0) * 255  # (h, w, 3)
-        panels = [photograph]
-        for cam in maps:
-            cam = F.interpolate(cam[None, None], image.shape[1:], mode="bilinear")[0, 0]
-            heat = colours(cam / cam.max().clamp_min(torch.finfo().tiny))
-            panels.append(0.45 * photograph + 0.55 * heat)
-        rows.append(("", [to_picture(panel.round().to(torch.uint8), PANEL_HEIGHT) for panel in panels]))
-    return panel_grid(title, ["image", *layers], rows, colour_bar("0", "half", "largest"))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,7 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def path_or_none(text: str) -> Path | None:
         return None if text == "none" else Path(text)
 
-    parser = argparse.ArgumentParser(prog="iwin visualise", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="timm name; Iwin's are registered too")
     parser.add_argument(
         "--checkpoint", type=path_or_none, metavar="PATH|none", help="default: none, as initialised"
@@ -148,6 +103,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the picture; prints how concentrated each receptive field is."""
     arguments = parse_arguments(argv)
+    import torch
+
+    from iwin_core.analysis.saliency import effective_receptive_field, grad_cam, share_of_pixels
+    from iwin_tasks.commands.drawing import draw_cams, draw_fields
+
     model = build_model(arguments.model, arguments.checkpoint, arguments.size)
     about = vars(model)["pretrained_cfg"]
     size = tuple(arguments.size or about["input_size"][1:])
@@ -166,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print(f"{name}: of the gradient {shares} of the pixels")
         picture = draw_fields(
-            f"Gradient of one place of {arguments.model} by pixel (effective receptive field)", fields
+            f"Gradient of one position of {arguments.model} by pixel (effective receptive field)", fields
         )
     else:
         options["class_index"] = arguments.class_index
@@ -174,7 +134,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = draw_cams(f"Grad-CAM of {arguments.model}", arguments.layer, images, cams)
     picture.save(arguments.output)
     print(f"wrote {arguments.output}")
-
-
-if __name__ == "__main__":
-    run_script(main)

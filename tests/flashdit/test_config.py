@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from flashdit import config
-from flashdit.shared.settings import to_yaml
+from flashdit.shared.settings import SHIPPED, to_yaml
 
 
 def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
@@ -12,14 +12,14 @@ def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
     assert config.load(tmp_path / "saved.yaml") == loaded
 
 
-@pytest.mark.parametrize("path", sorted(config.DEFAULT.parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
     given = yaml.safe_load(path.read_text())
     needs_path = given["data"]["name"] != "digits"
     loaded = config.load(path, ["data.path=somewhere"] if needs_path else [])
     assert loaded.run.dir
     opening = path.read_text().splitlines()[:4]
-    assert any("train.py" in line for line in opening), "a YAML opens with its command"
+    assert any("flashdit train" in line for line in opening), "a YAML opens with its command"
 
 
 def test_overrides_win_and_keep_their_types():
@@ -49,7 +49,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training.precision=fp64", r"unknown training.precision 'fp64'"),
         (
             "training.keep_matmuls=true",
-            r"keep_matmuls needs gradient_checkpointing and no compile, .* got gradient",
+            r"keep_matmuls requires gradient_checkpointing and no compile, .* got gradient",
         ),
         ("training.steps=0", r"training.steps must be at least 1, got 0"),
         ("training.steps=many", r"Value 'many' .* could not be converted to Integer"),
@@ -59,6 +59,16 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("run.dir=''", r"run.dir must name the run's folder"),
         ("training.steps=9000", r"must not pass optimizer.decay_steps, .* got 9000 and 4200"),
         ("seed=-1", r"seed must not be negative, got -1"),
+        ("model.depth=two", r"model.depth must be a whole number, got 'two'"),
+        ("model.depth=true", r"model.depth must be a whole number, got True"),
+        ("model.mlp_ratio=big", r"model.mlp_ratio must be a number, got 'big'"),
+        ("model.qk_norm=3", r"model.qk_norm must be true or false, got 3"),
+        ("model.attention=3", r"attention must be a name or a mapping with 'name', got 3"),
+        ("flow.times.std=wide", r"option 'std' of time distribution 'logit_normal' must be a number, got 'w"),
+        ("flow.times.std=0", r"std of logit-normal times must be positive, got 0"),
+        ("sampling.cfg_interval=[0.2]", r"sampling.cfg_interval must be \[a number, a number\], got \[0.2\]"),
+        ("evaluation.metrics=[fid,3]", r"evaluation.metrics must be a list, each text, got \['fid', 3\]"),
+        ("data={name: images, path: x, image_size: 0}", r"data.image_size must be at least 1, got 0"),
     ],
 )
 def test_configurations_that_cannot_be_are_named(override, message):
@@ -67,7 +77,9 @@ def test_configurations_that_cannot_be_are_named(override, message):
 
 
 def test_files_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--config must be a YAML file, got .*absent.yaml"):
+    with pytest.raises(
+        ValueError, match=r"--config must be a YAML file or a shipped configuration, got .*absent.yaml"
+    ):
         config.load(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="must be a mapping of keys, got list"):

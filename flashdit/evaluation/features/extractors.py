@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from flashdit.evaluation.features.extractor import EXTRACTORS, Extractor
 from flashdit.shared.files import file_sha256
 from flashdit.shared.registry import unknown
+from flashdit.shared.weights import read_content
 
 DINO_CODE = "facebookresearch_dinov2_main"  # torch hub's folder of the code that torch-fidelity runs
 
@@ -117,13 +117,13 @@ def cached_file(name: str) -> str | None:
 
 def check_tensors(path: Path) -> None:
     """Raises ValueError for a pickle of more than tensors; CLIP's archives are TorchScript, no pickles."""
+    if path.suffix != ".pt":
+        read_content(path)
+        return
     try:
-        if path.suffix == ".pt":
-            torch.jit.load(path, map_location="cpu")
-        else:
-            torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"weights must be a file of tensors, got {path}: {str(error)[:160]}") from error
+        torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"weights must be a TorchScript file, got {path}: {str(error)[:160]}") from error
 
 
 def imported_extractor(name: str) -> Any:

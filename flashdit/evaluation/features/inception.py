@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from flashdit.evaluation.features.extractor import EXTRACTORS, SPATIAL_CHANNELS, Extractor
 from flashdit.shared.files import file_sha256
+from flashdit.shared.weights import read_content
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -50,13 +50,8 @@ def inception_weights_path(given: str | None) -> Path:
 
 def check_inception_weights(path: Path) -> None:
     """Raises ValueError unless a file is a dictionary of Inception's 472 tensors; unpickles only tensors."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"inception weights must be a file of tensors as torch.save writes it, got {path}"
-        ) from error
-    tensors = weights if isinstance(weights, dict) else {}
+    content = read_content(path)
+    tensors = content if isinstance(content, dict) else {}
     count = sum(not str(key).endswith("num_batches_tracked") for key in tensors)
     if count != INCEPTION_TENSORS:
         raise ValueError(f"{path} must hold the {INCEPTION_TENSORS} tensors of {INCEPTION_FILE}, got {count}")

@@ -74,9 +74,7 @@ class GeneratedSource:
     def __init__(self, generator: Any, labels: Tensor, options: Any):
         self.generator, self.labels, self.options = generator, labels, options
         self.name, self.count = "samples", len(labels)
-        factor = 2 ** (len(generator.space.need_vae().config["block_out_channels"]) - 1)
-        _, height, width = generator.latent_shape(options)
-        self.image_size = (height * factor, width * factor)
+        self.image_size = generator.image_size(options)
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the images of ids, None for all.
@@ -110,7 +108,7 @@ class GeneratedSource:
 
     def recipe(self) -> dict[str, Any]:
         """Returns the checkpoint, the sampling options and the cost of a sample."""
-        nfe = self.generator.nfe(self.options)
+        nfe = self.options.nfe
         return {
             "source": "checkpoint",
             **self.generator.recipe(),

@@ -40,7 +40,7 @@ def row_of(result: EvalResult) -> dict[str, Any]:
     """Returns the row of a result; a score that could not be had is empty."""
     samples, reference, extractor = result.samples, result.reference, result.extractor
     sampling = samples.get("sampling", {})
-    interval = sampling.get("cfg_interval")
+    interval, sampler = sampling.get("cfg_interval"), sampling.get("sampler")
     return {
         "created": result.created,
         "samples": samples.get("checkpoint") or samples.get("path") or samples["source"],
@@ -48,6 +48,7 @@ def row_of(result: EvalResult) -> dict[str, Any]:
         "num_images": result.num_images,
         "label_mode": samples.get("labels"),
         **{name: sampling.get(name) for name in SAMPLING},
+        "sampler": sampler["name"] if isinstance(sampler, dict) else sampler,
         "cfg_interval": f"{interval[0]:g}-{interval[1]:g}" if interval else None,
         "nfe": samples.get("nfe"),
         "extractor": extractor["name"],

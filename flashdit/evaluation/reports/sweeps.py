@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from flashdit.evaluation.metrics.metric import Score
 from flashdit.evaluation.metrics.scoring import scores_of
+from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import write_atomically, write_json
 
@@ -87,11 +88,20 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
         raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "others" not in content:
         raise ValueError(f"{path} must be a sweep's JSON of schema {SCHEMA}: give another --output")
-    known = [
-        {name: sweep[name] for name in Sweep.__dataclass_fields__} for sweep in (content, *content["others"])
+    known: list[dict[str, Any]] = [
+        {name: sweep[name] for name in Sweep.__dataclass_fields__}
+        | {"recipe": _current_recipe(sweep["recipe"])}
+        for sweep in (content, *content["others"])
     ]
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
+
+
+def _current_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe on disk with its sampling options under today's keys."""
+    samples = recipe.get("samples", {})
+    sampling = {"sampling": current_sampling(samples["sampling"])} if "sampling" in samples else {}
+    return {**recipe, "samples": {**samples, **sampling}}
 
 
 def table_rows(sweep: Sweep) -> list[list[str]]:

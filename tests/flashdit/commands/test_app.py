@@ -19,6 +19,7 @@ from PIL import Image
 from flashdit.commands import app, sample, train
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.folder import identity
+from flashdit.web import serve
 from flashdit.web.studio import Studio, load_generators
 
 ROOT = Path(__file__).parents[3]
@@ -55,7 +56,8 @@ def served(home):
     command = [
         sys.executable,
         "-m",
-        "flashdit.commands.app",
+        "flashdit",
+        "app",
         "--checkpoint",
         last,
         first,
@@ -264,15 +266,17 @@ def test_the_newest_run_is_the_default(home, monkeypatch):
 
 def test_without_a_run_the_command_says_to_train_one_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no run with a checkpoint in runs: train one first \(python train"):
+    with pytest.raises(
+        ValueError, match=r"no run with a checkpoint in runs: train one first \(flashdit train"
+    ):
         app.main(["--port", str(free_port())])
 
 
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "flashdit.web.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"the web page needs gradio \(pip install 'flashdit\[app\]'\)"):
-        app.serve(Studio({}, tmp_path), "127.0.0.1", 7860)
+    with pytest.raises(ValueError, match=r"app must be installed for this: pip install 'flashdit\[app\]'"):
+        serve.launch(Studio({}, tmp_path), "127.0.0.1", 7860)
 
 
 def test_a_port_that_cannot_be_is_named():

@@ -10,8 +10,10 @@ from flashdit.commands import estimate
 from flashdit.commands.budget import (
     checkpoint_bytes,
     count_parameters,
+    duration,
     kept_checkpoints,
     memory_bytes,
+    read_config,
     snapshot_bytes,
     train_seconds,
 )
@@ -38,7 +40,7 @@ ATTENTIONS = [{"name": "iwin", "window": 4, "kernel": 3}, {"name": "global", "ro
 
 
 def xl(*overrides):
-    return estimate.read_config(config.DEFAULT.with_name("flashdit_xl.yaml"), overrides)
+    return read_config("flashdit_xl", overrides)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def xl(*overrides):
     ],
 )
 def test_parameters_and_multiply_adds_are_those_of_the_sizes(name, parameters, multiply_adds):
-    settings = estimate.read_config(config.DEFAULT.with_name(f"{name}.yaml"), ())
+    settings = read_config(name, ())
     assert count_parameters(settings).all == parameters
     assert forward_flops(settings.model) / 2e9 == pytest.approx(multiply_adds, abs=0.005)
 
@@ -133,7 +135,7 @@ def test_strategies_share_what_they_say():
 
 
 def test_frozen_parameters_have_no_moments():
-    settings = estimate.read_config(config.DEFAULT, ("model.position_embedding=sincos",))
+    settings = read_config(config.DEFAULT, ("model.position_embedding=sincos",))
     counts = count_parameters(settings)
     assert counts.all - counts.trained == 8 * 8 * 64
     assert checkpoint_bytes(settings, counts) == 8 * counts.all + 8 * counts.trained
@@ -164,7 +166,7 @@ def test_time_and_snapshots_follow_their_formulas():
     settings = xl("ema.power_widths=[0.05,0.1]", "ema.snapshot_every=20000")
     counts = count_parameters(settings)
     assert snapshot_bytes(settings, counts) == 3 * 2 * 4 * counts.all
-    assert [estimate.duration(s) for s in (0.3, 90, 600, 9000, 3e5)] == [
+    assert [duration(s) for s in (0.3, 90, 600, 9000, 3e5)] == [
         "under a second",
         "90 seconds",
         "10.0 minutes",
@@ -177,7 +179,7 @@ def test_the_command_prints_it_and_allocates_nothing(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path, kept = (
-        config.DEFAULT.with_name("flashdit_xl.yaml"),
+        "flashdit_xl",
         ("training.keep_last=2", "training.keep_every=null"),
     )
     estimate.main(["--config", str(path), "--gpus", "16", "--images", "1000000", *kept])
@@ -209,5 +211,7 @@ def test_what_cannot_be_is_one_sentence(exit_message):
     assert "--images must be at least 1, got 0" in exit_message(estimate, "--images", 0)
     assert "--mfu must be above 0 and at most 1" in exit_message(estimate, "--mfu", 1.5)
     assert "multiple of processes × accumulation, got 16 for 3 × 1" in exit_message(estimate, "--gpus", 3)
-    assert "--config must be a YAML file, got absent" in exit_message(estimate, "--config", "absent")
+    assert "--config must be a YAML file or a shipped configuration, got absent" in exit_message(
+        estimate, "--config", "absent"
+    )
     assert "did you mean 'model.depth'" in exit_message(estimate, "model.dept=3")

@@ -53,11 +53,8 @@ class StandInGenerator:
     def recipe(self) -> dict:
         return {"checkpoint": "stand-in", "step": 7, "weights_sha256": "5" * 64}
 
-    def latent_shape(self, options) -> tuple[int, int, int]:
-        return 1, 16, 16
-
-    def nfe(self, options) -> int:
-        return 2 * options.steps
+    def image_size(self, options) -> tuple[int, int]:
+        return 32, 32
 
     def generate(self, labels, options, ids=None):
         images, known = digits("train")
@@ -111,7 +108,7 @@ def test_checkpoint_is_sampled_and_its_recipe_recorded_in_the_run(main, generato
     content = json.loads((generator.run_dir / "eval" / "metrics.json").read_text())
     assert generator.drawn == content["num_images"] == 130
     assert content["samples"]["checkpoint"] == "stand-in"
-    assert content["samples"]["nfe"] == 18
+    assert content["samples"]["nfe"] == 17
     assert content["samples"]["sampling"]["cfg_interval"] == [0.1, 0.9]
     assert content["samples"]["sampling"]["cfg_scale"] == 1.5
     assert content["metrics"]["accuracy"] >= 0.98

@@ -9,8 +9,7 @@ from flashdit import config
 from flashdit.commands import posthoc
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.trainer import Trainer
-from flashdit.training.ema import EmaOptions
-from flashdit.training.power_ema import PowerEma
+from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, write_snapshots
 
 STEPS, SNAPSHOT_EVERY = 48, 3
@@ -21,15 +20,15 @@ def run(tiny_overrides, tmp_path):
     """Returns a run with snapshots of 0.05 and 0.10, and what was tracked directly of other widths."""
     more = [f"training.steps={STEPS}", "training.save_every=24", "training.log_every=100"]
     trainer = Trainer(config.load(None, [*tiny_overrides, *more]))
-    stored = PowerEma(trainer.model, EmaOptions(power_widths=[0.05, 0.1]))
-    direct = PowerEma(trainer.model, EmaOptions(power_widths=[0.07, 0.12]))
+    stored = Ema(trainer.model, EmaOptions(power_widths=[0.05, 0.1]))
+    direct = Ema(trainer.model, EmaOptions(power_widths=[0.07, 0.12]))
     update = trainer.ema.update
 
     def update_all(model):
         for average in (update, stored.update, direct.update):
             average(model)
         if trainer.step % SNAPSHOT_EVERY == 0:
-            write_snapshots(tmp_path / "run" / SNAPSHOTS, trainer.step, stored.state())
+            write_snapshots(tmp_path / "run" / SNAPSHOTS, trainer.step, stored.tracks_state())
 
     trainer.ema.update = update_all
     trainer.fit()
@@ -81,7 +80,7 @@ def test_the_tracks_of_a_checkpoint_are_snapshots_too_and_few_are_said_to_be_coa
     run_dir, _, stored = run
     checkpoint = run_dir / "checkpoints" / f"step_{STEPS:08d}"
     shutil.rmtree(run_dir / SNAPSHOTS)
-    write_snapshots(checkpoint / TRACKS, STEPS, stored.state())
+    write_snapshots(checkpoint / TRACKS, STEPS, stored.tracks_state())
     posthoc.main([str(run_dir), "--width", "0.1", "0.2"])
     assert distance(weights(checkpoint / "ema_0.100"), stored.tracks[0.1]) < 1e-6
     printed = capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_pictures_arrays_grid_and_recipe_say_the_same(run, tiny_checkpoint, caps
         assert json.loads(picture.text["recipe"])["weights_sha256"] == recipe["weights_sha256"]
 
 
-def test_a_compiled_model_is_told_of(run, monkeypatch):
+def test_the_recipe_says_that_a_model_was_compiled(run, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     plain, fast = run("plain", "--num-images", 2), run("fast", "--num-images", 2, "--compile")
@@ -113,7 +113,7 @@ def test_images_have_the_wanted_size_and_other_sizes_other_noise(run):
 def test_raw_weights_and_lower_precision_are_other_images(run, tiny_checkpoint):
     one = arrays(run("ema", "--num-images", 2))[0].astype(int)
     raw = arrays(run("raw", "--num-images", 2, "--ema", "model"))[0].astype(int)
-    half = arrays(run("half", "--num-images", 2, "--dtype", "bf16"))[0].astype(int)
+    half = arrays(run("half", "--num-images", 2, "--precision", "bf16"))[0].astype(int)
     assert abs(one - raw).max() > 20
     assert 0 < abs(one - half).max() <= 8
     generator = load_generator(tiny_checkpoint, weights="model")
@@ -202,20 +202,22 @@ def foreign(tiny_checkpoint, tmp_path):
         ),
         (["--labels", "radnom"], "unknown labels 'radnom'; did you mean 'random'"),
         (["--format", "jpg"], "unknown format 'jpg'"),
-        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--num-images", "0"], "num_images must be at least 1, got 0"),
         (["--width", "33"], "width must be a multiple of 4 pixels (the VAE's factor 2 × the patch size 2)"),
         (["--height", "-4"], "height must be at least 1, got -4"),
-        (["--cfg-interval", "0.9", "0.1"], "the guidance interval must be 0 ≤ low ≤ high ≤ 1"),
+        (["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
         (["--cfg-scale", "nan"], "cfg_scale must be finite, got nan"),
         (["--sampler", "dpm"], "unknown sampler 'dpm'; did you mean 'dpm++2m'"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8' (known: bf16, fp16, fp32)"),
+        (["--precision", "fp8"], "unknown precision 'fp8' (known: bf16, fp16, fp32, tf32)"),
         (["--device", "gpu"], "--device must be one of this machine, such as cpu, got gpu"),
         (["--device", "cuda:99"], "--device must be one of this machine, such as cpu, got cuda:99"),
         (["--steps", "1000000000000000"], "steps must be at most 1,000,000, got 1000000000000000"),
-        (["--atol", "nan"], "atol and rtol must be positive, got nan and 1e-05"),
+        (["--sampler", "dopri5", "--atol", "nan"], "option 'atol' of sampler 'dopri5' must be a number"),
         (["--checkpoint", "list"], "a checkpoint must be whole and of a FlashDiT, list is not"),
         (["--checkpoint", "empty"], "a checkpoint must be whole and of a FlashDiT, empty is not"),
-        (["--atol", "0"], "atol and rtol must be positive, got 0.0 and 1e-05"),
+        (["--sampler", "dopri5", "--sampler-option", "atol=0"], "atol and rtol must be positive, got 0 and"),
+        (["--sampler-option", "order=2"], "unknown option of sampler 'euler' 'order'"),
+        (["--sampler-option", "order"], "--sampler-option must be key=value, got 'order'"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
         (["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
         (["--checkpoint", "half"], "a checkpoint must be whole and of a FlashDiT, half is not"),
@@ -239,7 +241,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert not (foreign / "out").exists()
 
 
-def test_tolerances_that_cannot_be_kept_are_told_of(tiny_checkpoint, tmp_path):
+def test_an_option_of_the_sampler_has_two_spellings_and_stands_in_the_recipe(run, capsys):
+    options = ["--sampler", "dopri5", "--num-images", 1]
+    short = run("short", *options, "--atol", "1e-2", "--rtol", "1e-1")
+    generic = run("generic", *options, "--sampler-option", "rtol=1e-1", "atol=1e-2")
+    recipe = json.loads((short / "recipe.json").read_text())
+    assert recipe["sampling"]["sampler"] == {"name": "dopri5", "atol": 1e-2, "rtol": 1e-1}
+    assert files(short) == files(generic)
+    tight = json.loads((run("tight", *options) / "recipe.json").read_text())
+    assert tight["nfe"] > recipe["nfe"]
+
+
+def test_tolerances_that_cannot_be_kept_are_named(tiny_checkpoint, tmp_path):
     options = ["--sampler", "dopri5", "--atol", "1e-30", "--rtol", "1e-30", "--num-images", 1]
     argv = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", *options]
     with pytest.raises(ValueError, match="dopri5 must be able to keep its tolerances, got atol=1e-30"):

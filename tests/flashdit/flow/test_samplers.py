@@ -7,21 +7,24 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from golden_rule import assert_golden, golden_input, load_json, load_npz
 
+from flashdit.flow.one_step import Dopri5Options, dopri5, sde_euler
 from flashdit.flow.path import data_prediction, score
-from flashdit.flow.samplers import ADAPTIVE, SAMPLERS, dopri5, make_sampler, sde_euler, time_grid
+from flashdit.flow.samplers import SAMPLERS, time_grid
+from flashdit.shared.registry import announced
 
 GOLDEN = load_npz("transport.npz")
 META = load_json("transport_meta.json")
 MEAN, STD = 1.3, 0.4
 X_0 = torch.tensor([[0.7], [-1.3]], dtype=torch.float64)
 ORDERS = {"euler": 1, "heun": 2, "dpm++2m": 2, "unipc": 3}
-DETERMINISTIC = sorted(set(SAMPLERS) - {"sde-euler"})
+NAMES = SAMPLERS.names()
+DETERMINISTIC = [name for name in NAMES if not SAMPLERS[name].stochastic]
 SHIFTS = [1.0, 0.3, 3.0]
 
 
 def run(name, v, x, times):
     """Returns x at the last time; sde-euler without noise, which leaves an ODE of another drift."""
-    return make_sampler(name, noise=lambda _step: torch.zeros_like(x))(v, x, times)
+    return SAMPLERS.build(name, lambda _step: torch.zeros_like(x))(v, x, times)
 
 
 def gaussian(x, t):
@@ -57,7 +60,7 @@ def test_euler_equals_the_released_ode(case, shift):
         evaluations.append(t)
         return -x_t + t
 
-    x = SAMPLERS["euler"](v, golden_input(7, (2, 3, 4, 4)), times)
+    x = run("euler", v, golden_input(7, (2, 3, 4, 4)), times)
     assert_golden(x, GOLDEN[f"{case}/final"])
     assert len(evaluations) == META[case]["model_evals"]
     assert evaluations[-1] == pytest.approx(META[case]["t_last_eval"], rel=1e-6)
@@ -103,7 +106,7 @@ def test_multistep_samplers_equal_diffusers_on_the_same_grid(scheduler, name, st
     x = x_0 = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     for t, timestep in zip(times, theirs.timesteps, strict=False):
         x = theirs.step(-v(x, t), timestep, x).prev_sample
-    torch.testing.assert_close(SAMPLERS[name](v, x_0, times), x, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(run(name, v, x_0, times), x, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
@@ -115,7 +118,7 @@ def test_a_straight_flow_is_exact_in_one_step(name):
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_end_points_are_finite_and_keep_their_dtype(name, dtype, steps, shift):
     x_0 = torch.linspace(-3, 3, 12).reshape(1, 1, 3, 4).to(dtype)
     times = []
@@ -181,20 +184,21 @@ def test_dopri5_keeps_its_tolerance_and_spends_more_on_a_tighter_one(tolerance):
         evaluations.append(t)
         return gaussian(x, t)
 
-    x = dopri5(v, X_0, time_grid(1), atol=tolerance, rtol=tolerance)
+    x = dopri5(v, X_0, time_grid(1), options=Dopri5Options(atol=tolerance, rtol=tolerance))
     assert (x - gaussian_at(X_0, 1.0)).abs().max() < 10 * tolerance
     assert len(evaluations) < 60 if tolerance == 1e-3 else 60 < len(evaluations) < 200
 
 
-def test_dopri5_steps_onto_the_jumps_it_is_told_of():
+def test_dopri5_steps_onto_the_jumps_it_is_given():
     def v(x, t):
         return torch.full_like(x, 5.0 if t <= 0.37 else -1.0)
 
-    told, untold = (
-        dopri5(v, torch.zeros(1, 1), time_grid(1), jumps=jumps).item() for jumps in ([0.0, 0.37], [])
+    exact, inexact = (
+        dopri5(v, torch.zeros(1, 1), time_grid(1), options=Dopri5Options(), jumps=jumps).item()
+        for jumps in ([0.0, 0.37], [])
     )
-    assert told == pytest.approx(5 * 0.37 - 0.63, abs=1e-5)
-    assert abs(untold - (5 * 0.37 - 0.63)) > 1e-4
+    assert exact == pytest.approx(5 * 0.37 - 0.63, abs=1e-5)
+    assert abs(inexact - (5 * 0.37 - 0.63)) > 1e-4
 
 
 def test_shift_is_applied_once_and_its_ends_are_exact():
@@ -213,12 +217,37 @@ def test_shift_is_applied_once_and_its_ends_are_exact():
         (5, math.inf, "shift must be positive"),
     ],
 )
-def test_time_grids_that_cannot_be_are_named(steps, shift, message):
+def test_invalid_time_grids_are_named(steps, shift, message):
     with pytest.raises(ValueError, match=message):
         time_grid(steps, shift)
 
 
 def test_unknown_sampler_names_the_nearest():
     with pytest.raises(ValueError, match="unknown sampler 'eulr'; did you mean 'euler'"):
-        make_sampler("eulr", noise=torch.zeros)
-    assert set(SAMPLERS) >= ADAPTIVE
+        SAMPLERS.build("eulr", torch.zeros)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "euler", "atol": 1e-3}, "unknown option of sampler 'euler' 'atol'"),
+        ({"name": "dopri5", "atl": 1e-3}, "unknown option of sampler 'dopri5' 'atl'; did you mean 'atol'"),
+        ({"name": "dopri5", "atol": 0.0}, "atol and rtol must be positive, got 0.0 and 1e-05"),
+        ({"name": "dopri5", "rtol": math.nan}, "atol and rtol must be positive, got 1e-05 and nan"),
+        ({"name": "dopri5", "atol": "tight"}, "option 'atol' of sampler 'dopri5' must be a number"),
+    ],
+)
+def test_invalid_options_of_a_sampler_are_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        SAMPLERS.options(spec)
+
+
+def test_every_announced_sampler_registers_itself_and_no_other_is_registered():
+    ours = {name for name, module in announced("flashdit.samplers").items() if module.startswith("flashdit.")}
+    assert ours == {name for name in NAMES if SAMPLERS[name].integrate.__module__.startswith("flashdit.")}
+    assert ours == SAMPLERS.entries.keys()
+
+
+def test_samplers_declare_what_they_need():
+    assert [name for name in NAMES if SAMPLERS[name].adaptive] == ["dopri5"]
+    assert [name for name in NAMES if SAMPLERS[name].stochastic] == ["sde-euler"]

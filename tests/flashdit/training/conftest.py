@@ -11,7 +11,9 @@ from torch import Tensor
 
 from flashdit import config
 from flashdit.data.shards import write_shard, write_statistics
-from flashdit.trainer import Trainer
+from flashdit.trainer import FlashDiTTask
+from flashdit.training.accelerator import start_run
+from flashdit.training.loop import TrainingLoop
 
 
 @dataclass(kw_only=True)
@@ -62,33 +64,38 @@ class Part:
     loss: float = 0.0
 
 
-class Recorded(Trainer):
-    """The real trainer, listened to from outside: hooks on the model, and the loss that goes backward."""
+class Recorded:
+    """The real loop and task, recorded from outside: hooks on the model, and the loss that goes backward."""
 
     poisoned_steps: tuple[int, ...] = ()
 
     def __init__(self, run_config):
-        super().__init__(run_config)
+        accelerator = start_run(run_config, FlashDiTTask.fixed_on_resume)
+        self.task = FlashDiTTask(run_config, accelerator)
+        self._move_off_zeros()
+        self.loop = TrainingLoop(run_config, self.task, accelerator)
         self.parts: list[Part] = []
         self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.model.register_forward_hook(self._note_forward, with_kwargs=True)
         self.model.y_embedder.register_forward_hook(self._note_labels)
-        self.backward, self.accelerator.backward = self.accelerator.backward, self._note_backward
+        self.backward, accelerator.backward = accelerator.backward, self._note_backward
+        self.loss, self.task.loss = self.task.loss, self._note_loss
 
-    def build(self):
-        """Builds the model and moves it off its zeros, where signs and scales of the output do not show."""
-        model = super().build()
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def _move_off_zeros(self):
+        """Changes the fresh model, where signs and scales of the output would not show."""
         draws = torch.Generator().manual_seed(8)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in self.task.model.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=draws))
-        return model
 
-    def loss(self, batch):
+    def _note_loss(self, network, batch):
         """Notes the batch as it comes."""
         copy = {name: value.clone() for name, value in batch.items()}
         self.parts.append(Part(step=self.step, batch=copy))
-        loss, terms = super().loss(batch)
+        loss, terms = self.loss(network, batch)
         return (loss * torch.nan if self.step in self.poisoned_steps else loss), terms
 
     def listening(self):

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from flashdit import config
 from flashdit.trainer import Trainer
-from flashdit.training import loop
+from flashdit.training import accelerator as run_accelerator
 from flashdit.training.accelerator import set_shard_precision
 
-make_accelerator = loop.make_accelerator
+make_accelerator = run_accelerator.make_accelerator
 
 
 def make_sharding_accelerator(training):
@@ -27,7 +27,7 @@ def make_sharding_accelerator(training):
     return accelerator
 
 
-loop.make_accelerator = make_sharding_accelerator
+run_accelerator.make_accelerator = make_sharding_accelerator
 trainer = Trainer(config.load(None, sys.argv[1:]))
 sharded = [name for name, p in trainer.model.named_parameters() if isinstance(p, DTensor)]
 assert len(sharded) == len(list(trainer.model.parameters())), "every parameter lies in shards"

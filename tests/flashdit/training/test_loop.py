@@ -18,18 +18,21 @@ from flashdit.training.meter import TIMINGS, Meter, matmul_peak
 from flashdit.training.snapshots import list_snapshots
 
 
-class Poisoned(Trainer):
-    """A trainer whose loss is not a number at some steps."""
-
-    poisoned_steps = ()
-
-    def loss(self, batch):
-        loss, terms = super().loss(batch)
-        return (loss * math.nan if self.step in self.poisoned_steps else loss), terms
+def trainer(overrides, *more):
+    return Trainer(config.load(None, [*overrides, *more]))
 
 
-def trainer(overrides, *more, kind=Trainer):
-    return kind(config.load(None, [*overrides, *more]))
+def poisoned(overrides, *more, steps):
+    """Returns a trainer whose loss is not a number at some steps."""
+    run = trainer(overrides, *more)
+    loss = run.task.loss
+
+    def poisoned_loss(network, batch):
+        value, terms = loss(network, batch)
+        return (value * math.nan if run.step in steps else value), terms
+
+    run.task.loss = poisoned_loss
+    return run
 
 
 def weights(run_dir, step, part="model"):
@@ -87,8 +90,7 @@ def test_sigterm_saves_within_the_step_and_the_next_start_goes_on(tiny_overrides
 def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_everything_untouched(
     tiny_overrides, tmp_path
 ):
-    run = trainer(tiny_overrides, "training.save_every=1", kind=Poisoned)
-    run.poisoned_steps = (4,)
+    run = poisoned(tiny_overrides, "training.save_every=1", steps=(4,))
     run.fit()
     run_dir = tmp_path / "run"
     for part in ("model", "ema"):
@@ -108,8 +110,7 @@ def test_a_skipped_step_is_the_same_after_a_resume(tiny_overrides, tmp_path):
     for name, stops in (("run", (6,)), ("paused", (4, 6))):
         for stop in stops:
             more = (f"run.dir={tmp_path / name}", f"training.steps={stop}")
-            run = trainer(tiny_overrides, *more, kind=Poisoned)
-            run.poisoned_steps = (4,)
+            run = poisoned(tiny_overrides, *more, steps=(4,))
             run.fit()
     assert_same_end(tmp_path / "run", tmp_path / "paused")
 
@@ -129,7 +130,7 @@ def test_snapshots_of_the_power_averages_are_the_same_after_a_resume(tiny_overri
     shutil.rmtree(tmp_path / "paused" / "checkpoints" / "step_00000006")  # as after a kill at step 5
     (tmp_path / "paused" / "ema_snapshots" / "step_00000005_std0.050.safetensors").write_bytes(b"stale")
     run = trainer(tiny_overrides, *paused)
-    assert run.power_ema.updates == run.step == 4
+    assert run.ema.updates == run.step == 4
     run.fit()
     expected = snapshot_files(tmp_path / "run")
     assert snapshot_files(tmp_path / "paused") == expected
@@ -137,8 +138,7 @@ def test_snapshots_of_the_power_averages_are_the_same_after_a_resume(tiny_overri
 
 
 def test_a_skipped_step_is_no_update_of_the_power_averages(tiny_overrides, tmp_path):
-    run = trainer(tiny_overrides, *POWER, kind=Poisoned)
-    run.poisoned_steps = (4,)
+    run = poisoned(tiny_overrides, *POWER, steps=(4,))
     run.fit()
     found = [(s.step, s.profile.updates) for s in list_snapshots(tmp_path / "run" / "ema_snapshots")]
     assert found == [(2, 2), (2, 2), (4, 3), (4, 3), (6, 5), (6, 5)]
@@ -151,8 +151,7 @@ def test_a_power_average_cannot_begin_within_a_run(tiny_overrides, tmp_path):
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_with_its_last_checkpoint(tiny_overrides, tmp_path):
-    run = trainer(tiny_overrides, "training.max_skips=2", kind=Poisoned)
-    run.poisoned_steps = (3, 4, 5)
+    run = poisoned(tiny_overrides, "training.max_skips=2", steps=(3, 4, 5))
     with pytest.raises(FloatingPointError, match=r"got 2 steps in a row up to step 4 where it was not"):
         run.fit()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000002"]

@@ -34,7 +34,7 @@ def run(make_recorded):
 @pytest.fixture(scope="module")
 def drawn(run):
     """Returns 4,000 examples as the run's own data set makes them."""
-    return run.examples()[0].__getitems__(range(DRAWN))
+    return run.task.examples.__getitems__(range(DRAWN))
 
 
 def plain_path(part, known):
@@ -184,7 +184,7 @@ def test_the_times_follow_the_configured_logit_normal_distribution(drawn):
 
 def test_uniform_times_are_uniform(make_recorded):
     run = make_recorded(times="{name: uniform}")
-    t = run.examples()[0].__getitems__(range(DRAWN))["time"].double().sort().values
+    t = run.task.examples.__getitems__(range(DRAWN))["time"].double().sort().values
     steps = (torch.arange(DRAWN).double() + 0.5) / DRAWN
     assert (t - steps).abs().max() < 2 / math.sqrt(DRAWN)
 
@@ -194,7 +194,7 @@ def test_what_is_drawn_for_an_image_is_independent_and_of_the_seed(drawn, make_r
     assert abs(t[drop].mean() - t[~drop].mean()) < 0.05
     brightness = drawn["noise"].flatten(1).mean(1)
     assert abs(torch.corrcoef(torch.stack([t, brightness]))[0, 1]) < 5 / math.sqrt(DRAWN)
-    other = make_recorded("seed=1").examples()[0].__getitems__(range(50))
+    other = make_recorded("seed=1").task.examples.__getitems__(range(50))
     assert not (other["time"] == t[:50]).any()
     assert not (other["noise"] == drawn["noise"][:50]).any()
 

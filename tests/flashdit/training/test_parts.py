@@ -15,8 +15,8 @@ from flashdit.shared.runs import (
     read_state,
     step_folder,
 )
+from flashdit.training.batches import positions
 from flashdit.training.ema import Ema, EmaOptions
-from flashdit.training.loop import positions
 from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer
 from flashdit.training.tracking import Tracker, TrackingOptions
 
@@ -33,7 +33,7 @@ def test_frozen_parameters_are_left_out_and_bad_rates_named():
     frozen, trained = nn.Parameter(torch.zeros(1), requires_grad=False), nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer([frozen, trained], OptimizerOptions())
     assert optimizer.param_groups[0]["params"] == [trained]
-    with pytest.raises(ValueError, match=r"lr and max_grad_norm must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr must be positive, got 0"):
         make_optimizer([trained], OptimizerOptions(lr=0))
 
 

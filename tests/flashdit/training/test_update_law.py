@@ -14,8 +14,7 @@ from torch import nn
 from flashdit import FlashDiT
 from flashdit.shared.runs import step_folder
 from flashdit.training.checkpoint import check_room
-from flashdit.training.loop import share_of_batch
-from flashdit.training.options import TrainingOptions
+from flashdit.training.options import TrainingOptions, share_of_batch
 
 PEAK, LOWEST, WARMUP, END, STEPS = 0.01, 0.002, 3, 7, 8
 BETAS, WEIGHT_DECAY = (0.8, 0.97), 0.3

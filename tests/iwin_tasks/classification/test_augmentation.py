@@ -91,4 +91,4 @@ def test_turns_shifts_and_zooms_move_the_picture_anew_each_epoch(training):
 )
 def test_augmentation_that_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        AugmentationOptions(**options).check()
+        AugmentationOptions(**options)

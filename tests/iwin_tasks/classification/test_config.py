@@ -2,11 +2,11 @@ import pytest
 import torch
 import yaml
 
-from flashdit.shared.settings import to_yaml
+from flashdit.shared.settings import SHIPPED, to_yaml
 from iwin_tasks.classification import config
 from iwin_tasks.classification.model import make_model
 
-FOLDER = config.DEFAULT.parent
+FOLDER = SHIPPED / "iwin"
 PATHS = sorted(FOLDER.glob("*.yaml"))
 TRAIN_1K, TRAIN_22K = 1_281_167, 14_197_122
 PARAMETERS = {  # TARGETS.md; of 22K the same but for its head
@@ -46,7 +46,7 @@ def test_every_shipped_config_loads_builds_and_opens_with_its_command(path):
     loaded = load(path.stem)
     assert loaded.run.dir == f"runs/iwin_{path.stem}"
     opening = path.read_text().splitlines()[:4]
-    assert any("train_classifier.py" in line for line in opening), "a YAML opens with its command"
+    assert any("classify" in line for line in opening), "a YAML opens with its command"
     assert any("parameters" in line for line in opening), "and its cost"
     if loaded.weights is not None:
         runs = {yaml.safe_load(other.read_text())["run"]["dir"] for other in PATHS}

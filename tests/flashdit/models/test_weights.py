@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashdit import FlashDiT, config
-from flashdit.trainer import Trainer, start_from
+from flashdit.models.weights import start_from
+from flashdit.trainer import Trainer
 
 LABELS = "y_embedder.embedding_table.weight"
 TINY = {"sample_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}

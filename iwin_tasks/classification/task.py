@@ -1,24 +1,26 @@
-"""The ClassifierTrainer: Iwin backbones on labelled images, in the loop that every trainer shares."""
+"""Iwin backbones on labelled images as a task of the training loop: `ClassifierTrainer(config).fit()`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashdit.shared.process import float32_products
 from flashdit.shared.runs import list_checkpoints
-from flashdit.shared.settings import to_yaml
-from flashdit.training.accelerator import precision_name
-from flashdit.training.loop import Batch, TrainingLoop
+from flashdit.training.accelerator import precision_name, start_run
+from flashdit.training.loop import TrainingLoop
+from flashdit.training.options import share_of_batch
+from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinTransformer
 from iwin_tasks.classification.config import ClassifierConfig
 from iwin_tasks.classification.data import (
@@ -49,38 +51,41 @@ def open_held_out(config: ClassifierConfig, model: IwinTransformer) -> HeldOutEx
     return HeldOutExamples(images, form)
 
 
-class ClassifierTrainer(TrainingLoop):
-    """Trains one run: `ClassifierTrainer(config).fit()`; the EMA is evaluated every `preview_every` steps.
+class ClassifierTask(Task):
+    """An Iwin backbone on labelled images, evaluated on the held-out ones every `preview_every` steps.
 
     Args:
         config: The checked configuration.
+        accelerator: Of the run.
 
     Attributes:
         accuracy: The last evaluation, None before the first.
 
     Raises:
-        ValueError: If data, model and run folder do not fit together.
+        ValueError: If data and model do not fit together.
     """
 
     fixed_on_resume = ("seed", "data.", "model.", "augmentation.")
-    config: ClassifierConfig
     model: IwinTransformer
     accuracy: Accuracy | None = None
 
-    def __init__(self, config: ClassifierConfig):
-        super().__init__(config, to_yaml)
-
-    def build(self) -> nn.Module:
-        """Builds the model, loads the weights it starts from and opens both splits."""
-        self.model = make_model(self.config.model)
-        if self.config.weights is not None and not list_checkpoints(self.run_dir):
-            load_weights(self.model, self.config.weights)
-        self.form = form_of(self.config, self.model)
-        self.images = open_split(self.config.data, "train", self.form.image_size, self.model.num_classes)
-        self.held_out = open_held_out(self.config, self.model)
+    def __init__(self, config: ClassifierConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.model = make_model(config.model)
+        if config.weights is not None and not list_checkpoints(Path(config.run.dir)):
+            load_weights(self.model, config.weights)
+        self.form = form_of(config, self.model)
+        self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes)
+        self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
         self.criterion = SoftTargetCrossEntropy()
-        return self.model
+        self.examples = TrainExamples(self.images, config.augmentation, self.form, config.seed)
+        self.images_per_epoch = self.examples.size
+        self.actions = [PeriodicAction(every=config.training.preview_every, run=self._evaluate)]
+
+    def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
+        """Returns the mean cross-entropy of a batch with its soft targets."""
+        return self.criterion(network(batch["image"]).float(), batch["target"]), {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters that decay and those that do not."""
@@ -94,17 +99,6 @@ class ClassifierTrainer(TrainingLoop):
         """Makes the model compute its blocks again in the backward pass."""
         self.model.set_grad_checkpointing(True)
 
-    def examples(self) -> tuple[Dataset, int]:
-        """Returns augmented images with their targets, by position."""
-        examples = TrainExamples(self.images, self.config.augmentation, self.form, self.config.seed)
-        return examples, examples.size
-
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the mean cross-entropy of a batch with its soft targets."""
-        with self.accelerator.autocast():
-            logits = self.network(batch["image"])
-        return self.criterion(logits.float(), batch["target"]), {}
-
     def forward_flops(self) -> float:
         """Returns the FLOPs of one forward pass, counted on a model without memory."""
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -112,25 +106,25 @@ class ClassifierTrainer(TrainingLoop):
         return counter.get_total_flops()
 
     @cached_property
-    def copy(self) -> nn.Module:
+    def copy(self) -> IwinTransformer:
         """The one copy of the model, frozen, that holds the average to be evaluated."""
         with torch.random.fork_rng(devices=[]):
-            return make_model(self.config.model).requires_grad_(False).to(self.device)
+            return make_model(self.config.model).requires_grad_(False).to(self.accelerator.device)
 
-    def look(self, average: dict[str, Tensor]) -> dict[str, float]:
-        """Returns the EMA's accuracy on the held-out images."""
+    def _evaluate(self, step: int, average: Tensors) -> dict[str, float]:
+        """Returns the averaged model's accuracy on the held-out images."""
         self.copy.load_state_dict(average)
         self.accuracy = evaluate_classifier(
             self.copy,
             self.held_out,
-            2 * self.batch_size,
-            self.device,
+            2 * share_of_batch(self.config.training, self.accelerator.num_processes),
+            self.accelerator.device,
             self.accelerator,
             self.config.training.workers,
         )
         return {"ema_top1": self.accuracy.top1, "ema_top5": self.accuracy.top5}
 
-    def write_models(self, folder: Path, weights: dict[str, Tensor], average: dict[str, Tensor]) -> None:
+    def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
         """Writes the weights and their average under the authors' names, which timm's models load."""
         for name, tensors in (("model", weights), ("ema", average)):
             (folder / name).mkdir(parents=True)
@@ -138,9 +132,24 @@ class ClassifierTrainer(TrainingLoop):
             save_file(contiguous, folder / name / "model.safetensors")
             (folder / name / "config.json").write_text(json.dumps(self.config.model, indent=2) + "\n")
 
-    def describe(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Returns what a reader of the checkpoint needs to know of the run."""
         return {"class_names": self.images.class_names, "data_name": self.config.data["name"]}
+
+
+def ClassifierTrainer(config: ClassifierConfig) -> TrainingLoop[ClassifierTask]:
+    """Returns the loop that trains a classifier: `ClassifierTrainer(config).fit()`.
+
+    A run folder that holds checkpoints is resumed from the latest one.
+
+    Args:
+        config: The checked configuration.
+
+    Raises:
+        ValueError: If data, model and run folder do not fit together.
+    """
+    accelerator = start_run(config, ClassifierTask.fixed_on_resume)
+    return TrainingLoop(config, ClassifierTask(config, accelerator), accelerator)
 
 
 def evaluate_only(config: ClassifierConfig) -> tuple[str, Accuracy]:
@@ -157,12 +166,8 @@ def evaluate_only(config: ClassifierConfig) -> tuple[str, Accuracy]:
     model = make_model(config.model)
     load_weights(model, source)
     batch_size = max(1, config.training.global_batch_size // accelerator.num_processes)
-    accuracy = evaluate_classifier(
-        cast(IwinTransformer, model.to(accelerator.device)),
-        open_held_out(config, model),
-        batch_size,
-        accelerator.device,
-        accelerator,
-        config.training.workers,
-    )
+    held_out = open_held_out(config, model)
+    device, workers = accelerator.device, config.training.workers
+    with float32_products(tf32=config.training.tf32):
+        accuracy = evaluate_classifier(model.to(device), held_out, batch_size, device, accelerator, workers)
     return str(source), accuracy

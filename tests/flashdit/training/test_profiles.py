@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flashdit.training.ema import EmaOptions
-from flashdit.training.power_ema import (
-    PowerEma,
+from flashdit.training.ema import Ema, EmaOptions
+from flashdit.training.profiles import (
     Profile,
     gamma_of_width,
     inner_products,
@@ -36,7 +35,7 @@ class Weights(nn.Module):
 
 
 def tracking(model, *widths):
-    return PowerEma(model, EmaOptions(power_widths=list(widths)))
+    return Ema(model, EmaOptions(power_widths=list(widths)))
 
 
 def random_walk(updates, seed=0):
@@ -118,7 +117,7 @@ def track_and_rebuild(folder, widths):
         direct.update(model)
         two.update(model)
         if step % SNAPSHOT_EVERY == 0:
-            write_snapshots(folder, step, two.state())
+            write_snapshots(folder, step, two.tracks_state())
     snapshots = list_snapshots(folder)
     stored = torch.stack([flat(snapshot.load()) for snapshot in snapshots])
     rebuilt = {}
@@ -171,10 +170,10 @@ def test_the_error_that_is_said_is_that_of_the_profile():
 def test_the_first_update_takes_the_weights_and_forgets_the_initial_ones():
     model = Weights(torch.full((3,), 100.0))
     ema = tracking(model, 0.05)
-    assert ema.state() == {}
+    assert ema.tracks_state() == {}
     model.move(torch.tensor([1.0, 2.0, 3.0]))
     ema.update(model)
-    ((profile, average),) = ema.state().items()
+    ((profile, average),) = ema.tracks_state().items()
     assert profile == Profile(width=0.05, updates=1)
     assert average["values.0"].tolist() == [1, 2, 3]
 
@@ -187,9 +186,9 @@ def test_a_resumed_track_goes_on_bit_for_bit(tmp_path):
         whole.update(model)
         paused.update(model)
         if step == 8:
-            write_snapshots(tmp_path, step, paused.state())
-            paused = tracking(model, 0.05, 0.1)
-            paused.load(read_tracks(tmp_path), 8)
+            write_snapshots(tmp_path, step, paused.tracks_state())
+            paused_average, paused = paused.state(), tracking(model, 0.05, 0.1)
+            paused.load(paused_average, 8, read_tracks(tmp_path))
     for width, track in whole.tracks.items():
         assert all(value.equal(paused.tracks[width][name]) for name, value in track.items())
     assert paused.updates == 20
@@ -198,8 +197,8 @@ def test_a_resumed_track_goes_on_bit_for_bit(tmp_path):
 def test_no_widths_track_nothing():
     ema = tracking(Weights(torch.zeros(2)))
     ema.update(Weights(torch.ones(2)))
-    assert ema.state() == {}
-    ema.load({}, 5)
+    assert ema.tracks_state() == {}
+    ema.load(ema.average, 5)
     assert ema.updates == 5
 
 
@@ -218,11 +217,11 @@ def test_what_cannot_be_tracked_is_named():
     with pytest.raises(ValueError, match=r"ema\.power_widths must differ in their first three decimals, got"):
         tracking(model, 0.05, 0.0501)
     with pytest.raises(ValueError, match=r"ema\.snapshot_every must be at least 1, got 0"):
-        PowerEma(model, EmaOptions(power_widths=[0.05], snapshot_every=0))
+        EmaOptions(power_widths=[0.05], snapshot_every=0)
     with pytest.raises(
         ValueError, match=r"must be tracked from a run's first step, got 0\.1 for a run that tracks \[\]"
     ):
-        tracking(model, 0.1).load({}, 7)
+        (ema := tracking(model, 0.1)).load(ema.average, 7)
 
 
 def test_snapshots_are_the_same_bytes_when_a_resumed_run_writes_them_again(tmp_path):
@@ -230,7 +229,7 @@ def test_snapshots_are_the_same_bytes_when_a_resumed_run_writes_them_again(tmp_p
     ema = tracking(model, 0.05)
     ema.update(model)
     for folder in ("first", "second"):
-        write_snapshots(tmp_path / folder, 3, ema.state())
+        write_snapshots(tmp_path / folder, 3, ema.tracks_state())
     first, second = (
         (tmp_path / f / "step_00000003_std0.050.safetensors").read_bytes() for f in ("first", "second")
     )
@@ -242,7 +241,7 @@ def test_snapshots_say_what_they_are_and_later_ones_can_be_dropped(tmp_path):
     ema = tracking(model, 0.1, 0.05)
     for step in (10, 20, 30):
         ema.update(model)  # as where steps are skipped: fewer updates than steps
-        write_snapshots(tmp_path, step, ema.state())
+        write_snapshots(tmp_path, step, ema.tracks_state())
     found = [(s.step, s.profile.width, s.profile.updates) for s in list_snapshots(tmp_path)]
     assert found == [(10, 0.05, 1), (10, 0.1, 1), (20, 0.05, 2), (20, 0.1, 2), (30, 0.05, 3), (30, 0.1, 3)]
     drop_later(tmp_path, 20)

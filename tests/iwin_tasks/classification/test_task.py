@@ -10,7 +10,7 @@ from flashdit.shared.runs import list_checkpoints
 from flashdit.training.meter import TIMINGS
 from iwin_core import load_official_checkpoint
 from iwin_tasks.classification.config import load
-from iwin_tasks.classification.trainer import ClassifierTrainer, evaluate_only
+from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
 from iwin_tasks.commands import classify as train_classifier
 
 TINY = [
@@ -102,12 +102,12 @@ def test_training_learns_and_eval_only_finds_the_same_accuracy(tmp_path, capsys)
     )
     more = (*more, "training.preview_every=80", "training.save_every=80", "model.embed_dim=16")
     trainer = train(tmp_path / "run", *more)
-    assert trainer.accuracy.top1 > 0.25, "a guess is right in one of ten"
-    assert records(tmp_path / "run")[-1]["ema_top1"] == trainer.accuracy.top1
+    assert trainer.task.accuracy.top1 > 0.25, "a guess is right in one of ten"
+    assert records(tmp_path / "run")[-1]["ema_top1"] == trainer.task.accuracy.top1
     overrides = [*TINY, f"run.dir={tmp_path / 'run'}", *more]
     source, accuracy = evaluate_only(load(None, overrides))
     assert source == str(tmp_path / "run")
-    assert (accuracy.top1, accuracy.top5) == (trainer.accuracy.top1, trainer.accuracy.top5)
+    assert (accuracy.top1, accuracy.top5) == (trainer.task.accuracy.top1, trainer.task.accuracy.top5)
     train_classifier.main(["--eval-only", *overrides])
     assert f"top-1 {accuracy.top1:.2%}" in capsys.readouterr().out
 

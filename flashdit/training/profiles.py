@@ -1,4 +1,4 @@
-"""Power-function averages of the weights: tracked in training, any width reconstructed afterwards.
+"""Power-function profiles: how an average weighs its past, and one rebuilt from snapshots of others.
 
 An average of relative width σ is the standard deviation of its profile over the time t it has run for:
 p(τ; t) = (γ + 1) τ^γ / t^(γ+1). Time is counted in updates.
@@ -9,15 +9,10 @@ section 3 and appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-
-from flashdit.training.ema import EmaOptions
-from flashdit.training.state import copy_whole, whole
 
 WIDEST = 12**-0.5  # of γ = 0, the plain mean; wider ones would weigh the beginning most
 
@@ -104,74 +99,3 @@ def solve(known: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]
     scaled = np.linalg.lstsq(system, np.append(target, 1.0), rcond=None)[0][:-1]
     missed = 1 - 2 * scaled @ target + scaled @ gram @ scaled
     return scaled * mass, float(np.sqrt(max(0.0, missed)))
-
-
-class PowerEma:
-    """Averages of the model's parameters with power-function profiles, float32, one for each width.
-
-    Args:
-        model: Whose parameters are averaged.
-        options: The widths; none tracks nothing.
-
-    Attributes:
-        updates: How many updates they have seen.
-        tracks: Width → the average by name.
-
-    Raises:
-        ValueError: If a width cannot be, or two are the same to three decimals.
-    """
-
-    def __init__(self, model: nn.Module, options: EmaOptions):
-        widths = list(options.power_widths)
-        self.gammas = {width: gamma_of_width(width) for width in widths}
-        if len({f"{width:.3f}" for width in widths}) < len(widths):
-            raise ValueError(f"ema.power_widths must differ in their first three decimals, got {widths}")
-        if options.snapshot_every < 1:
-            raise ValueError(f"ema.snapshot_every must be at least 1, got {options.snapshot_every}")
-        self.updates = 0
-        self.tracks = {
-            width: {name: p.detach().float().clone() for name, p in model.named_parameters()}
-            for width in widths
-        }
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves every average towards the model's parameters; the first update takes them as they are."""
-        self.updates += 1
-        current = [p.detach().float() for p in model.parameters()] if self.tracks else []
-        for width, track in self.tracks.items():
-            share = 1 - kept_share(self.gammas[width], self.updates)
-            torch._foreach_lerp_(list(track.values()), current, share)  # pyright: ignore[reportPrivateImportUsage]
-
-    def state(self) -> dict[Profile, dict[str, Tensor]]:
-        """Returns the whole averages on the CPU by profile, none before the first update.
-
-        All processes call it.
-        """
-        if not self.updates:
-            return {}
-        return {
-            Profile(width=width, updates=self.updates): {name: whole(value) for name, value in track.items()}
-            for width, track in self.tracks.items()
-        }
-
-    @torch.no_grad()
-    def load(self, saved: Mapping[Profile, Mapping[str, Tensor]], updates: int) -> None:
-        """Continues from saved averages.
-
-        Args:
-            saved: As `state` gave them.
-            updates: How many updates the run has made.
-
-        Raises:
-            ValueError: If one of the widths has not been tracked from the beginning.
-        """
-        for width, track in self.tracks.items() if updates else ():
-            profile = Profile(width=width, updates=updates)
-            if profile not in saved:
-                known = [profile.width for profile in saved]
-                rule = "ema.power_widths must be tracked from a run's first step"
-                raise ValueError(f"{rule}, got {width} for a run that tracks {known}")
-            for name, value in track.items():
-                copy_whole(value, saved[profile][name])
-        self.updates = updates

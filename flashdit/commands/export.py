@@ -1,0 +1,29 @@
+"""Writes a run's checkpoint as a diffusers pipeline, with its card: `flashdit export RUN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashdit.commands.arguments import add_weights
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("run", help="a run, or one of its checkpoint folders")
+    add("out", type=Path, help="folder of the pipeline: new, or an earlier export")
+    add_weights(parser)
+    add("--name", help="title of the model card (default: the run's name)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a run or checkpoint to a folder that `FlashDiTPipeline.from_pretrained` reads."""
+    arguments = parse(argv)
+    from flashdit.sampling.export import export_run
+
+    export_run(arguments.run, arguments.out, arguments.name, arguments.vae, arguments.ema)
+    print(f'{arguments.out}: FlashDiTPipeline.from_pretrained("{arguments.out}")')

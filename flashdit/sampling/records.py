@@ -1,0 +1,57 @@
+"""How samplers and sampling options are written down, in configurations and beside what was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flashdit.shared.settings import merge
+
+RENAMED = {"dtype": "precision"}
+TOLERANCES = ("atol", "rtol")  # formerly beside the sampler, whichever it was
+
+
+def sampler_spec(sampler: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a sampler that is given by name, or already so, as `{name, **options}`."""
+    return {"name": sampler} if isinstance(sampler, str) else dict(sampler)
+
+
+def sampler_name(sampler: str | Mapping[str, Any]) -> str:
+    """Returns the name of a sampler that is given by name or as `{name, **options}`."""
+    return str(sampler_spec(sampler).get("name"))
+
+
+def current_sampling(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns recorded sampling options under today's keys.
+
+    `dtype` is now `precision`; `atol` and `rtol` are options of the sampler `dopri5`, and dropped for others.
+    """
+    found = {RENAMED.get(key, key): value for key, value in record.items() if key not in TOLERANCES}
+    tolerances = {key: record[key] for key in TOLERANCES if key in record}
+    if tolerances and "sampler" in found and sampler_name(found["sampler"]) == "dopri5":
+        found["sampler"] = sampler_spec(found["sampler"]) | tolerances
+    return found
+
+
+def change_sampler(
+    sampler: str | Mapping[str, Any], name: str | None, texts: Sequence[str]
+) -> dict[str, Any]:
+    """Returns a sampler as `{name, **options}` with changes; another name drops the options of the old one.
+
+    Args:
+        sampler: Before, by name or as `{name, **options}`.
+        name: Of the sampler after; None keeps it.
+        texts: Its options as `key=value`.
+
+    Raises:
+        ValueError: If a text is no `key=value`.
+    """
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"--sampler-option must be key=value, got '{text}'")
+    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    before = sampler_spec(sampler)
+    after = {**options, "name": name or before["name"]}
+    return merge({"sampler": before}, {"sampler": after})["sampler"]

@@ -1,0 +1,65 @@
+"""A folder of samples opened and filled, each process making its share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from flashdit.sampling.checkpoint import CheckpointGenerator
+from flashdit.sampling.folder import SampleFolder, digest, make_recipe
+from flashdit.sampling.options import SamplingOptions
+
+
+def open_folder(
+    generator: CheckpointGenerator,
+    labels: Tensor,
+    options: SamplingOptions,
+    output: Path | None = None,
+    *,
+    order: str = "balanced",
+    form: str = "both",
+) -> SampleFolder:
+    """Returns the folder to fill, checked; nothing is written yet.
+
+    Args:
+        generator: The model.
+        labels: (N,) int64, the label of every sample.
+        options: How to sample.
+        output: The folder; None names one after the recipe, in the run's `samples`.
+        order: How the labels were chosen, `balanced` or `random`.
+        form: One of `flashdit.sampling.folder.FORMATS`.
+    """
+    recipe = make_recipe(generator, labels, options, order=order, form=form)
+    name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
+    path = output or generator.run_dir / "samples" / name
+    return SampleFolder(path, recipe, labels, generator.class_names)
+
+
+def fill(
+    folder: SampleFolder, generator: CheckpointGenerator, options: SamplingOptions, state: PartialState
+) -> None:
+    """Makes what is missing of the folder, each process its share, and puts it together."""
+    if state.is_main_process and not folder.is_finished:
+        folder.open()
+    state.wait_for_everyone()
+    missing = folder.missing()
+    state.wait_for_everyone()  # no process adds to the folder before all know what is missing
+    mine = missing[state.process_index :: state.num_processes]
+    total = len(folder.labels)
+    bar = tqdm(
+        total=total,
+        initial=total - len(missing),
+        desc="sample",
+        unit="image",
+        disable=not state.is_main_process,
+    )
+    with bar:  # the first process counts for all: their shares are equal
+        for batch in generator.generate(folder.labels, options, mine):
+            folder.add(batch)
+            bar.update(min(len(batch.ids) * state.num_processes, total - bar.n))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.finish()

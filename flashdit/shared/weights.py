@@ -1,0 +1,84 @@
+"""Files of weights: tensors by name out of a safetensors file, a torch file or a folder, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+WRAPPERS = ("ema", "model", "state_dict")
+"""Keys under which training code stores the tensors, the preferred one first."""
+PREFIXES = ("module.", "_orig_mod.")
+"""Prefixes of names that DDP and torch.compile add."""
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Returns the tensors by name, on the CPU, without wrappers.
+
+    Args:
+        path: A .safetensors file, a file of torch.save, or a folder of .safetensors files.
+
+    Raises:
+        ValueError: If there are no tensors, or a file cannot be read or holds other objects.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return unwrap(read_content(path), path)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= read_content(file)
+    if not tensors:
+        raise ValueError(f"a checkpoint must hold weights, got none in {path}")
+    return tensors
+
+
+def read_content(path: Path) -> Any:
+    """Returns what a .safetensors file or a file of torch.save holds, on the CPU: no pickle is executed.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or holds more than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights must be a file, got {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as it has readers
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch (weights_only=True)"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"weights must be a readable {kind} file, {path} is not: {reason}") from error
+
+
+def unwrap(content: Any, source: object = "a mapping") -> dict[str, Tensor]:
+    """Returns the tensors of a file's content by name, out of its wrappers and without prefixes.
+
+    Other values beside the tensors, such as a step, are left out.
+
+    Args:
+        content: Tensors by name, at the top or under one of `WRAPPERS`.
+        source: Where it comes from, for the error message.
+
+    Raises:
+        ValueError: If it does not hold tensors by name.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            tensors = {_bare(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+            break
+        content = inner
+    raise ValueError(f"weights must be tensors by name, got a {type(content).__name__} of others in {source}")
+
+
+def _bare(key: str) -> str:
+    """Returns the name without the prefixes that DDP and torch.compile add."""
+    while key.startswith(PREFIXES):
+        key = key.partition(".")[2]
+    return key

@@ -1,0 +1,52 @@
+"""Which positions of the stream of images each process takes, and how examples become a batch."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from flashdit.training.task import Tensors
+
+
+def as_batch(items: Any) -> Tensors:
+    """Returns a batch: some data sets make it at once, others give its examples."""
+    return items if isinstance(items, dict) else default_collate(items)
+
+
+def positions(
+    start: int, updates: int, batch_size: int, accumulation: int, rank: int, ranks: int
+) -> list[range]:
+    """Returns the positions of each batch of one process, in order.
+
+    Args:
+        start: Images seen before.
+        updates: Optimiser steps to come.
+        batch_size: Images of one process in one accumulated part.
+        accumulation: Parts of an optimiser step.
+        rank: This process.
+        ranks: How many processes there are.
+    """
+    parts = range(rank, updates * accumulation * ranks, ranks)
+    return [range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts]
+
+
+def make_loader(examples: Dataset, batches: list[range], workers: int, pinned: bool) -> DataLoader:
+    """Returns the batches of these positions, in order.
+
+    Args:
+        examples: By position.
+        batches: The positions of each batch.
+        workers: Processes that read.
+        pinned: Whether batches lie in memory from which a GPU copies without waiting.
+    """
+    return DataLoader(
+        examples,
+        batch_sampler=cast(Any, batches),
+        collate_fn=as_batch,
+        num_workers=workers,
+        pin_memory=pinned,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # its own: the global one stays where a resume would find it
+    )

@@ -1,0 +1,94 @@
+"""An average of any width, made after training: which sum of a run's snapshots comes nearest to it?
+
+RUN/checkpoints/step_XXXXXXXX/ema_0.100/    the layout of `ema/` beside it
+    posthoc.json                            width, updates, the snapshots it is made from, the profile's error
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flashdit.shared.files import write_atomically
+from flashdit.shared.runs import read_state
+from flashdit.training.profiles import Profile, solve
+from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
+
+ABOUT = "posthoc.json"
+
+
+def usable_snapshots(run: Path, checkpoint: Path) -> list[Snapshot]:
+    """Returns the snapshots up to a checkpoint and its own tracks, none of a profile twice.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    updates = read_state(checkpoint)["ema_updates"]
+    found = [*list_snapshots(run / SNAPSHOTS), *list_snapshots(checkpoint / TRACKS)]
+    usable = {snapshot.profile: snapshot for snapshot in found if snapshot.profile.updates <= updates}
+    if not usable:
+        raise ValueError(
+            f"post-hoc averages need a run trained with ema.power_widths=[0.05,0.10], "
+            f"got no snapshot for {checkpoint}"
+        )
+    return list(usable.values())
+
+
+def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, folder: Path) -> float:
+    """Writes the average of a width as the checkpoint's `ema` lies there, and returns the profile's error.
+
+    Args:
+        checkpoint: Where the profile ends.
+        snapshots: What it is made from.
+        width: Of the profile.
+        folder: Made whole or not at all; replaced if it is there.
+
+    Raises:
+        ValueError: If the width is invalid or the snapshots are of another model.
+    """
+    wanted = Profile(width=width, updates=read_state(checkpoint)["ema_updates"])
+    coefficients, missed = solve([snapshot.profile for snapshot in snapshots], wanted)
+    about = {
+        "width": width,
+        "updates": wanted.updates,
+        "profile_error": missed,
+        "snapshots": {
+            snapshot.path.name: float(x) for snapshot, x in zip(snapshots, coefficients, strict=True)
+        },
+    }
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        for path in sorted((checkpoint / "ema").iterdir()):
+            if path.suffix == ".safetensors":
+                _write_sum(path, snapshots, coefficients.tolist(), temporary / path.name)
+            else:
+                shutil.copyfile(path, temporary / path.name)
+        (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+
+    write_atomically(folder, write)
+    return missed
+
+
+def _write_sum(
+    template: Path, snapshots: Sequence[Snapshot], coefficients: Sequence[float], path: Path
+) -> None:
+    """Writes the tensors that a file has as sums over the snapshots, one tensor at a time, in float64."""
+    with safe_open(template, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = file.metadata()
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for snapshot, x in zip(snapshots, coefficients, strict=True):
+        try:
+            with safe_open(snapshot.path, "pt") as file:
+                for name, total in sums.items():
+                    total.add_(file.get_tensor(name).double(), alpha=x)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{snapshot.path} must hold the model of {template}: {error}") from error
+    save_file({name: total.float() for name, total in sums.items()}, path, metadata)

@@ -1,0 +1,76 @@
+"""What a task gives the training loop: a model, examples, a loss, and what its checkpoints hold."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodicAction:
+    """What is done with the averaged weights every so many steps, and after the last one."""
+
+    every: int
+    """Optimiser steps between two of them; 0 means never."""
+    run: Callable[[int, Tensors], dict[str, float]]
+    """Takes the step and the whole average by name, on the CPU; returns numbers for the log. All processes
+    call it."""
+
+
+class Task(ABC):
+    """What is trained; the loop asks for nothing else.
+
+    Attributes:
+        fixed_on_resume: Prefixes of configuration keys that a resumed run may not change.
+        model: Fresh, on the CPU; the loop moves, wraps, compiles and resumes it.
+        examples: Data set by position in the endless stream of images.
+        images_per_epoch: Images of an epoch.
+        actions: What is done with the averaged weights, and when.
+    """
+
+    fixed_on_resume: ClassVar[tuple[str, ...]] = ("seed", "data.", "model.")
+    model: nn.Module
+    examples: Dataset
+    images_per_epoch: int
+    actions: Sequence[PeriodicAction] = ()
+
+    @abstractmethod
+    def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
+        """Returns the scalar loss of a batch on the device, and the terms to log.
+
+        Args:
+            network: The model as the loop runs it: wrapped, and in the run's precision.
+            batch: Collated examples.
+        """
+
+    @abstractmethod
+    def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
+        """Makes a checkpoint's folder with the model in `model/`, its average in `ema/`, and the like."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns what state.json holds beside the position."""
+        return {}
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """Returns parameters, or groups of them, as torch's optimisers take them."""
+        return self.model.parameters()
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Returns the parts that are compiled one by one."""
+        return cast(Iterable[nn.Module], self.model.blocks)
+
+    def checkpoint_activations(self) -> None:
+        """Makes the model compute its blocks again in the backward pass."""
+        self.model.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+
+    def forward_flops(self) -> float | None:
+        """Returns the FLOPs of one image's forward pass; None where that is unknown."""
+        return None
