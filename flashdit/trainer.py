@@ -65,7 +65,7 @@ class InTrainingEvaluation:
 
     Args:
         config: Of the run.
-        generator: Of the model, whatever its weights.
+        generator: Of its samples.
         device: Where samples are drawn and measured.
 
     Raises:
@@ -73,7 +73,6 @@ class InTrainingEvaluation:
     """
 
     def __init__(self, config: RunConfig, generator: TrainedGenerator, device: torch.device):
-        generator.space.need_vae()
         options = config.evaluation
         request = EvaluationRequest(
             generator=generator,
@@ -120,7 +119,7 @@ class FlashDiTTask(Task):
         preview_every = config.training.preview_every if self.space.vae is not None else 0
         self.actions = [PeriodicAction(every=preview_every, run=self._write_preview)]
         if config.evaluation.every:
-            generator = TrainedGenerator(self.model, self.space, self.class_names, step=0)
+            generator = TrainedGenerator(self.model, self.space, self.class_names, 0)
             self.evaluation = InTrainingEvaluation(config, generator, self.device)
             self.actions.append(PeriodicAction(every=config.evaluation.every, run=self._score))
         if config.weights is not None and not list_checkpoints(self.run_dir):

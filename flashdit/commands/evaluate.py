@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import SAMPLING, open_generator
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
-from flashdit.shared.command import resolve_device, run_script
+from flashdit.shared.command import resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan

@@ -29,20 +29,20 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument(
         "--labels", metavar="KIND", help="balanced: equal shares (default), or random; in random order"
     )
-    how = parser.add_argument_group("how it is scored")
-    how.add_argument(
+    scored = parser.add_argument_group("how it is scored")
+    scored.add_argument(
         "--reference",
         metavar="NPZ|FOLDER|DATA",
         help="DATA is a data set that brings one (default: the checkpoint's own)",
     )
-    how.add_argument(
+    scored.add_argument(
         "--metrics",
         type=names,
         metavar="NAMES",
         help=f"comma-separated, of {','.join(sorted(announced('flashdit.metrics')))} (default: all that "
         "apply, but kid)",
     )
-    add_reading(how)
+    add_reading(scored)
     add_sampling(parser)
     return what
 

@@ -44,7 +44,7 @@ def parse_scales(text: str) -> list[float]:
                 f"steps, got '{text}'"
             )
         count = math.floor((high - low) / step + 1e-9) + 1  # 1:4:0.1 has 31 scales, whatever 0.1 is in binary
-        numbers = [round(low + place * step, 9) for place in range(count)]
+        numbers = [round(low + index * step, 9) for index in range(count)]
     if min(numbers) < 0:
         raise ValueError(f"--cfg-scale must not be negative, got '{text}'")
     return sorted(set(numbers))
@@ -88,11 +88,11 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
 def title_of(plan: Plan, generator: CheckpointGenerator, options: SamplingOptions) -> str:
     """Returns what a plot says of its recipe."""
-    how, _, _ = str(options).partition(", guidance")
+    sampler, _, _ = str(options).partition(", guidance")
     low, high = options.cfg_interval
     times = "" if (low, high) == (0, 1) else f", guidance for t in {low:g}–{high:g}"
     run = f"{generator.run_dir.name}, step {generator.step}, {generator.weights} weights"
-    return f"{run}: {plan.samples.count:,} images, {how}{times}, against {plan.reference.spec}"
+    return f"{run}: {plan.samples.count:,} images, {sampler}{times}, against {plan.reference.spec}"
 
 
 def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
@@ -152,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing = [scale for scale in scales if scale not in sweep.scales()]
         if ranks.is_main and len(missing) < len(scales):
             print(f"{len(scales) - len(missing)} of {len(scales)} scales are in {output / 'sweep.json'}")
-        for place, scale in enumerate(missing):
+        for number, scale in enumerate(missing, 1):
             if ranks.is_main:
-                print(f"guidance {scale:g} ({place + 1} of {len(missing)})")
+                print(f"guidance {scale:g} ({number} of {len(missing)})")
             options = replace(request.sampling, cfg_scale=scale)
             add_result(sweep, scale, evaluate(plan.redrawn(options=options), ranks))
             if ranks.is_main:

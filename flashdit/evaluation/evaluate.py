@@ -103,7 +103,7 @@ def evaluate(plan: Plan, ranks: Ranks | None = None) -> EvalResult:
 
 
 def evaluate_fully(plan: Plan, ranks: Ranks | None = None, extra_parts: Collection[str] = ()) -> Evaluation:
-    """Returns the scores of the samples; the reference is read before them, as it may still be refused.
+    """Returns the scores of the samples; the reference is read before them, as it may still be invalid.
 
     Args:
         plan: What to score, how and against what.
@@ -115,15 +115,15 @@ def evaluate_fully(plan: Plan, ranks: Ranks | None = None, extra_parts: Collecti
     """
     ranks = ranks or Ranks()
     parts = parts_needed(plan.metrics) | set(extra_parts)
-    how = (plan.batch_size, plan.device, ranks, plan.cache)
+    reading = (plan.batch_size, plan.device, ranks, plan.cache)
     check_image_sizes(plan)
     stages = Stages()
-    reference = plan.reference.statistics(parts, *how)
+    reference = plan.reference.statistics(parts, *reading)
     with ranks.agree():
         check_counts(plan.metrics, plan.samples.count, reference)
-    train = plan.reference.floor(parts, *how)
+    train = plan.reference.floor(parts, *reading)
     stages.mark("reference")
-    samples = collect(plan.samples, plan.extractor, parts, *how)
+    samples = collect(plan.samples, plan.extractor, parts, *reading)
     stages.mark("samples")
     result = None
     with ranks.agree():

@@ -71,7 +71,7 @@ class Reference:
     @property
     def warnings(self) -> list[str]:
         """What makes it doubtful."""
-        if self.stored and not self.about and self.extractor.name != "inception":
+        if self.stored and not self.about and not self.extractor.is_inception:
             name = Path(self.spec).name
             return [f"'{name}' does not say whose features it has: '{self.extractor.name}' is assumed"]
         return []
@@ -99,22 +99,22 @@ class Reference:
             self._kept[key] = self._read(parts, batch_size, device, ranks, cache)
         return self._kept[key]
 
-    def floor(self, parts: Collection[str], *how: Any) -> ImageStatistics | None:
+    def floor(self, parts: Collection[str], *reading: Any) -> ImageStatistics | None:
         """Returns the statistics of training images, where its data set brings some."""
         key = "floor", frozenset(parts)
         if key not in self._kept and self.companions.floor is not None:
-            self._kept[key] = collect(self.companions.floor(), self.extractor, parts, *how)
+            self._kept[key] = collect(self.companions.floor(), self.extractor, parts, *reading)
         return self._kept.get(key)
 
-    def _read(self, parts: Collection[str], *how: Any) -> ImageStatistics:
+    def _read(self, parts: Collection[str], *reading: Any) -> ImageStatistics:
         """Returns its statistics, extracted as far as they are not stored."""
         if not self.stored:
             assert self.source is not None
-            return collect(self.source, self.extractor, parts, *how)
+            return collect(self.source, self.extractor, parts, *reading)
         statistics = ImageStatistics(name=Path(self.spec).name, count=self.count, **self.stored)
         of_images = set(parts) & {"pool", "logits"}
         if self.source is not None and of_images:
-            found = collect(self.source, self.extractor, of_images, *how)
+            found = collect(self.source, self.extractor, of_images, *reading)
             statistics.pool, statistics.logits, statistics.labels = found.pool, found.logits, found.labels
         return statistics
 
@@ -147,7 +147,7 @@ def open_npz(
 
 
 def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None:
-    """Refuses a file of make-reference that is of another schema or of other features."""
+    """Raises ValueError for a file of make-reference of another schema or of other features."""
     if not about:
         return
     missing = sorted(set(ABOUT) - set(about))
@@ -164,7 +164,7 @@ def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None
 
 
 def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extractor) -> None:
-    """Refuses stored moments that come without their partner or have another extractor's dimensions."""
+    """Raises ValueError for moments without their partner or of another extractor's dimensions."""
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in stored) != (covariance in stored):
             raise ValueError(

@@ -139,7 +139,7 @@ def checkpoint(tiny_checkpoint):
 
 
 def test_its_pieces_stand_in_the_help(call):
-    shown = call("flashdit.commands.evaluate", "--help")
+    shown = call("flashdit", "eval", "--help")
     assert "brightness" in shown
     assert "colours" in shown
 
@@ -147,7 +147,7 @@ def test_its_pieces_stand_in_the_help(call):
 def test_its_metric_stands_in_report_table_and_csv_and_its_data_set_brings_the_rest(
     call, checkpoint, tmp_path
 ):
-    words = ["flashdit.commands.evaluate", "--checkpoint", checkpoint, "--device", "cpu", "--steps", 1]
+    words = ["flashdit", "eval", "--checkpoint", checkpoint, "--device", "cpu", "--steps", 1]
     words += ["--height", 16, "--width", 16, "--output", tmp_path, "--csv", tmp_path / "scores.csv"]
     shown = call(*words)
     assert "Δcolours" in shown
@@ -163,7 +163,7 @@ def test_its_metric_stands_in_report_table_and_csv_and_its_data_set_brings_the_r
 
 
 def test_its_metric_is_a_panel_and_a_column_of_a_sweep(call, checkpoint, tmp_path):
-    words = ["flashdit.commands.evaluate", "sweep", "--cfg-scale", "1,2", "--checkpoint", checkpoint]
+    words = ["flashdit", "sweep", "--cfg-scale", "1,2", "--checkpoint", checkpoint]
     words += ["--height", 16, "--width", 16, "--metrics", "brightness,fid", "--steps", 1]
     shown = call(*words, "--device", "cpu", "--output", tmp_path)
     assert "Δcolours" in shown
@@ -177,13 +177,11 @@ def test_a_run_on_its_data_set_is_encoded_scored_and_drawn(call, tmp_path):
     words += ["model.hidden_size=8", "model.depth=1", "training.steps=2", "training.global_batch_size=4"]
     words += ["training.log_every=1", "training.save_every=2", "training.preview_every=0", "sampling.steps=1"]
     words += ["evaluation.every=1", "evaluation.num_images=8", "evaluation.metrics=[brightness]"]
-    call("flashdit.commands.train", *words, f"run.dir={tmp_path / 'run'}")
+    call("flashdit", "train", *words, f"run.dir={tmp_path / 'run'}")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["scores"] for record in records] == [["brightness_8"]] * 2
     assert all("brightness_8" in record for record in records)
-    call(
-        "flashdit.commands.plot", tmp_path / "run", "--metric", "brightness_8", "--output", tmp_path / "c.svg"
-    )
+    call("flashdit", "plot", tmp_path / "run", "--metric", "brightness_8", "--output", tmp_path / "c.svg")
     assert "brightness" in (tmp_path / "c.svg").read_text()
 
 
@@ -197,7 +195,7 @@ def test_its_extractor_takes_a_weights_file(outside):
 
 def test_a_table_without_its_column_is_refused_and_kept(call, outside, tmp_path):
     np.savez(tmp_path / "s.npz", np.zeros((8, 16, 16, 3), np.uint8))
-    words = ["flashdit.commands.evaluate", "--samples", tmp_path / "s.npz", "--reference", "stripes"]
+    words = ["flashdit", "eval", "--samples", tmp_path / "s.npz", "--reference", "stripes"]
     words += ["--output", tmp_path, "--csv", tmp_path / "old.csv", "--device", "cpu"]
     call(*words, "--metrics", "fid")
     before = (tmp_path / "old.csv").read_text()

@@ -116,7 +116,7 @@ def cached_file(name: str) -> str | None:
 
 
 def check_tensors(path: Path) -> None:
-    """Refuses a pickle that holds more than tensors; CLIP's archives are TorchScript and no pickles."""
+    """Raises ValueError for a pickle of more than tensors; CLIP's archives are TorchScript, no pickles."""
     if path.suffix != ".pt":
         read_content(path)
         return

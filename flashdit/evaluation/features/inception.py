@@ -49,7 +49,7 @@ def inception_weights_path(given: str | None) -> Path:
 
 
 def check_inception_weights(path: Path) -> None:
-    """Refuses a file that is not a dictionary of Inception's 472 tensors; unpickles nothing but tensors."""
+    """Raises ValueError unless a file is a dictionary of Inception's 472 tensors; unpickles only tensors."""
     content = read_content(path)
     tensors = content if isinstance(content, dict) else {}
     count = sum(not str(key).endswith("num_batches_tracked") for key in tensors)

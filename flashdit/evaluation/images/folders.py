@@ -53,7 +53,7 @@ class FolderSource:
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all; a file that is no such image is named."""
-        files = self.files if ids is None else [self.files[place] for place in ids.tolist()]
+        files = self.files if ids is None else [self.files[row] for row in ids.tolist()]
         yield from prefetched(self._read(files, batch_size))
 
     def _read(self, files: Sequence[Path], batch_size: int) -> Batches:
@@ -126,5 +126,5 @@ def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> Tensor |
     elif all(folder.isdecimal() for folder in folders):
         ids = {folder: int(folder) for folder in folders}
     else:
-        ids = {folder: place for place, folder in enumerate(folders)}
+        ids = {folder: label for label, folder in enumerate(folders)}
     return torch.tensor([ids[file.parts[0]] for file in files])

@@ -26,6 +26,16 @@ def distance(
     return (frechet_distance(mu, sigma, sample_mu, sample_sigma, reference.count, samples.count),)
 
 
+def pool_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the Fréchet distance of the pool features."""
+    return distance("mu", "sigma", "pool statistics", samples, reference)
+
+
+def spatial_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
+    """Returns the Fréchet distance of the spatial features."""
+    return distance("mu_s", "sigma_s", "spatial statistics", samples, reference)
+
+
 def rank_cautions(mean: str, samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
     """Returns a sentence for each set with too few images for its covariance."""
     mu = getattr(samples, mean)
@@ -40,7 +50,7 @@ def rank_cautions(mean: str, samples: ImageStatistics, reference: ImageStatistic
 METRICS.add(
     "fid",
     Metric(
-        compute=partial(distance, "mu", "sigma", "pool statistics"),
+        compute=pool_distance,
         needs=("moments",),
         scores=(
             Score(
@@ -60,7 +70,7 @@ METRICS.add(
 METRICS.add(
     "sfid",
     Metric(
-        compute=partial(distance, "mu_s", "sigma_s", "spatial statistics"),
+        compute=spatial_distance,
         needs=("spatial",),
         scores=(
             Score(

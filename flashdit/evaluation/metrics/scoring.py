@@ -103,7 +103,7 @@ def compute_scores(
         device: Where precision and recall are counted; changes no number.
 
     Raises:
-        ValueError: If a metric refuses its input, such as fewer images than neighbours.
+        ValueError: If the input of a metric is invalid, such as fewer images than neighbours.
     """
     assert samples.count is not None
     scores = Scores(count=samples.count)

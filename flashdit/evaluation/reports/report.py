@@ -37,7 +37,7 @@ def now() -> str:
 
 @dataclass(kw_only=True)
 class EvalResult:
-    """Everything that a reader needs to believe, repeat or refuse a comparison.
+    """Everything that a reader needs to believe, repeat or compare them.
 
     Attributes:
         scores: Of the samples; keys are those of the metrics, whatever the extractor.
@@ -128,8 +128,8 @@ def footnotes(result: EvalResult) -> list[str]:
         f"reference {result.reference['name']} ({'count unknown' if count is None else f'{count:,} images'})"
     )
     missing = [f"{result.names[key].label}: {reason}" for key, reason in result.scores.reasons.items()]
-    how = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
-    return [*how, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
+    sampling = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
+    return [*sampling, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -150,8 +150,8 @@ def print_rows(rows: Sequence[Sequence[str]], notes: Sequence[str], console: Con
     """Prints a header, rows and notes under them."""
     header, *rest = rows
     table = Table()
-    for place, title in enumerate(header):
-        table.add_column(escape(title), justify="right" if place else "left")
+    for column, title in enumerate(header):
+        table.add_column(escape(title), justify="right" if column else "left")
     for row in rest:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

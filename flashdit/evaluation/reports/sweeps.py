@@ -88,11 +88,11 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
         raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "others" not in content:
         raise ValueError(f"{path} must be a sweep's JSON of schema {SCHEMA}: give another --output")
-    known = [
-        {name: sweep[name] for name in Sweep.__dataclass_fields__} for sweep in (content, *content["others"])
+    known: list[dict[str, Any]] = [
+        {name: sweep[name] for name in Sweep.__dataclass_fields__}
+        | {"recipe": _current_recipe(sweep["recipe"])}
+        for sweep in (content, *content["others"])
     ]
-    for sweep in known:
-        sweep["recipe"] = _current_recipe(sweep["recipe"])
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
 
