@@ -46,6 +46,8 @@ class SamplingOptions:
     def __post_init__(self):
         name, options = SAMPLERS.options(self.sampler)
         self.sampler = {"name": name, **asdict(options)} if fields(options) else name
+        low, high = self.cfg_interval
+        self.cfg_interval = (low, high)  # JSON and YAML have lists
         check_interval(self.cfg_interval, "cfg_interval")
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")

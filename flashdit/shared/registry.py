@@ -58,7 +58,7 @@ def _is_of(value: Any, expected: Any) -> bool:
         return len(kinds) in (0, len(value)) and all(map(_is_of, value, kinds))
     if origin in (int, float):
         return isinstance(value, int | origin) and not isinstance(value, bool)
-    return not isinstance(origin, type) or isinstance(value, origin)
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
 def _type_name(expected: Any) -> str:

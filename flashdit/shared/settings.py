@@ -211,7 +211,9 @@ def _describe_parameters(function: Callable[..., Any], prefix: str) -> list[Key]
     return [
         Key(
             prefix + parameter.name,
-            inspect.formatannotation(parameter.annotation).strip("'"),
+            ""
+            if parameter.annotation is parameter.empty
+            else inspect.formatannotation(parameter.annotation).strip("'"),
             "" if parameter.default is parameter.empty else repr(parameter.default),
             " ".join(texts.get(parameter.name, "").split()),
         )

@@ -217,7 +217,7 @@ def test_shift_is_applied_once_and_its_ends_are_exact():
         (5, math.inf, "shift must be positive"),
     ],
 )
-def test_time_grids_that_cannot_be_are_named(steps, shift, message):
+def test_invalid_time_grids_are_named(steps, shift, message):
     with pytest.raises(ValueError, match=message):
         time_grid(steps, shift)
 

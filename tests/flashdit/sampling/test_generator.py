@@ -180,7 +180,7 @@ def test_a_title_says_how_pictures_were_sampled(options, title):
         ({"sampler": {"name": "dopri5", "rtol": 0.0}}, "atol and rtol must be positive, got 1e-05 and 0.0"),
     ],
 )
-def test_sampling_options_that_cannot_be_are_named(options, message):
+def test_invalid_sampling_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**options)
 

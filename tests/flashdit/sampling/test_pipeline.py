@@ -188,7 +188,7 @@ def test_a_tuple_comes_back_where_it_is_asked_for(pipe):
         ({"latents": torch.zeros(1, 2, 16, 16)}, r"latents must have the shape \(1, 1, 16, 16\)"),
     ],
 )
-def test_calls_that_cannot_be_are_named(pipe, given, message):
+def test_invalid_calls_are_named(pipe, given, message):
     with pytest.raises(ValueError, match=message):
         pipe(**({"class_labels": 0} | given))
 
