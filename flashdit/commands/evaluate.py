@@ -209,7 +209,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[words[0]](words[1:])
     else:
         score(words)
-
-
-if __name__ == "__main__":
-    run_script(main)
