@@ -115,6 +115,14 @@ def test_nfe_of_an_adaptive_sampler_is_measured_for_each_image(generator, scale)
     assert tight >= asked > 2 * 7
 
 
+def test_the_steps_of_an_adaptive_sampler_depend_on_no_other_image(generator):
+    options = SamplingOptions(sampler=dopri5(1e-1), cfg_scale=3.0)
+    ids, labels = torch.tensor([0, 1]), torch.tensor([0, 2])
+    together, _ = generator.latents(ids, labels, options)
+    assert generator.latents(ids[:1], labels[:1], options)[0].equal(together[:1])
+    assert generator.latents(ids[1:], labels[1:], options)[0].equal(together[1:])
+
+
 def evaluations_and_nfe(generator, options, labels=(0,)):
     """Returns how many rows the model was given, and what the batch says of each image."""
     asked = []
