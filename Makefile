@@ -1,15 +1,15 @@
 # make demo    trains, samples from and scores a FlashDiT on the embedded digits
-# make test    lint, types, tests: what CI runs
+# make test    lint, types, documentation, tests: what CI runs
 # Both set everything up in .venv first; a second call re-installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint type unit install bench faults assets clean
+.PHONY: demo test lint type docs unit install bench faults assets clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
@@ -17,17 +17,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: export OMP_NUM_THREADS = 1  # so small a model gains little from more, and loses much where cores are shared
 demo: install
-	$(BIN)/python train.py
-	$(BIN)/python eval_fid.py --cfg-scale 1.0 --output runs/digits/eval/cfg_1.0
-	$(BIN)/python eval_fid.py --cfg-scale 1.5 --output runs/digits/eval/cfg_1.5
-	$(BIN)/python sample.py --cfg-scale 1.5
+	$(BIN)/flashdit train
+	$(BIN)/flashdit eval --cfg-scale 1.0 --output runs/digits/eval/cfg_1.0
+	$(BIN)/flashdit eval --cfg-scale 1.5 --output runs/digits/eval/cfg_1.5
+	$(BIN)/flashdit sample --cfg-scale 1.5
 	@echo 'Try next:'
-	@echo '  $(BIN)/python sample.py --class seven 3 --num-images 20 --cfg-scale 3 --seed 1'
-	@echo '  $(BIN)/python train.py run.dir=runs/windows model.attention.name=window'
-	@echo '  $(BIN)/python -m flashdit.commands.app'
-	@echo '  $(BIN)/accelerate launch train.py --config configs/flashdit_xl.yaml data.path=LATENTS'
+	@echo '  $(BIN)/flashdit sample --class seven 3 --num-images 20 --cfg-scale 3 --seed 1'
+	@echo '  $(BIN)/flashdit train run.dir=runs/windows model.attention.name=window'
+	@echo '  $(BIN)/flashdit app'
+	@echo '  $(BIN)/accelerate launch -m flashdit train --config flashdit_xl data.path=LATENTS'
 
-test: lint type unit
+test: lint type docs unit
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -38,6 +38,9 @@ type: install
 
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.backbones
@@ -57,7 +60,7 @@ faults: install  # kills, full disks and broken data: how many training survives
 assets: install  # trains the committed digits autoencoder and classifier again
 	$(BIN)/python -m tools.digits_autoencoder
 	$(BIN)/python -m tools.digits_classifier
-	$(BIN)/python -m flashdit.commands.plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
+	$(BIN)/flashdit plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ from flashdit.flow.guidance import scale_at
 from flashdit.sampling import generator as generate
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.classes import balanced_labels
-from flashdit.sampling.options import SamplingOptions, nfe
+from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.command import add_device
 
 BASELINE, EXACT = "both halves, euler 250", "euler 250"
@@ -121,7 +121,7 @@ def measure(
     return [
         {
             "way": name,
-            "evaluations": nfe(options),
+            "evaluations": options.nfe,
             "images_per_s": arguments.batch / speeds[name]["median_s"],
             "speed": speeds[name],
             "frechet": found[name]["fid"],

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: the rooms' options composed, loaded from YAML and key=value, checked."""
+"""Configuration of a run, composed of each part's options, read from YAML and key=value, checked."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RunConfig:
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How previews are sampled, and what sample.py and eval_fid.py do unless told otherwise."""
+    """How previews are sampled, and what `flashdit sample` and `flashdit eval` use by default."""
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
@@ -85,11 +85,11 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults, or the name of a shipped one; None means the digits.
+        path: YAML that states what differs from the defaults, or a shipped one's name; None means the digits.
         overrides: `key=value` texts with dotted keys.
 
     Raises:
-        ValueError: If the file, a key or a value cannot be; an unknown key names the nearest known one.
+        ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
     config = read(path or DEFAULT, overrides, RunConfig)
     check(config)
@@ -97,7 +97,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError for what cannot be within one room or across rooms, before anything is built."""
+    """Raises ValueError for parts of the configuration that do not fit together, before anything is built."""
     check_run(config)
     arguments = get_type_hints(FlashDiT.__init__)
     for key, value in config.model.items():

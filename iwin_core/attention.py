@@ -61,7 +61,7 @@ class IwinAttention(nn.Module):
         relative_position: Whether a learned bias by head and offset between slots is added to the logits.
 
     Raises:
-        ValueError: If the head count, window or kernel cannot be.
+        ValueError: If the head count, window or kernel is invalid.
 
     Source: Iwin paper (arXiv 2507.18405), section III and eqs (1)–(5).
     """

@@ -19,7 +19,7 @@ def per_axis(value: Window, rank: int, name: str) -> tuple[int, ...]:
         name: What the value is, for the message.
 
     Raises:
-        ValueError: If the count or a value cannot be.
+        ValueError: If the count or a value is invalid.
     """
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
     if len(values) != rank or not all(isinstance(v, int) and v >= 1 for v in values):

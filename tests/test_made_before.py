@@ -14,7 +14,10 @@ import eval_fid
 import sample
 import train
 import train_classifier
+from flashdit import config
 from flashdit.commands import posthoc
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.options import SamplingOptions
 
 OLD = Path(__file__).parent / "made_before"
 OVERRIDES = [
@@ -66,6 +69,25 @@ def test_finished_folder_of_samples_is_known_as_finished(old):
     command = "--checkpoint runs/tiny --class seven 3 --num-images 4 --steps 4 --cfg-scale 1.5"
     sample.main([*command.split(), "--output", "samples"])
     assert (old / "samples" / "samples.npz").stat().st_mtime_ns == before
+
+
+def test_old_sampling_options_load_under_their_names_of_today(old):
+    path = old / "runs/tiny/checkpoints/step_00000010/state.json"
+    state = json.loads(path.read_text())
+    assert load_generator("runs/tiny").sampling == SamplingOptions(steps=25, cfg_interval=(0.22, 1.0))
+    state["sampling"] |= {"sampler": "dopri5", "atol": 1e-3, "dtype": "bf16"}
+    path.write_text(json.dumps(state))
+    sampling = load_generator("runs/tiny").sampling
+    assert sampling.sampler == {"name": "dopri5", "atol": 1e-3, "rtol": 1e-5}
+    assert sampling.precision == "bf16"
+    loaded = config.load("runs/tiny/config.yaml", ["sampling.sampler=dopri5", "sampling.rtol=1e-2"])
+    assert loaded.sampling.sampler == {"name": "dopri5", "atol": 1e-5, "rtol": 1e-2}
+
+
+def test_old_sweep_is_known_and_nothing_is_scored_again(old, capsys):
+    command = "sweep --checkpoint runs/tiny --num-images 20 --steps 4 --cfg-scale 1:2:1"
+    eval_fid.main(command.split())
+    assert "2 of 2 scales are in" in capsys.readouterr().out
 
 
 def test_scores_are_those_of_the_old_code(old):

@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
 
 
 def test_two_processes_train_and_one_resumes(trained, tmp_path):
-    run(*LAUNCH_2, "train.py", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
+    run(*LAUNCH_2, "-m", "flashdit", "train", f"run.dir={tmp_path}", *NANO, "training.steps=6", timeout=180)
     assert last_checkpoint(tmp_path).name == "step_00000006"
     assert len(torch.load(last_checkpoint(tmp_path) / "processes.pt", weights_only=True)) == 2
     run(sys.executable, "train.py", f"run.dir={tmp_path}", *NANO)
@@ -155,8 +155,8 @@ def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path
         (sample, ["--class", "207"], "class 207 is out of range for this 10-class model (0–9)"),
         (sample, ["--class", "sevn"], "unknown class 'sevn'; did you mean 'seven'"),
         (sample, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
-        (sample, ["--cfg-interval", "0.9", "0.1"], "the guidance interval must be 0 ≤ low ≤ high ≤ 1"),
-        (sample, ["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (sample, ["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
+        (sample, ["--num-images", "0"], "num_images must be at least 1, got 0"),
         (sample, ["--output", "kept"], "one of the same samples"),
         (eval_fid, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
     ],

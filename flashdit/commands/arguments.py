@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flashdit.shared.registry import announced
 
 if TYPE_CHECKING:
+    import torch
+
     from flashdit.evaluation.features.features import Extractor
     from flashdit.evaluation.images.sources import GeneratedSource
     from flashdit.sampling.checkpoint import CheckpointGenerator
@@ -73,11 +75,17 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")}
 
 
-def open_generator(arguments: argparse.Namespace) -> CheckpointGenerator:
-    """Returns the generator of `--checkpoint` on `--device`, compiled if that was asked for."""
+def open_generator(
+    arguments: argparse.Namespace, device: torch.device | str | None = None
+) -> CheckpointGenerator:
+    """Returns the generator of `--checkpoint` on a device or `--device`, compiled if that was asked for."""
     from flashdit.sampling.checkpoint import load_generator
+    from flashdit.shared.process import keep_freed_memory
 
-    given = (arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
+    where = arguments.device if device is None else device
+    if str(where).startswith("cpu"):
+        keep_freed_memory()
+    given = (arguments.checkpoint, where, arguments.vae, arguments.ema)
     return load_generator(*given, compiled=bool(arguments.compile))
 
 

@@ -48,7 +48,7 @@ def count_parameters(config: RunConfig) -> Counts:
 def memory_bytes(
     config: RunConfig, counts: Counts, saved: Activations, gpus: int, sharded: bool
 ) -> dict[str, float]:
-    """Returns the bytes of one GPU by what they hold, in the formulas above.
+    """Returns the bytes of one GPU by what they hold, by the formulas of `flashdit estimate --help`.
 
     Args:
         config: Of the run.

@@ -49,7 +49,7 @@ def read_run(run: Path) -> RunCurves:
     """Returns the curves of a run's folder.
 
     Raises:
-        ValueError: If it is no run or its records cannot be read.
+        ValueError: If it is no run or its records are invalid.
     """
     path = run / METRICS_FILE
     if not path.is_file():

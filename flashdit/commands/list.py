@@ -12,13 +12,14 @@ from flashdit.shared.registry import unknown
 
 KINDS = {
     "samplers": "flashdit.flow.samplers:SAMPLERS",
-    "metrics": "flashdit.evaluation.metrics.scoring:METRICS",
+    "metrics": "flashdit.evaluation.metrics.metric:METRICS",
     "data": "flashdit.data.sources:DATASETS",
-    "extractors": "flashdit.evaluation.features.extractors:EXTRACTORS",
+    "extractors": "flashdit.evaluation.features.extractor:EXTRACTORS",
     "attention": "flashdit.models.attention:ATTENTIONS",
     "times": "flashdit.flow.times:TIMES",
 }
 """Kind → module:registry."""
+MAKERS = ("integrate", "compute", "build")  # attributes of a registered piece that may hold what it is
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,10 +33,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def about(piece: Any) -> str:
-    """Returns the first sentence that the class or function of a registered piece has as its docstring."""
-    made = next(
-        (getattr(piece, name) for name in ("build", "integrate", "compute") if name in vars(piece)), piece
-    )
+    """Returns the first line of the docstring of a registered piece's class or function."""
+    made = next((made for name in MAKERS if (made := getattr(piece, name, None))), piece)
     return (inspect.getdoc(made) or "").partition("\n")[0]
 
 

@@ -77,7 +77,7 @@ def pick_metrics(text: str, runs: Sequence[RunCurves]) -> list[str]:
 
 
 def scores_of(runs: Sequence[RunCurves]) -> set[str]:
-    """Returns the names that are scores of evaluations in one of the runs: few points, which are not smoothed."""
+    """Returns which metrics are scores of evaluations in a run: few points, which are not smoothed."""
     return {name for run in runs for name in run.scores}
 
 

@@ -1,4 +1,4 @@
-"""`flashdit sample`: images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe.
+"""Samples images from a trained FlashDiT: PNGs, a labelled grid, an npz for evaluators, the recipe.
 
 On several processes: `accelerate launch sample.py …` or `torchrun --nproc_per_node N sample.py …`. A run that
 was interrupted continues when the same command is given again.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from flashdit.commands.arguments import add_sampling, add_weights, given_sampling
+from flashdit.commands.arguments import add_sampling, add_weights, given_sampling, open_generator
 from flashdit.shared.command import add_device, resolve_device
 
 PATIENCE = timedelta(days=1)  # between the first process that is done and the last
@@ -53,19 +53,14 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     """Samples on all processes."""
     from accelerate import PartialState
 
-    from flashdit.sampling.checkpoint import load_generator, sampling_options
+    from flashdit.sampling.checkpoint import sampling_options
     from flashdit.sampling.classes import choose_labels
     from flashdit.sampling.folder import GRID
     from flashdit.sampling.run import fill, open_folder
-    from flashdit.shared.process import keep_freed_memory
 
     state = PartialState(cpu=device.startswith("cpu"), timeout=PATIENCE)
     where = device if state.num_processes == 1 or state.device is None else state.device
-    if device.startswith("cpu"):
-        keep_freed_memory()
-    generator = load_generator(
-        arguments.checkpoint, where, arguments.vae, arguments.ema, compiled=bool(arguments.compile)
-    )
+    generator = open_generator(arguments, where)
     options = sampling_options(generator, given_sampling(arguments))
     labels = choose_labels(
         generator.class_names, arguments.classes, arguments.num_images, arguments.labels, options.seed

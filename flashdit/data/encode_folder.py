@@ -19,10 +19,10 @@ from tqdm import tqdm
 from flashdit.data.autoencoders import load_vae, vae_identity
 from flashdit.data.encode import DTYPES, MirrorEncoder
 from flashdit.data.images import ReadableImages, ReadBatch
-from flashdit.data.manifest import FORMAT, MANIFEST, RECORDS, ChannelMoments, sha256_of
+from flashdit.data.manifest import FORMAT, MANIFEST, RECORDS, ChannelMoments
 from flashdit.data.shards import CLASS_NAMES, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
-from flashdit.shared.files import write_atomically, write_json
+from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.registry import unknown
 
@@ -32,7 +32,7 @@ PLAN = f"{RECORDS}/plan.json"
 
 @dataclass(kw_only=True)
 class EncodingOptions:
-    """Options of encoding a folder of images."""
+    """Options of encoding a folder of images, checked when made."""
 
     images: str
     """Folder whose sub-folders are the classes."""
@@ -56,8 +56,7 @@ class EncodingOptions:
     precision: str = "tf32"
     """What the VAE computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`."""
 
-    def check(self) -> None:
-        """Raises ValueError for what cannot be."""
+    def __post_init__(self):
         for name in ("image_size", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -76,15 +75,14 @@ class FolderEncoding:
     run on another number of processes. A shard counts as done once its record lies beside it.
 
     Args:
-        options: Checked here.
+        options: How to encode what.
         device: Where the VAE runs.
 
     Raises:
-        ValueError: If the images or the VAE cannot be, or `out` holds something else.
+        ValueError: If the images or the VAE cannot be read, or `out` holds something else.
     """
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
-        options.check()
         self.options, self.out = options, Path(options.out)
         self.source = _open_folder(options)
         self.num_images = len(self.source.paths)
@@ -177,7 +175,7 @@ class FolderEncoding:
             return False
         record = json.loads(self._record(shard).read_text())
         path = self.out / record["file"]
-        if path.is_file() and sha256_of(path) == record["sha256"]:
+        if path.is_file() and file_sha256(path) == record["sha256"]:
             return True
         logger.warning("%s is missing or corrupt and is written again", path)
         return False
@@ -202,7 +200,7 @@ class FolderEncoding:
             "file": path.name,
             "rows": len(rows),
             "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
+            "sha256": file_sha256(path),
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
@@ -259,7 +257,7 @@ class FolderEncoding:
 
 
 def _open_folder(options: EncodingOptions) -> Any:
-    """Returns the folder of images; what is wrong with it is told by the script's name for it."""
+    """Returns the folder of images; an error names it as the command does."""
     try:
         return ImageFolder(ImagesOptions(path=options.images, image_size=options.image_size))
     except ValueError as error:

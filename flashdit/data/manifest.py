@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashdit.shared.files import file_sha256
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
@@ -73,12 +74,6 @@ def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Returns the manifest of a folder of shards; None where there is none, as in LightningDiT's own.
 
@@ -128,7 +123,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checksums need a {MANIFEST}, got none in {folder}")
     check_files(folder, manifest, folder.glob("*.safetensors"))
     shards = manifest["shards"]
-    corrupt = [shard["file"] for shard in shards if sha256_of(folder / shard["file"]) != shard["sha256"]]
+    corrupt = [shard["file"] for shard in shards if file_sha256(folder / shard["file"]) != shard["sha256"]]
     if corrupt:
         raise ValueError(
             f"shards must have the checksums of {MANIFEST}, {', '.join(corrupt)} in {folder} do not"

@@ -37,8 +37,8 @@ class SamplerEntry:
     options_type: type = NoOptions
     """Dataclass of its options, which checks them; with fields, the sampler takes `options`."""
     adaptive: bool = False
-    """Whether it chooses its steps by what it sees: it integrates one image at a time, has no number of steps,
-    and takes `jumps`, the times where the velocity jumps."""
+    """Whether it chooses its steps: it integrates one image at a time and takes `jumps`, the times where the
+    velocity jumps."""
     stochastic: bool = False
     """Whether it takes `noise`: update number → N(0, 1) of the shape of the state."""
 
@@ -61,7 +61,7 @@ class SamplerRegistry(Registry[SamplerEntry]):
         adaptive: bool = False,
         stochastic: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Returns a decorator that registers a function of a velocity; see `SamplerEntry` for what it takes."""
+        """Returns a decorator that registers a function; `SamplerEntry` says which arguments it gets."""
 
         def registered(integrate: Callable[..., Tensor]) -> Callable[..., Tensor]:
             entry = SamplerEntry(

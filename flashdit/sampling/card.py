@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-FRONT = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- flashdit
-- class-conditional
-- flow-matching
-- iwin-attention
----
-"""
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TASK = "unconditional-image-generation"
+TAGS = ("flashdit", "class-conditional", "flow-matching", "iwin-attention")
 NAMED = 20
 
 
 def model_card(config: Mapping[str, Any], class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
-    """Returns a README.md for the hub.
+    """Returns a README.md for the hub, which reads the scores from its front matter.
 
     Args:
         config: The transformer's configuration.
         class_names: One per class.
         recipe: What is known of checkpoint, sampling and metrics; what is missing is left out.
     """
-    parts = [
-        FRONT + f"# {recipe.get('name', 'FlashDiT')}",
-        _about(config, class_names),
-        _usage(class_names, recipe),
-    ]
-    parts += [_metrics(recipe["metrics"])] if recipe.get("metrics") else []
+    name, metrics = recipe.get("name", "FlashDiT"), recipe.get("metrics")
+    scored = {"model_name": name, "eval_results": _results(metrics)} if metrics else {}
+    data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=list(TAGS), **scored)
+    parts = [f"# {name}", _about(config, class_names), _usage(class_names, recipe)]
+    parts += [_metrics(metrics)] if metrics else []
     parts += [_facts(recipe)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}\n").content
+
+
+def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """Returns the scores as the hub's metadata has them, the number of images in each one's name."""
+    data, count, types = PurePath(metrics["reference"]).stem, metrics["num_images"], metrics.get("types", {})
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=re.sub(r"_\d+$", "", types.get(label, label)),
+            metric_name=f"{label}, {count:,} images",
+            metric_value=value,
+        )
+        for label, value in metrics["values"].items()
+        if value is not None
+    ]
 
 
 def _about(config: Mapping[str, Any], class_names: Sequence[str]) -> str:
@@ -76,8 +89,8 @@ def _native(sampling: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, Any]) -> str:
     """Returns the scores as a table, and how they came about."""
     rows = [f"| {name} | {value:.4g} |" for name, value in metrics["values"].items() if value is not None]
-    how = f"{metrics['num_images']} images against {metrics['reference']}; {metrics['sampling']}."
-    return "\n".join(["## Scores", "", "| metric | value |", "|---|---|", *rows, "", how])
+    origin = f"{metrics['num_images']} images against {metrics['reference']}; {metrics['sampling']}."
+    return "\n".join(["## Scores", "", "| metric | value |", "|---|---|", *rows, "", origin])
 
 
 def _facts(recipe: Mapping[str, Any]) -> str:

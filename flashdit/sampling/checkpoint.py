@@ -128,8 +128,8 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
 
     Args:
         generator: Of the checkpoint.
-        given: Fields of SamplingOptions, `sampler` by name, and `sampler_option`: the sampler's own options as
-            `key=value` texts.
+        given: Fields of SamplingOptions, `sampler` by name, and `sampler_option`, the sampler's own options
+            as `key=value` texts.
 
     Raises:
         ValueError: If an option, or the size for this model, is invalid, or the VAE is missing.

@@ -23,8 +23,8 @@ def class_ids(names: Sequence[str | int], class_names: Sequence[str]) -> list[in
     """Returns the ids of classes given by id or by name.
 
     Args:
-        names: Ids as numbers or text, or names; capitals do not matter, and one of a class's names that commas part will
-            do. `all` alone stands for every class.
+        names: Ids as numbers or text, or names; capitals do not matter, and of several names with commas
+            between them one is enough. `all` alone stands for every class.
         class_names: The model's, one per class.
 
     Raises:
@@ -62,7 +62,7 @@ def _class_id(name: str | int, class_names: Sequence[str], known: dict[str, list
 
 
 def _checked(number: int, count: int) -> int:
-    """Returns the number of a class, or raises ValueError unless it is one of `count` whole numbers from 0."""
+    """Returns the id of a class, or raises ValueError unless it is a whole number from 0 to below count."""
     if not (isinstance(number, Integral) and 0 <= number < count):
         raise ValueError(f"class {number} is out of range for this {count}-class model (0–{count - 1})")
     return int(number)

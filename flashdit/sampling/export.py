@@ -58,7 +58,8 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
         if samples.get("weights_sha256") == weights_sha256:
             labels = content.get("labels", {})
             return {
-                "values": {labels.get(name, name): value for name, value in content["metrics"].items()},
+                "values": {labels.get(key, key): value for key, value in content["metrics"].items()},
+                "types": {labels.get(key, key): key for key in content["metrics"]},
                 "num_images": content["num_images"],
                 "reference": content["reference"]["name"],
                 "sampling": samples.get("summary") or _summary(samples["sampling"]),

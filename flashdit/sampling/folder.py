@@ -71,7 +71,7 @@ def make_recipe(
 
 
 def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a recipe that decides what the images look like."""
+    """Returns the part of a recipe that decides the images."""
     kept = {key: value for key, value in recipe.items() if key not in CHANGES_NO_IMAGE}
     sampling = current_sampling(recipe["sampling"])
     sampling = {key: value for key, value in sampling.items() if key not in CHANGES_NO_IMAGE}

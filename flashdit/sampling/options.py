@@ -38,12 +38,14 @@ class SamplingOptions:
     """In pixels; None is the training size."""
     width: int | None = None
     precision: str = "fp32"
-    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`; the state and the VAE stay
-    in fp32."""
+    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`. The state and the VAE
+    stay in fp32."""
 
     def __post_init__(self):
         name, options = SAMPLERS.options(self.sampler)
         self.sampler = {"name": name, **asdict(options)} if fields(options) else name
+        low, high = self.cfg_interval
+        self.cfg_interval = (low, high)  # JSON and YAML have lists
         check_interval(self.cfg_interval, "cfg_interval")
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")

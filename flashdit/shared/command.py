@@ -74,7 +74,7 @@ def need_extra(module: str, extra: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{extra} must be installed for this: pip install 'flashdit[{extra}]' ({error})"
+            f"this requires the extra '{extra}': pip install 'flashdit[{extra}]' ({error})"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name, then renamed."""
+"""Files and folders that exist whole or not at all, and what tells one file from another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, contested: bool = False) -> None:
     """Calls `write` with a temporary name beside `path` (for a file or a folder), then renames.
 
     A kill leaves what was there before; an existing target is replaced.
@@ -19,9 +19,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The file or folder to make; the folders above it are made if need be.
         write: Writes the whole content to the path that it is given.
+        contested: Whether several processes may write the same path at once. The temporary name is then this
+            process's own, and the next write does not remove what a kill left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid() if contested else 'tmp'}")
     _remove(temporary)
     try:
         write(temporary)

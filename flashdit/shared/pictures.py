@@ -1,4 +1,4 @@
-"""Images as people look at them: PNG files and labelled grids."""
+"""Images for people: PNG files with text, grids of labelled images, panels with heads and a legend."""
 
 from __future__ import annotations
 

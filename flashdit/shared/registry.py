@@ -47,7 +47,7 @@ def check_type(key: str, value: Any, expected: Any) -> None:
 
 
 def _is_of(value: Any, expected: Any) -> bool:
-    """Returns whether a value is of an annotated type; whole numbers are numbers too, booleans are neither."""
+    """Returns whether a value is of an annotated type; a boolean is no number."""
     if isinstance(expected, UnionType) or get_origin(expected) is Union:
         return any(_is_of(value, kind) for kind in get_args(expected))
     origin, inner = get_origin(expected) or expected, get_args(expected)
@@ -58,7 +58,7 @@ def _is_of(value: Any, expected: Any) -> bool:
         return len(kinds) in (0, len(value)) and all(map(_is_of, value, kinds))
     if origin in (int, float):
         return isinstance(value, int | origin) and not isinstance(value, bool)
-    return not isinstance(origin, type) or isinstance(value, origin)
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
 def _type_name(expected: Any) -> str:
@@ -90,7 +90,7 @@ def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any
     types = get_type_hints(options_type)
     for key, value in given.items():
         if not known:
-            raise ValueError(f"{kind} has no options, got '{key}'")
+            raise ValueError(f"unknown option of {kind} '{key}' (it has none)")
         if key not in known:
             raise unknown(f"option of {kind}", key, known)
         check_type(f"option '{key}' of {kind}", value, types[key])

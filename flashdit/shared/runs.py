@@ -40,7 +40,7 @@ def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
         run for run in root.glob("*") for last in list_checkpoints(run)[-1:] if (last / holding).is_file()
     ]
     if not runs:
-        raise ValueError(f"no run with a checkpoint in {root}: train one first (python train.py)")
+        raise ValueError(f"no run with a checkpoint in {root}: train one first (flashdit train)")
     return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
 
 

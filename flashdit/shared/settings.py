@@ -104,7 +104,7 @@ def sections(options_type: type) -> dict[str, type]:
 
 
 def current(given: Mapping[str, Any], options_type: type) -> dict[str, Any]:
-    """Returns a mapping under today's keys: an options type that renamed some converts them by its `current`."""
+    """Returns a mapping under today's keys; an options type that renamed some has its own `current`."""
     found = getattr(options_type, "current", dict)(given)
     return {
         key: current(value, sections(options_type)[key])
@@ -141,7 +141,7 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
 
 
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
-    """Raises ValueError for a key that no options dataclass has, or a list that its annotation does not allow.
+    """Raises ValueError for a key that no options dataclass has, or a list that its type does not allow.
 
     OmegaConf converts and checks all other values, and names their keys.
     """
@@ -211,7 +211,9 @@ def _describe_parameters(function: Callable[..., Any], prefix: str) -> list[Key]
     return [
         Key(
             prefix + parameter.name,
-            inspect.formatannotation(parameter.annotation).strip("'"),
+            ""
+            if parameter.annotation is parameter.empty
+            else inspect.formatannotation(parameter.annotation).strip("'"),
             "" if parameter.default is parameter.empty else repr(parameter.default),
             " ".join(texts.get(parameter.name, "").split()),
         )

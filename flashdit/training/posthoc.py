@@ -1,7 +1,7 @@
 """An average of any width, made after training: which sum of a run's snapshots comes nearest to it?
 
 RUN/checkpoints/step_XXXXXXXX/ema_0.100/    the layout of `ema/` beside it
-    posthoc.json                            width, updates, the snapshots it was made from, the profile's error
+    posthoc.json                            width, updates, the snapshots it is made from, the profile's error
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashdit.shared.command import need_extra
 from flashdit.shared.files import write_atomically
 from flashdit.shared.runs import METRICS_FILE
 
@@ -61,7 +62,7 @@ class Tracker:
 
 def _start_wandb(run_dir: Path, options: TrackingOptions, config: dict[str, Any]) -> Any:
     """Returns the wandb run of this run folder: the same one after a resume."""
-    import wandb
+    wandb: Any = need_extra("wandb", "wandb")
 
     stored = run_dir / WANDB_ID
     if not stored.exists():

@@ -117,7 +117,7 @@ def fit(generator: CheckpointGenerator) -> dict[str, dict[str, Any]]:
 def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
     """Returns the controls by the names of `PageRequest`, as the model's configuration has them.
 
-    Numbers have no bounds here: what cannot be is refused in the words of sample.py.
+    Numbers have no bounds here: an invalid one is refused with the message of `flashdit sample`.
     """
     options, fitted = generator.sampling, fit(generator)
     low, high = options.cfg_interval
@@ -126,7 +126,7 @@ def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
             **fitted["classes"],
             value=[],
             multiselect=True,
-            allow_custom_value=True,  # an id will do, and a wrong name is told the nearest
+            allow_custom_value=True,  # an id will do; for a wrong name the message has the nearest
             label="Classes",
             info="By name or id; none: the first ten.",
             elem_id="classes",

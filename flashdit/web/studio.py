@@ -108,11 +108,11 @@ def class_choices(class_names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def make_plan(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
+def plan_page(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
     """Returns the labels and the sampling options of a request to a model.
 
     Raises:
-        ValueError: If it cannot be met, in the words of sample.py, or asks for too much.
+        ValueError: If an option is invalid, with the message of `flashdit sample`, or too large for a page.
     """
     _check_at_most("num_images", request.num_images, MAX_IMAGES)
     names = generator.class_names
@@ -159,11 +159,11 @@ class Watched:
         """Returns the model's velocity."""
         v = self.model(x, t, y)
         x_t, time = x[:1], float(t[0])
-        said = v[:: len(self.labels)].float()  # of the first image: v, or v_cond and v_uncond
-        is_guided = len(said) == 2
-        v_t = guide(lambda *_: said, self.labels[:1], self.null_label, self.scale) if is_guided else None
+        found = v[:: len(self.labels)].float()  # of the first image: v, or v_cond and v_uncond
+        is_guided = len(found) == 2
+        v_t = guide(lambda *_: found, self.labels[:1], self.null_label, self.scale) if is_guided else None
         # Where a sampler asks twice at one time (Heun), the later state is the better one.
-        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else said, time)
+        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else found, time)
         return v
 
 
@@ -201,7 +201,7 @@ class Studio:
 
     def plans(self, names: Sequence[str], request: PageRequest) -> list[PagePlan]:
         """Returns the request's plan for each model, all checked before anything is drawn."""
-        return [make_plan(self.generators[name], request) for name in names]
+        return [plan_page(self.generators[name], request) for name in names]
 
     def make(self, plan: PagePlan) -> Pictures:
         """Returns the pictures of a plan; the images are those of sample.py, pixel for pixel."""

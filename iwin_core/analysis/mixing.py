@@ -113,7 +113,7 @@ def spread(
         token: Where to start from, s = 1; None starts from each token in row-major order, s = N.
 
     Raises:
-        ValueError: If a size, window, kernel, kind or token cannot be.
+        ValueError: If a size, window, kernel, kind or token is invalid.
     """
     grid = per_axis(tuple(grid), len(grid), "size")
     if kind not in KINDS:
@@ -154,7 +154,7 @@ def reach(
         token: Where to start from; None starts from each token.
 
     Raises:
-        ValueError: If an argument cannot be.
+        ValueError: If an argument is invalid.
     """
     if blocks < 1:
         raise ValueError(f"blocks must be positive, got {blocks=}")
@@ -185,7 +185,7 @@ def coverage(grid: Sequence[int], window: Window, kernel: Window, kind: str, blo
         blocks: Number of blocks n that shares are given for, at least 1.
 
     Raises:
-        ValueError: If an argument cannot be.
+        ValueError: If an argument is invalid.
     """
     if blocks < 1:
         raise ValueError(f"blocks must be positive, got {blocks=}")

@@ -182,7 +182,7 @@ def grad_cam(
         (h, w) of the feature map, not normalised.
 
     Raises:
-        ValueError: If the layer, the model's output or the class cannot be.
+        ValueError: If the layer, the model's output or the class is invalid.
 
     Source: Selvaraju et al. 2017 (arXiv 1610.02391), eqs (1) and (2).
     """

@@ -35,7 +35,7 @@ class IwinTransformer(nn.Module):
         **options: Fields of IwinConfig, over those of `config`.
 
     Raises:
-        ValueError: If an option cannot be.
+        ValueError: If an option is invalid.
 
     Source: Iwin paper, section III and Table III; state-dict keys are the released code's.
     """

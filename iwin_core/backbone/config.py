@@ -19,7 +19,7 @@ class IwinConfig:
     """What an Iwin Transformer is made of; the defaults are Iwin-T at 224.
 
     Raises:
-        ValueError: From `IwinTransformer`, for options that cannot be.
+        ValueError: From `IwinTransformer`, for invalid options.
     """
 
     img_size: int | Sequence[int] = 224
@@ -145,7 +145,7 @@ def check_img_size(size: Sequence[int], config: IwinConfig) -> None:
 
 
 def check(config: IwinConfig) -> None:
-    """Raises ValueError for options that cannot be."""
+    """Raises ValueError for invalid options."""
     named = {
         "attention": ATTENTIONS,
         "structure": STRUCTURES,

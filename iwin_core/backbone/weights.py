@@ -60,7 +60,7 @@ def load_official_checkpoint(
         What had to be made up, by name.
 
     Raises:
-        ValueError: If the file cannot be read, or it does not hold exactly this model's weights.
+        ValueError: If the file is unreadable, or it does not hold exactly this model's weights.
     """
     given = source if isinstance(source, Mapping) else read_file(Path(source))
     state, report = fit(model, unwrap(given))

@@ -41,7 +41,6 @@ def set_backend(name: str) -> str:
     return before
 
 
-@torch.compiler.assume_constant_result
 def device_runs_kernels(kind: str, index: int | None) -> bool:
     """Returns whether Triton is installed and can run on the device: bf16 needs capability 8.0."""
     if importlib.util.find_spec("triton") is None:
@@ -49,6 +48,10 @@ def device_runs_kernels(kind: str, index: int | None) -> bool:
     if kind == "cuda":
         return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
     return kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, sympy and triton with it.
+device_runs_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def kernels_chosen(device: torch.device, obstacle: Callable[..., str | None], *arguments: Any) -> bool:
@@ -61,7 +64,7 @@ def kernels_chosen(device: torch.device, obstacle: Callable[..., str | None], *a
             export elsewhere then meets no condition on sizes.
 
     Raises:
-        ValueError: If `triton` was demanded and cannot be.
+        ValueError: If `triton` was demanded and does not run here.
     """
     if _backend == "eager":
         return False

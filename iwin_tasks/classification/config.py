@@ -43,7 +43,8 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
-        path: YAML that states what differs from the defaults, or the name of a shipped one; None means iwin/digits_32.
+        path: YAML that states what differs from the defaults, or a shipped one's name; None means
+            iwin/digits_32.
         overrides: `key=value` texts with dotted keys.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Trains an Iwin backbone on labelled images. Without arguments it trains a small one on the embedded digits."""
+"""Trains an Iwin backbone on labelled images. Without arguments a small one, on the embedded digits."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) 
         size: H and W to set the model to, where it has a fixed size; None keeps its own.
 
     Raises:
-        ValueError: If the name is unknown, the checkpoint is of another model or the size cannot be.
+        ValueError: If the name is unknown, the checkpoint is of another model or the size is invalid.
     """
     import timm
     import torch

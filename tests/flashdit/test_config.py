@@ -19,7 +19,7 @@ def test_every_shipped_config_loads(path):
     loaded = config.load(path, ["data.path=somewhere"] if needs_path else [])
     assert loaded.run.dir
     opening = path.read_text().splitlines()[:4]
-    assert any("train.py" in line for line in opening), "a YAML opens with its command"
+    assert any("flashdit train" in line for line in opening), "a YAML opens with its command"
 
 
 def test_overrides_win_and_keep_their_types():
@@ -40,7 +40,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training.stps=5", r"unknown configuration key 'training.stps'; did you mean 'training.steps'"),
         ("trainig.steps=5", r"unknown configuration key 'trainig'; did you mean 'training'"),
         ("model.dept=5", r"unknown configuration key 'model.dept'; did you mean 'model.depth'"),
-        ("data.nme=digits", r"data 'digits' has no options, got 'nme'"),
+        ("data.nme=digits", r"unknown option of data 'digits' 'nme'"),
         ("data.name=digit", r"unknown data 'digit'; did you mean 'digits'"),
         ("data.name=shards", r"data 'shards' needs the option 'path'"),
         ("flow.times.name=uniforn", r"unknown time distribution 'uniforn'; did you mean 'uniform'"),

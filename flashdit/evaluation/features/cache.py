@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from flashdit.evaluation.features.features import FORWARD_ROWS, Extractor
 from flashdit.evaluation.images.sources import Source
+from flashdit.shared.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +68,11 @@ class FeatureCache:
     def write(self, key: str, part: str, tensors: dict[str, Tensor]) -> None:
         """Keeps the tensors of a part, whole or not at all; a full or read-only disk costs only a warning."""
         path = self._path(key, part)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several evaluations may share the folder
+        whole = {name: value.contiguous() for name, value in tensors.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-            os.replace(temporary, path)
+            write_atomically(path, lambda temporary: save_file(whole, temporary), contested=True)
         except (OSError, SafetensorError) as error:
             logger.warning("features cannot be kept in %s: %s", path, error)
-            with suppress(OSError):
-                temporary.unlink()
 
     def _path(self, key: str, part: str) -> Path:
         """Returns the file of a part."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import write_atomically, write_json
 
@@ -78,8 +79,17 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
     known = [
         {name: sweep[name] for name in Sweep.__dataclass_fields__} for sweep in (content, *content["others"])
     ]
+    for sweep in known:
+        sweep["recipe"] = _current_recipe(sweep["recipe"])
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
+
+
+def _current_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe on disk with its sampling options under today's keys."""
+    samples = recipe.get("samples", {})
+    sampling = {"sampling": current_sampling(samples["sampling"])} if "sampling" in samples else {}
+    return {**recipe, "samples": {**samples, **sampling}}
 
 
 def table_rows(sweep: Sweep) -> list[list[str]]:

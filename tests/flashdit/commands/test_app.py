@@ -266,7 +266,9 @@ def test_the_newest_run_is_the_default(home, monkeypatch):
 
 def test_without_a_run_the_command_says_to_train_one_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no run with a checkpoint in runs: train one first \(python train"):
+    with pytest.raises(
+        ValueError, match=r"no run with a checkpoint in runs: train one first \(flashdit train"
+    ):
         app.main(["--port", str(free_port())])
 
 

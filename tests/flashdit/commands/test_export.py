@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from flashdit import FlashDiTPipeline
 from flashdit.commands import export
@@ -26,8 +27,8 @@ def run_dir(tiny_checkpoint, tmp_path):
         path = tmp_path / "birds" / "eval" / name / "metrics.json"
         path.parent.mkdir(parents=True)
         content = {
-            "metrics": {"fd": 0.5 + age, "recall": None},
-            "labels": {"fd": "FD[digits]"},
+            "metrics": {"fd_1000": 0.5 + age, "recall": None},
+            "labels": {"fd_1000": "FD[digits]"},
             "num_images": 1000,
             "reference": {"name": "digits"},
             "samples": {"weights_sha256": of, "sampling": {"sampler": "heun", "steps": 9, "cfg_scale": 2.0}},
@@ -62,6 +63,18 @@ def test_the_card_tells_use_scores_and_provenance(run_dir, tmp_path):
     assert load_generator(run_dir).recipe()["weights_sha256"] in card
     assert str(tmp_path) not in card
     assert str(tmp_path) not in (tmp_path / "out" / "model_index.json").read_text()
+
+
+def test_the_hub_reads_the_scores_from_the_front_matter(run_dir, tmp_path):
+    export.main([str(run_dir), str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    assert card.data.tags == ["flashdit", "class-conditional", "flow-matching", "iwin-attention"]
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("fd", 0.5)
+    assert result.metric_name == "FD[digits], 1,000 images"
+    assert (result.task_type, result.dataset_name) == ("unconditional-image-generation", "digits")
+    assert card.data.model_name == "FlashDiT birds"
 
 
 def test_an_earlier_export_is_replaced_and_raw_weights_are_on_offer(run_dir, tmp_path):

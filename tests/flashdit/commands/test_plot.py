@@ -76,6 +76,27 @@ def test_scores_within_training_get_panels_of_their_own(tmp_path):
     assert "<!-- run: 2.25 -->" in shown, "the last score, not a mean"
 
 
+def test_scores_are_what_the_records_list_or_in_older_runs_what_is_named_like_one(tmp_path):
+    older = [{"step": 1, "images_seen": 8, "loss": 1.0, "sfd_8": 2.0, "kd_8": 3.0, "gap": 4.0}]
+    assert read_run(make_run(tmp_path / "older", older)).scores == ["sfd_8", "kd_8"]
+    listed = [older[0] | {"images_seen": 16, "scores": ["gap"]}]
+    run = make_run(tmp_path / "run", [*older, *listed])
+    assert read_run(run).scores == ["gap"]
+    shown = drawn(tmp_path, run)
+    assert "<!-- gap -->" in shown
+    assert "<!-- sfd_8 -->" not in shown
+    path = tmp_path / "reference.json"
+    plot.main([str(run), "--write-reference", str(path)])
+    assert read_reference(path).scores == ["gap"]
+    assert "<!-- reference, reference: 4 -->" not in shown
+
+
+def test_a_single_point_of_a_loss_is_marked(tmp_path):
+    run = make_run(tmp_path / "one", falling(1))
+    drawn(tmp_path, run)
+    assert "<use " in (tmp_path / "figure.svg").read_text().split("<!-- loss -->")[0].split("clip-path")[-1]
+
+
 def test_every_shipped_reference_is_of_its_preset_and_is_drawn_beside_its_runs(tmp_path):
     shipped = sorted(SHIPPED.glob("*.json"))
     assert [path.stem for path in shipped if path.stem == "digits"] == ["digits"]

@@ -22,10 +22,11 @@ from flashdit.data.autoencoders import encode_images, load_vae, vae_identity
 from flashdit.data.encode import open_latents
 from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
 from flashdit.data.latents import LatentOptions
-from flashdit.data.manifest import MANIFEST, sha256_of, verify
+from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import centre_crop
 from flashdit.digits.images import digits
+from flashdit.shared.files import file_sha256
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -102,7 +103,7 @@ def test_the_manifest_tells_vae_counts_and_checksums(options, tmp_path, caplog):
     assert [shard["rows"] for shard in manifest["shards"]] == [5, 4, 4, 5, 3]
     for shard in manifest["shards"]:
         path = tmp_path / "out" / shard["file"]
-        assert (path.stat().st_size, sha256_of(path)) == (shard["bytes"], shard["sha256"])
+        assert (path.stat().st_size, file_sha256(path)) == (shard["bytes"], shard["sha256"])
     assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == json.loads(json.dumps(manifest))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flashdit.data import shards as shards_room
+from flashdit.data import shards as shards_module
 from flashdit.data.manifest import FORMAT, MANIFEST
 from flashdit.data.shards import LatentShards, write_shard
 
@@ -78,8 +78,8 @@ def test_shards_of_half_precision_come_back_as_float32(tmp_path, dtype):
 
 def test_each_shard_is_opened_once_and_mapped(tiny_shards, monkeypatch):
     opened = []
-    safe_open = shards_room.safe_open
-    monkeypatch.setattr(shards_room, "safe_open", lambda *args: opened.append(args[0]) or safe_open(*args))
+    safe_open = shards_module.safe_open
+    monkeypatch.setattr(shards_module, "safe_open", lambda *args: opened.append(args[0]) or safe_open(*args))
     shards = LatentShards(tiny_shards)
     for _ in range(3):
         shards.read(torch.arange(37), torch.arange(37) % 2 == 0)

@@ -50,6 +50,6 @@ def test_classes_go_by_id_or_name():
         ("0", [], "this model has no classes, got class 0"),
     ],
 )
-def test_classes_that_cannot_be_are_named(name, names, message):
+def test_invalid_classes_are_named(name, names, message):
     with pytest.raises(ValueError, match=message):
         class_ids([name], names)

@@ -142,18 +142,18 @@ def test_other_flow_matching_schedulers_reach_the_same_images(pipe, generator, s
 def test_callbacks_see_each_step_and_may_change_the_latents(pipe, generator):
     seen = []
 
-    def look(pipeline, step, timestep, given):
+    def observe(pipeline, step, timestep, given):
         seen.append((step, float(timestep), given["latents"].shape))
         return {"latents": torch.zeros_like(given["latents"])} if step == 2 else {}
 
     options = SamplingOptions(steps=3)
-    latents = exact(pipe, generator, options, output_type="latent", callback_on_step_end=look)
+    latents = exact(pipe, generator, options, output_type="latent", callback_on_step_end=observe)
     assert [step for step, _, _ in seen] == [0, 1, 2]
     assert [round(time) for _, time, _ in seen] == [1000, 667, 333]
     assert seen[0][2] == (2, 1, 16, 16)
     assert latents.abs().max() == 0
     with pytest.raises(ValueError, match="callbacks can have"):
-        pipe(0, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["labels"])
+        pipe(0, callback_on_step_end=observe, callback_on_step_end_tensor_inputs=["labels"])
 
 
 def test_half_precision_weights_give_nearly_the_same_images(pipe, generator):
@@ -188,7 +188,7 @@ def test_a_tuple_comes_back_where_it_is_asked_for(pipe):
         ({"latents": torch.zeros(1, 2, 16, 16)}, r"latents must have the shape \(1, 1, 16, 16\)"),
     ],
 )
-def test_calls_that_cannot_be_are_named(pipe, given, message):
+def test_invalid_calls_are_named(pipe, given, message):
     with pytest.raises(ValueError, match=message):
         pipe(**({"class_labels": 0} | given))
 

@@ -1,10 +1,12 @@
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from flashdit.shared import registry
-from flashdit.shared.registry import Registry, unknown
+from flashdit.shared.registry import Registry, check_type, unknown
 
 
 @dataclass(kw_only=True)
@@ -33,11 +35,56 @@ def test_a_spec_builds_its_part_from_options_and_context():
         ({"name": "sponge", "egs": 3}, "unknown option of cake 'sponge' 'egs'; did you mean 'eggs'"),
         ({"name": "sponge"}, "cake 'sponge' needs the option 'eggs'"),
         ({"eggs": 3}, "a cake needs a 'name'"),
+        (3, "cake must be a name or a mapping with 'name', got 3"),
+        ({"name": "sponge", "eggs": "x"}, "option 'eggs' of cake 'sponge' must be a whole number, got 'x'"),
+        ({"name": "sponge", "eggs": True}, "option 'eggs' of cake 'sponge' must be a whole number, got True"),
+        ({"name": "sponge", "eggs": 3, "sugar": "x"}, "'sugar' of cake 'sponge' must be a number, got 'x'"),
     ],
 )
 def test_specs_that_cannot_be_are_named(spec, message):
     with pytest.raises(ValueError, match=message):
         CAKES.build(spec)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, int),
+        (1, float),
+        (0.5, float),
+        (True, bool),
+        ("x", str),
+        (None, str | None),
+        ([1, 0.5], tuple[float, float]),
+        ((1, 2, 3), list[int]),
+        ([1, 2, 3], tuple[int, ...]),
+        ([], list[str]),
+        ([1], int | Sequence[int]),
+        ({"a": 1}, dict[str, Any]),
+        ({"a": 1}, Mapping[str, Any]),
+        (object(), Any),
+    ],
+)
+def test_values_of_a_type_are_taken(value, expected):
+    check_type("key", value, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "name"),
+    [
+        (1.0, int, "a whole number"),
+        (True, float, "a number"),
+        (1, bool, "true or false"),
+        (1, str | None, "text or null"),
+        ([1], tuple[int, int], r"\[a whole number, a whole number\]"),
+        ([1, "x"], list[int], "a list, each a whole number"),
+        ("12", Sequence[str], "a list, each text"),
+        ([1], dict[str, Any], "a mapping of keys"),
+    ],
+)
+def test_values_of_another_type_are_refused_in_words(value, expected, name):
+    with pytest.raises(ValueError, match=f"^key must be {name}, got "):
+        check_type("key", value, expected)
 
 
 def test_a_name_far_from_all_known_ones_gets_no_hint():

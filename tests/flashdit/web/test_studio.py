@@ -20,7 +20,7 @@ from flashdit.web.studio import (
     class_choices,
     film_times,
     load_generators,
-    make_plan,
+    plan_page,
     watched_batches,
 )
 
@@ -95,7 +95,7 @@ def test_every_png_carries_its_recipe(studio):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_the_film_is_where_the_guided_velocity_leads(lively, scale, batch_size):
-    checked = make_plan(lively, replace(GOOD, steps=5, cfg_scale=scale, cfg_low=0.2, cfg_high=0.6, seed=3))
+    checked = plan_page(lively, replace(GOOD, steps=5, cfg_scale=scale, cfg_low=0.2, cfg_high=0.6, seed=3))
     checked.options.batch_size = batch_size
     _, predictions = watched_batches(checked)
     v = guide(lively.model, checked.labels[:1], lively.num_classes, scale, (0.2, 0.6))
@@ -120,15 +120,15 @@ def test_the_last_frame_of_euler_is_the_image(lively, studio):
 
 def test_the_film_of_an_adaptive_sampler_is_of_the_first_image_alone(lively):
     wish = replace(GOOD, sampler="dopri5", cfg_scale=2.0)
-    _, beside_others = watched_batches(make_plan(lively, wish))
-    _, alone = watched_batches(make_plan(lively, replace(wish, classes=["hen"], num_images=1)))
+    _, beside_others = watched_batches(plan_page(lively, wish))
+    _, alone = watched_batches(plan_page(lively, replace(wish, classes=["hen"], num_images=1)))
     assert beside_others.keys() == alone.keys()
     assert all(beside_others[t].equal(alone[t]) for t in alone)
 
 
 def test_watching_changes_no_generator(generator):
     before = generator.velocity
-    watched_batches(make_plan(generator, GOOD))
+    watched_batches(plan_page(generator, GOOD))
     assert generator.velocity is before
 
 
@@ -140,13 +140,13 @@ def test_film_times_are_even_and_keep_the_ends():
 
 
 def test_what_is_not_given_is_as_the_checkpoint_has_it(generator):
-    options = make_plan(generator, PageRequest(classes=["cat"], num_images=1)).options
+    options = plan_page(generator, PageRequest(classes=["cat"], num_images=1)).options
     assert (options.steps, options.cfg_scale, options.cfg_interval) == (3, 1.5, (0.0, 1.0))
-    assert make_plan(generator, replace(GOOD, cfg_high=0.5)).options.cfg_interval == (0.0, 0.5)
+    assert plan_page(generator, replace(GOOD, cfg_high=0.5)).options.cfg_interval == (0.0, 0.5)
 
 
 def test_no_class_means_the_first_ones_as_in_sample_py(generator):
-    assert make_plan(generator, replace(GOOD, classes=[])).labels.tolist() == [0, 1, 2]
+    assert plan_page(generator, replace(GOOD, classes=[])).labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+import argparse
+import sys
+
+import pytest
+import torch
+
+from flashdit.shared.command import Command, add_device, need_extra, resolve_device, run_command, run_script
+
+
+@pytest.fixture
+def kitchen(tmp_path, monkeypatch):
+    """Returns the commands of a console entry: one that prints its words, and one with a mistake."""
+    (tmp_path / "kitchen_bake.py").write_text(
+        "import argparse\n"
+        "def main(argv):\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('word')\n"
+        "    print(parser.parse_args(argv).word)\n"
+    )
+    (tmp_path / "kitchen_burn.py").write_text("def main(argv):\n    raise ValueError('too\\n   hot')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["before", "of the process"])
+    return {"bake": Command("kitchen_bake", "bakes it"), "burn": Command("kitchen_burn", "burns it")}
+
+
+def test_a_command_gets_the_words_after_its_name(kitchen, capsys):
+    run_command("kitchen", kitchen, ["bake", "sponge"])
+    assert capsys.readouterr().out == "sponge\n"
+    assert "kitchen_burn" not in sys.modules
+
+
+def test_usage_and_errors_begin_with_entry_and_command(kitchen, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_command("kitchen", kitchen, ["bake"])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: kitchen bake [-h] word\n")
+    with pytest.raises(SystemExit):
+        run_command("kitchen", kitchen, ["burn"])
+    assert capsys.readouterr().err == "kitchen burn: error: too hot\n"
+
+
+def test_an_unknown_command_names_the_nearest(kitchen, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_command("kitchen", kitchen, ["bak"])
+    assert exit_info.value.code == 2
+    expected = "kitchen: error: unknown command 'bak'; did you mean 'bake'? (known: bake, burn)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_all_commands_are_listed(kitchen, capsys, words):
+    run_command("kitchen", kitchen, words)
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: kitchen COMMAND")
+    assert "\n  bake  bakes it\n  burn  burns it\n" in printed
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no")])
+def test_a_users_mistake_is_one_line_and_a_bug_is_a_traceback(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["folder/bake.py"])
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(fail)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "bake.py: error: no\n"
+    monkeypatch.setenv("FLASHDIT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        run_script(fail)
+
+
+def test_other_errors_are_not_caught():
+    with pytest.raises(RuntimeError):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("of ours")))
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch):
+    assert need_extra("json", "anything").loads("1") == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"requires the extra 'wandb': pip install 'flashdit\[wandb\]' \("):
+        need_extra("wandb", "wandb")
+
+
+def test_no_device_is_given_by_default_and_means_cuda_where_there_is_one(monkeypatch):
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    assert parser.parse_args([]).device is None
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert resolve_device(None) == expected
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "toaster", "cpu:x", "meta"])
+def test_a_device_that_the_machine_lacks_is_named(name):
+    with pytest.raises(ValueError, match=f"--device must be one of this machine, such as cpu, got {name}"):
+        resolve_device(name)
+
+
+def test_a_device_of_this_machine_is_returned_as_it_is(monkeypatch):
+    assert resolve_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="got cuda:2"):
+        resolve_device("cuda:2")

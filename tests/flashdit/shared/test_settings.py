@@ -1,0 +1,134 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from flashdit.shared.settings import Key, describe, find_config, merge, read, shipped_configs, to_yaml
+
+
+@dataclass(kw_only=True)
+class OvenOptions:
+    """Options of an oven."""
+
+    degrees: int = 180
+    """In
+    Celsius."""
+    racks: tuple[int, int] = (1, 2)
+
+    def __post_init__(self):
+        if self.degrees < 0:
+            raise ValueError(f"degrees must not be negative, got {self.degrees}")
+
+
+@dataclass(kw_only=True)
+class HotOvenOptions(OvenOptions):
+    fan: bool = True
+    """Whether air is moved."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    name: str
+    """Of the cake."""
+    layers: dict[str, int] = field(default_factory=dict)
+    oven: HotOvenOptions = field(default_factory=HotOvenOptions)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Returns a function that reads a recipe of a YAML text and overrides."""
+
+    def read_text(text, *overrides):
+        (tmp_path / "cake.yaml").write_text(text)
+        return read(tmp_path / "cake.yaml", overrides, Recipe)
+
+    return read_text
+
+
+def test_a_file_and_overrides_become_the_dataclass(recipe):
+    made = recipe("name: sponge\noven: {degrees: 200, racks: [2, 3]}", "oven.fan=false")
+    assert made == Recipe(name="sponge", oven=HotOvenOptions(degrees=200, racks=(2, 3), fan=False))
+    assert isinstance(made.oven, HotOvenOptions)
+
+
+def test_a_saved_configuration_reads_back(recipe):
+    made = recipe("{name: sponge, layers: {cream: 2}}", "oven.degrees=7")
+    assert recipe(to_yaml(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        (
+            "name: a",
+            "oven.degres=1",
+            r"^unknown configuration key 'oven.degres'; .* 'oven.degrees'\?",
+        ),
+        ("name: a", "oven.racks=[1]", r"^oven.racks must be \[a whole number, a whole number\], got \[1\]"),
+        ("name: a", "oven.racks=[1,b]", r"^oven.racks must be \[a whole number, a whole number\], got"),
+        ("name: a", "oven.degrees=-1", r"^oven.degrees must not be negative, got -1"),
+        ("name: a", "oven.degrees=hot", r"^oven.degrees: Value 'hot' .* could not be converted to Integer"),
+        ("name: a", "oven=hot", r"^oven must be a mapping of keys, got 'hot'"),
+        ("name: a", "oven", r"^an override must be key=value, got 'oven'"),
+        ("- a", "name=b", r"a configuration must be a mapping of keys, got list"),
+        ("name: [a", "seed=1", r"cake.yaml and the overrides must be YAML"),
+    ],
+)
+def test_an_invalid_value_is_named_by_its_key(recipe, text, override, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(text, override)
+
+
+def test_another_name_drops_the_options_of_the_part_that_had_the_old_one():
+    base = {"oven": {"name": "gas", "flame": 2}, "salt": 1}
+    assert merge(base, {"oven": {"name": "stone"}}) == {"oven": {"name": "stone"}, "salt": 1}
+    assert merge(base, {"oven": {"flame": 3}})["oven"] == {"name": "gas", "flame": 3}
+    assert merge(base, {"oven": {"name": "gas", "lit": 1}})["oven"] == {"name": "gas", "flame": 2, "lit": 1}
+    assert base["oven"] == {"name": "gas", "flame": 2}
+
+
+def test_every_key_is_described_with_type_default_and_docstring():
+    assert describe(Recipe) == [
+        Key("name", "str", "", "Of the cake."),
+        Key("layers", "dict[str, int]", "{}", ""),
+        Key("oven.degrees", "int", "180", "In Celsius."),
+        Key("oven.racks", "tuple[int, int]", "(1, 2)", ""),
+        Key("oven.fan", "bool", "True", "Whether air is moved."),
+    ]
+
+
+def test_parameters_are_described_from_the_docstring():
+    def bake(dough: str, minutes: "int" = 30, oven=None):
+        """Bakes.
+
+        Args:
+            dough: What is
+                baked.
+            minutes: At least 1.
+
+        Returns:
+            oven: not a parameter's text.
+        """
+
+    assert describe(bake, "cake.") == [
+        Key("cake.dough", "str", "", "What is baked."),
+        Key("cake.minutes", "int", "30", "At least 1."),
+        Key("cake.oven", "", "None", ""),
+    ]
+
+
+def test_shipped_configurations_are_found_by_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = find_config("digits")
+    assert shipped.name == "digits.yaml"
+    assert shipped.is_file()
+    assert find_config("iwin/tiny_224.yaml").parts[-2:] == ("iwin", "tiny_224.yaml")
+    (tmp_path / "digits").write_text("seed: 1")
+    assert find_config("digits").read_text() == "seed: 1"
+    assert {"digits", "iwin/tiny_224"} <= set(shipped_configs())
+    assert not [name for name in shipped_configs() if name.startswith("accelerate")]
+
+
+def test_an_unknown_configuration_names_the_nearest():
+    message = r"must be a YAML file or a shipped configuration, got flashdit_x; did you mean 'flashdit_xl'\?"
+    with pytest.raises(ValueError, match=message):
+        find_config("flashdit_x")

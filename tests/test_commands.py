@@ -1,0 +1,152 @@
+"""The console entries: what each command imports before it has parsed its words, and what it prints."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flashdit.__main__ import COMMANDS
+from iwin_tasks.__main__ import COMMANDS as IWIN_COMMANDS
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = {"flashdit": ("flashdit.__main__", COMMANDS), "iwin": ("iwin_tasks.__main__", IWIN_COMMANDS)}
+EVERY = [(entry, name) for entry, (_, commands) in ENTRIES.items() for name in commands]
+HEAVY = (
+    "torch",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "diffusers",
+    "accelerate",
+    "timm",
+    "sklearn",
+    "omegaconf",
+    "rich",
+)
+RUN = "import sys; sys.argv = {argv!r}; from {module} import main; main()"
+MODULES = """
+import atexit, json, sys
+atexit.register(lambda: json.dump(sorted(sys.modules), open({path!r}, "w")))
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Returns a function that runs Python code and gives the finished process and the modules it loaded."""
+
+    def run(code, cwd=ROOT):
+        record = tmp_path / "modules.json"
+        words = [sys.executable, "-c", MODULES.format(path=str(record)) + code]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+        return done, set(json.loads(record.read_text()))
+
+    return run
+
+
+def code_of(entry, *words):
+    return RUN.format(argv=[entry, *map(str, words)], module=ENTRIES[entry][0])
+
+
+def test_flashdit_imports_nothing_heavy(python):
+    done, modules = python("import flashdit")
+    assert done.returncode == 0, done.stderr
+    assert modules.isdisjoint(HEAVY)
+
+
+def test_iwin_core_imports_no_more_than_torch_and_einops(python):
+    _, alone = python("import torch, einops")
+    done, modules = python("import iwin_core")
+    assert done.returncode == 0, done.stderr
+    assert {name for name in modules - alone if name.partition(".")[0] != "iwin_core"} == set()
+
+
+@pytest.mark.parametrize(("entry", "name"), EVERY)
+def test_help_is_printed_before_anything_heavy_is_imported(python, entry, name):
+    done, modules = python(code_of(entry, name, "--help"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {entry} {name} ")
+    assert modules.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(("entry", "name"), EVERY)
+def test_an_unknown_option_is_refused_before_anything_heavy_is_imported(python, entry, name):
+    done, modules = python(code_of(entry, name, "--nonsense"))
+    assert done.returncode == 2
+    assert f"{entry} {name}: error: " in done.stderr
+    assert modules.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_without_a_command_all_are_listed_and_an_unknown_one_names_the_nearest(python, entry):
+    listed, modules = python(code_of(entry))
+    assert all(f"  {name} " in listed.stdout for name in ENTRIES[entry][1])
+    first = next(iter(ENTRIES[entry][1]))
+    unknown, _ = python(code_of(entry, first + "x"))
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith(f"{entry}: error: unknown command '{first}x'; did you mean '{first}'?")
+    assert modules.isdisjoint(HEAVY)
+
+
+def test_plot_draws_without_torch(python, tmp_path):
+    lines = [{"step": n, "images_seen": 8 * n, "loss": 1 / n} for n in (1, 2, 3)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done, modules = python(code_of("flashdit", "plot", tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert modules.isdisjoint({"torch", "diffusers", "accelerate", "sklearn", "scipy"})
+
+
+def test_the_scripts_of_the_checkout_name_themselves(python):
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: train.py ")
+
+
+def test_a_module_run_by_python_is_the_console_entry(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for module, entry in (("flashdit", "flashdit"), ("iwin_tasks", "iwin")):
+        words = [sys.executable, "-m", module]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stdout.startswith(f"usage: {entry} COMMAND")
+
+
+def test_the_project_declares_the_entries_and_every_extra_that_tests_need():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {entry: f"{module}:main" for entry, (module, _) in ENTRIES.items()}
+    extras = project["optional-dependencies"]
+    assert f"flashdit[{','.join(sorted(set(extras) - {'dev'}))}]" in extras["dev"]
+
+
+def test_help_config_prints_every_key_with_type_default_and_meaning(python):
+    done, _ = python(code_of("flashdit", "train", "--help-config"))
+    assert "training.steps: int = 80000\n    When training ends; may grow on resume.\n" in done.stdout
+    assert "model.depth: int = 28\n    Number of blocks.\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("samplers", "heun: "),
+        ("metrics", "kid: "),
+        ("data", "    image_size: int = 256  Images are cropped to a square of this side, in pixels."),
+        ("extractors", "inception: "),
+        ("attention", "    window: int = 4  Window side M in tokens."),
+        ("times", "    mean: float = 0.0  Below 0, more noise."),
+    ],
+)
+def test_the_parts_of_each_kind_are_listed_with_their_options(python, kind, line):
+    done, _ = python(code_of("flashdit", "list", kind))
+    assert done.returncode == 0, done.stderr
+    assert line in done.stdout
+
+
+def test_an_unknown_kind_of_part_names_the_nearest(python):
+    done, _ = python(code_of("flashdit", "list", "sampler"))
+    assert done.stderr.startswith(
+        "flashdit list: error: unknown kind of part 'sampler'; did you mean 'samplers'?"
+    )
