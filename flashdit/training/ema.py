@@ -64,7 +64,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves every average towards the parameters; power-function ones take the first as they are."""
+        """Moves every average to the model's parameters; power-function ones take the first as they are."""
         self.updates += 1
         current = [p.detach().float() for p in model.parameters()]
         averages = [(self._kept(), self.average)]

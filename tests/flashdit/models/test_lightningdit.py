@@ -140,6 +140,18 @@ def test_weights_that_do_not_fit_are_named(change, message):
         FlashDiT.from_lightningdit(state, num_heads=4)
 
 
+def test_the_size_of_a_model_of_patches_is_read_off_its_position_table():
+    source = FlashDiT(
+        **{"sample_size": 12, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 1},
+        **{"num_heads": 2, "num_classes": 5, "attention": {"name": "global", "rope": False}},
+        position_embedding="sincos",
+    )
+    model = FlashDiT.from_lightningdit(source.state_dict(), num_heads=2)
+    read = {key: model.config[key] for key in ("sample_size", "patch_size", "num_classes", "depth")}
+    assert read == {"sample_size": 12, "patch_size": 2, "num_classes": 5, "depth": 1}
+    assert model.pos_embed.equal(source.pos_embed)
+
+
 def test_head_count_that_weights_do_not_show_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match="num_heads cannot be inferred"):
         FlashDiT.from_lightningdit(golden_state(META["keys"]))

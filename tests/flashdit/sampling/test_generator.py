@@ -98,7 +98,7 @@ def test_scale_one_is_the_conditional_model_and_zero_the_unconditional(generator
 )
 def test_nfe_counts_what_the_model_is_asked(generator, options, expected):
     assert SamplingOptions(**options).nfe == expected
-    assert evaluations_and_nfe(generator, options) == (expected, [expected])
+    assert evaluations_and_nfe(generator, options, [0, 2]) == (2 * expected, [expected, expected])
 
 
 def dopri5(tolerance):
@@ -113,6 +113,38 @@ def test_nfe_of_an_adaptive_sampler_is_measured_for_each_image(generator, scale)
     assert asked == sum(nfe)
     tight, _ = evaluations_and_nfe(generator, options | {"sampler": dopri5(1e-6)}, [0, 2])
     assert tight >= asked > 2 * 7
+
+
+def test_the_steps_of_an_adaptive_sampler_depend_on_no_other_image(generator):
+    options = SamplingOptions(sampler=dopri5(1e-1), cfg_scale=3.0)
+    ids, labels = torch.tensor([0, 1]), torch.tensor([0, 2])
+    together, _ = generator.latents(ids, labels, options)
+    assert generator.latents(ids[:1], labels[:1], options)[0].equal(together[:1])
+    assert generator.latents(ids[1:], labels[1:], options)[0].equal(together[1:])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_an_adaptive_sampler_steps_onto_the_ends_of_the_guidance_interval(scale):
+    options, times = SamplingOptions(sampler="dopri5", cfg_scale=scale, cfg_interval=(0.3, 0.6)), []
+
+    def v(x, t):
+        times.append(round(t, 6))
+        return torch.cos(3 * x)
+
+    options.make_sampler(torch.zeros)(v, torch.zeros(1, 1), options.times)
+    assert ({0.3, 0.6} <= set(times)) == (scale != 1)
+
+
+def test_every_update_of_a_stochastic_sampler_draws_its_own_noise(generator, monkeypatch):
+    drawn, noise = [], generator.noise
+
+    def record(ids, seed, shape=None, purpose="noise"):
+        drawn.append(purpose)
+        return noise(ids, seed, shape, purpose)
+
+    monkeypatch.setattr(generator, "noise", record)
+    images(generator, [0], sampler="sde-euler", steps=4)
+    assert drawn == ["noise", "sde 0", "sde 1", "sde 2"]
 
 
 def evaluations_and_nfe(generator, options, labels=(0,)):

@@ -59,6 +59,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 @pytest.mark.parametrize("forced", ["0", "1"])
 def test_no_pickle_is_executed_whatever_the_environment_says(tmp_path, monkeypatch, forced):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
