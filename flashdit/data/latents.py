@@ -24,8 +24,8 @@ class LatentOptions:
     """Options of the latent space."""
 
     vae: str | None = None
-    """`digits`, folder or hub name of a diffusers AutoencoderKL, or an LDM-layout checkpoint file such as
-    LightningDiT's; None leaves pixels out of reach."""
+    """A data set that brings one, folder or hub name of an AutoencoderKL, or an LDM-layout checkpoint file
+    such as LightningDiT's; None leaves pixels out of reach."""
     multiplier: float = 1.0
     """Factor on normalised latents."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.features import FORWARD_ROWS, Extractor
+from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
 from flashdit.evaluation.features.moments import Moments
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import Source

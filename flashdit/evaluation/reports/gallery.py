@@ -66,7 +66,7 @@ class Section:
 
     Attributes:
         heading: Its title.
-        about: What one looks at, in a sentence or two.
+        about: What the pictures are, in a sentence or two.
         rows: (label, pictures) of each row.
     """
 
