@@ -51,6 +51,7 @@ class EvaluationOptions:
     weights: str | None = None
     """The extractor's weights file."""
     metrics: list[str] = field(default_factory=lambda: ["fid"])
+    """As `flashdit eval --metrics` has them."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,7 @@ class RunConfig:
     """Everything a run is made from."""
 
     seed: int = 0
+    """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
     data: dict[str, Any] = field(default_factory=dict)
     """`{name, **options}`."""
