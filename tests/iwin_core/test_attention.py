@@ -4,6 +4,7 @@ from golden_rule import assert_golden, golden_input, golden_state, load_npz
 from torch import nn
 
 from iwin_core import IwinAttention, IwinBlock, partition
+from iwin_core.attention import relative_index
 from iwin_core.reference import iwin_attention_reference
 
 MODULES = load_npz("iwin_cls_modules.npz")
@@ -108,3 +109,21 @@ def test_norm_of_queries_and_keys_is_applied_per_head():
 def test_options_that_cannot_be_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         IwinAttention(**({"dim": 16, "num_heads": 4, "window": 4} | options))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_normed_queries_and_keys_do_not_depend_on_the_size_of_their_projection(part):
+    torch.manual_seed(0)
+    attention = IwinAttention(8, 2, (2, 3), None, qk_norm=nn.RMSNorm).double()
+    x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    before = attention(x)
+    with torch.no_grad():
+        for parameter in (attention.qkv.weight, attention.qkv.bias):
+            parameter[8 * part : 8 * (part + 1)] *= 7
+    torch.testing.assert_close(attention(x), before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_relative_bias_is_read_by_the_query_minus_the_key():
+    index = relative_index((2, 2), (3, 3))
+    assert index[3, 0] == (1 + 2) * 5 + (1 + 2), "one row and one column further on than the key"
+    assert index[0, 3] == (-1 + 2) * 5 + (-1 + 2)

@@ -21,6 +21,8 @@ class OvenOptions:
 
 @dataclass(kw_only=True)
 class HotOvenOptions(OvenOptions):
+    racks: tuple[int, int] = (1, 2)
+    """From below."""
     fan: bool = True
     """Whether air is moved."""
 
@@ -48,6 +50,10 @@ def test_a_file_and_overrides_become_the_dataclass(recipe):
     made = recipe("name: sponge\noven: {degrees: 200, racks: [2, 3]}", "oven.fan=false")
     assert made == Recipe(name="sponge", oven=HotOvenOptions(degrees=200, racks=(2, 3), fan=False))
     assert isinstance(made.oven, HotOvenOptions)
+
+
+def test_an_override_wins_over_the_file(recipe):
+    assert recipe("{name: sponge, oven: {degrees: 200}}", "oven.degrees=150").oven.degrees == 150
 
 
 def test_a_saved_configuration_reads_back(recipe):
@@ -91,7 +97,7 @@ def test_every_key_is_described_with_type_default_and_docstring():
         Key("name", "str", "", "Of the cake."),
         Key("layers", "dict[str, int]", "{}", ""),
         Key("oven.degrees", "int", "180", "In Celsius."),
-        Key("oven.racks", "tuple[int, int]", "(1, 2)", ""),
+        Key("oven.racks", "tuple[int, int]", "(1, 2)", "From below."),
         Key("oven.fan", "bool", "True", "Whether air is moved."),
     ]
 
