@@ -69,7 +69,7 @@ class InTrainingEvaluation:
         device: Where samples are drawn and measured.
 
     Raises:
-        ValueError: If a metric, the extractor or the reference is invalid, or there is no VAE.
+        ValueError: If a metric, the extractor or the reference is invalid or missing, or there is no VAE.
     """
 
     def __init__(self, config: RunConfig, generator: TrainedGenerator, device: torch.device):

@@ -11,9 +11,9 @@ from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import GeneratedSource, Source
+from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
 from flashdit.evaluation.metrics.kid import KERNEL_SUBSET
 from flashdit.evaluation.metrics.metric import METRICS
-from flashdit.evaluation.metrics.metrics import NEIGHBOURS, SPLIT_SIZE
 from flashdit.evaluation.metrics.scoring import (
     Scores,
     cautions,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from flashdit.evaluation.features.statistics import ImageStatistics
+from flashdit.evaluation.metrics import frechet_distance
 from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, known
-from flashdit.evaluation.metrics.metrics import frechet_distance
 
 
 def distance(

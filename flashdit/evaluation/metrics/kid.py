@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flashdit.evaluation.features.statistics import ImageStatistics
+from flashdit.evaluation.metrics import kernel_distance
 from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, pool_rows
-from flashdit.evaluation.metrics.metrics import kernel_distance
 
 KERNEL_SUBSET = 1000  # rows of a subset; all of a smaller set
 

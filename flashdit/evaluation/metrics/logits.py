@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flashdit.evaluation.features.statistics import ImageStatistics
+from flashdit.evaluation.metrics import SPLIT_SIZE, inception_score
 from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, known
-from flashdit.evaluation.metrics.metrics import SPLIT_SIZE, inception_score
 
 
 def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:

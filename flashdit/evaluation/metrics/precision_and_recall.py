@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flashdit.evaluation.features.statistics import ImageStatistics
+from flashdit.evaluation.metrics import NEIGHBOURS, precision, precision_recall, recall
 from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, pool_rows
-from flashdit.evaluation.metrics.metrics import NEIGHBOURS, precision, precision_recall, recall
 
 PANEL = "precision and recall"
 

@@ -194,7 +194,7 @@ def test_dopri5_steps_onto_the_jumps_it_is_given():
         return torch.full_like(x, 5.0 if t <= 0.37 else -1.0)
 
     exact, inexact = (
-        dopri5(v, torch.zeros(1, 1), time_grid(1), options=Dopri5Options(), jumps=jumps).item()
+        SAMPLERS.build("dopri5", torch.zeros, jumps)(v, torch.zeros(1, 1), time_grid(1)).item()
         for jumps in ([0.0, 0.37], [])
     )
     assert exact == pytest.approx(5 * 0.37 - 0.63, abs=1e-5)

@@ -138,6 +138,7 @@ def test_any_multiple_of_factor_and_patch_is_a_size(model):
     for height, width in ((44, 24), (16, 72), (4, 8), (None, 40)):
         made = images(generator, [0, 1], height=height, width=width)
         assert made.shape == (2, 3, height or 32, width)
+        assert generator.image_size(SamplingOptions(height=height, width=width)) == (height or 32, width)
     native = images(generator, [0, 1], height=32, width=32)
     assert native.equal(images(generator, [0, 1]))
 

@@ -13,7 +13,7 @@ from flashdit.evaluation.evaluate import Plan
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import collect
 from flashdit.evaluation.images.sources import NpzSource
-from flashdit.evaluation.metrics.manifold import precision_recall
+from flashdit.evaluation.metrics import precision_recall
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reports.gallery import PARTS, GalleryOptions, make_gallery, rows_by_class
 
