@@ -1,5 +1,7 @@
 """The documentation is true: links lead to files, commands, options and keys exist, the code runs."""
 
+import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -11,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from test_architecture import LAYERS
 
 import flashdit.__main__
 import iwin_tasks.__main__
@@ -36,6 +39,8 @@ SCRIPTS = {
     "encode_latents.py": "flashdit encode",
     "train_classifier.py": "iwin classify",
 }
+FOLDERS = ("flashdit", "iwin_core", "iwin_tasks", "configs", "docs", "tests", "tools", "benchmarks")
+GROUPS = ("flashdit.samplers", "flashdit.metrics", "flashdit.data", "flashdit.extractors")
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -140,6 +145,27 @@ def unknown_keys(path):
     return sorted({*named} - known)
 
 
+def exists(name):
+    """Returns whether a dotted name is a module, or an attribute of one."""
+    module, _, attribute = name.rpartition(".")
+    with contextlib.suppress(
+        ModuleNotFoundError
+    ):  # raised where what stands before the last dot is no package
+        if importlib.util.find_spec(name):
+            return True
+    return bool(module) and exists(module) and hasattr(importlib.import_module(module), attribute)
+
+
+def unknown_names(path):
+    """Returns the files and dotted names of our packages that do not exist; the changelog names old ones."""
+    if path.name.lower() == "changelog.md":
+        return []
+    files = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./*-]*)`", prose(path))
+    names = re.findall(r"`((?:flashdit|iwin_core|iwin_tasks)(?:\.\w+)+)`", prose(path))
+    found = [name for name in files if not any(ROOT.glob(name.rstrip("/")))]
+    return found + [name for name in names if name not in GROUPS and not exists(name)]
+
+
 CHECKS = {  # each with a page that it must find fault with
     broken_links: "[a](page.md) ![b](gone.png)",
     unknown_commands: "run `flashdit trian` or\n```sh\naccelerate launch -m iwin segment\n```",
@@ -147,6 +173,7 @@ CHECKS = {  # each with a page that it must find fault with
     unknown_options: "```sh\nflashdit sample --precisoin bf16\n```",
     invalid_configurations: "```sh\nflashdit train --config digits training.step=3  # a comment\n```",
     unknown_keys: "set `training.step`",
+    unknown_names: "see `flashdit/plans.py` or `flashdit.flow.samplers.heunn`",
 }
 
 
@@ -178,6 +205,11 @@ def test_every_configuration_key_says_what_it_means():
         *describe(IwinConfig),
     ]
     assert sorted({key.name for key in keys if not key.doc}) == []
+
+
+def test_layers_of_the_page_on_contributing_are_the_tested_ones():
+    (table,) = blocks(ROOT / "CONTRIBUTING.md", "text")
+    assert [line.split() for line in table.splitlines()] == [line.split() for line in LAYERS]
 
 
 def test_every_sampler_and_metric_has_its_row():
