@@ -46,7 +46,7 @@ class EvaluationOptions:
     """An npz of ADM's or of make-reference, a folder, or a data set that brings one; None means what the
     run's own data set brings."""
     extractor: str | None = None
-    """As `eval_fid.py --extractor` has it; None means the one that the reference's data set brings, or else
+    """As `flashdit eval --extractor` has it; None means the one that the reference's data set brings, or else
     Inception."""
     weights: str | None = None
     """The extractor's weights file."""

@@ -1,4 +1,4 @@
-"""`eval_fid.py sweep`: one checkpoint scored over guidance scales; what is known is not computed again."""
+"""`flashdit sweep`: one checkpoint scored over guidance scales; what is known is not computed again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def parse_scales(text: str) -> list[float]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
     parser = argparse.ArgumentParser(
-        prog="eval_fid.py sweep",
         description="Scores one checkpoint over guidance scales.",
         epilog="Writes sweep.json, sweep.md and sweep.png; called again, computes only the new scales.",
         conflict_handler="resolve",  # here --cfg-scale takes several

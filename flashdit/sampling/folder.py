@@ -137,7 +137,7 @@ class SampleFolder:
         try:
             return {"finished": False, "sampling": {}} | json.loads((self.path / RECIPE).read_text())
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path / RECIPE} must be a recipe of sample.py: {error}") from error
+            raise ValueError(f"{self.path / RECIPE} must be of `flashdit sample`: {error}") from error
 
     def open(self) -> None:
         """Makes the folder, for one process to call."""

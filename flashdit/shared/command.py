@@ -21,6 +21,8 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except BrokenPipeError:  # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         if os.environ.get("FLASHDIT_TRACEBACK"):
             raise

@@ -38,9 +38,9 @@ class PageRequest:
     """What somebody wants to see; None leaves an option as the checkpoint's configuration has it."""
 
     classes: Sequence[str]
-    """Ids or names; none are the first ten, as in sample.py."""
+    """Ids or names; none are the first ten, as in `flashdit sample`."""
     num_images: int
-    """In all, shared among the classes in order, as sample.py shares them."""
+    """In all, shared among the classes in order, as `flashdit sample` shares them."""
     sampler: str | None = None
     steps: int | None = None
     cfg_scale: float | None = None
@@ -204,7 +204,7 @@ class Studio:
         return [plan_page(self.generators[name], request) for name in names]
 
     def make(self, plan: PagePlan) -> Pictures:
-        """Returns the pictures of a plan; the images are those of sample.py, pixel for pixel."""
+        """Returns the pictures of a plan; the images are those of `flashdit sample`, pixel for pixel."""
         batches, predictions = watched_batches(plan)
         generator, labels = plan.generator, plan.labels
         path = self._new_folder()

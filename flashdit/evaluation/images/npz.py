@@ -16,7 +16,7 @@ from torch import Tensor
 from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 from flashdit.shared.files import file_sha256
 
-RECIPE_FILE = "recipe.json"  # what sample.py writes beside its samples.npz
+RECIPE_FILE = "recipe.json"  # what `flashdit sample` writes beside its samples.npz
 
 
 class NpzSource:
@@ -100,7 +100,7 @@ class NpzSource:
         return {"kind": "npz", **self._content, "count": self.count}
 
     def recipe(self) -> dict[str, Any]:
-        """Returns path, count and checksum, and the recipe that sample.py left beside the file."""
+        """Returns path, count and checksum, and the recipe that `flashdit sample` left beside the file."""
         recipe = {
             "source": "npz",
             "path": str(self.path),

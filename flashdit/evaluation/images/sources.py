@@ -131,7 +131,7 @@ def open_source(
 ) -> NpzSource | FolderSource:
     """Returns the source that a path names: a file is an npz, a directory a folder of images.
 
-    A folder that sample.py wrote is read from its samples.npz, which has the labels and not the grid picture.
+    A folder of `flashdit sample` is read from its samples.npz, which has the labels and not the grid picture.
 
     Raises:
         ValueError: If it is neither, or what it holds is no image set.
