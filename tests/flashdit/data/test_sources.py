@@ -73,6 +73,14 @@ def test_digits_are_the_real_ones_in_a_fixed_split():
         digits("test")
 
 
+def test_digits_are_a_data_set_of_ten_classes_that_a_mirror_would_change():
+    source = DATASETS.build("digits")
+    assert len(source.class_names) == 10
+    assert not source.mirrors
+    assert source.image(3).equal(digits("train")[0][3])
+    assert source.labels.equal(digits("train")[1])
+
+
 def test_enlarged_digits_keep_their_picture():
     images, _ = digits("train")
     small = torch.nn.functional.avg_pool2d(images[:, :1].float(), 4)

@@ -155,3 +155,13 @@ def test_what_is_no_reference_is_refused(tmp_path):
         archive.writestr("mu.npy", b"no array")
     with pytest.raises(ValueError, match=r"must be an npz of arrays, got .*broken\.npz"):
         Reference(str(tmp_path / "broken.npz"), EXTRACTOR)
+
+
+def test_statistics_of_a_written_reference_are_over_as_many_images_as_it_says(tmp_path):
+    source = DigitsSource("held-out")
+    write_reference(source, EXTRACTOR, tmp_path / "r.npz", num_images=5)
+    reference = Reference(str(tmp_path / "r.npz"), EXTRACTOR)
+    statistics = reference.statistics({"moments", "pool"}, 8, "cpu")
+    assert reference.count == statistics.count == 360
+    assert statistics.pool is not None
+    assert len(statistics.pool) == 5

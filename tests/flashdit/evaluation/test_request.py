@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashdit.digits.images import CLASS_NAMES
+from flashdit.digits.images import CLASS_NAMES, digits
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource
@@ -101,6 +101,21 @@ def test_samples_by_another_generator_or_option_keep_their_labels():
     changed = plan.redrawn(generator=other, options=options).samples
     assert isinstance(changed, GeneratedSource)
     assert (changed.generator, changed.options) == (other, options)
+
+
+def test_the_floor_of_accuracy_is_that_of_images_the_extractor_has_not_seen(tmp_path):
+    images, labels = digits("train")
+    np.savez(tmp_path / "samples.npz", images[:8].permute(0, 2, 3, 1).numpy(), labels[:8].numpy())
+    request = EvaluationRequest(
+        samples=tmp_path / "samples.npz", reference="digits", metrics=["accuracy"], cache=False
+    )
+    plan = open_plan(request, Ranks())
+    floor = evaluate(plan).floor
+    unseen, known = digits("held-out")
+    logits = plan.extractor(unseen)["logits"]
+    assert floor is not None
+    assert floor.values["accuracy"] == pytest.approx((logits.argmax(1) == known).double().mean().item())
+    assert floor.values["accuracy"] < 1
 
 
 def test_a_reference_and_its_floor_are_read_once(tmp_path, monkeypatch):

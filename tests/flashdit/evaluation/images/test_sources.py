@@ -159,6 +159,27 @@ def test_generated_images_depend_neither_on_the_shares_nor_on_who_asks(tiny_chec
     assert_close(take(source, torch.tensor([6, 1])), whole[[6, 1]], rtol=0, atol=0)
 
 
+def test_every_forward_has_one_size_and_as_few_images_as_possible_are_thrown_away(
+    tiny_checkpoint, monkeypatch
+):
+    generator = load_generator(tiny_checkpoint)
+    source = GeneratedSource(
+        generator, balanced_labels(9, 3, seed=0), replace(generator.sampling, batch_size=4)
+    )
+    sizes, latents = [], generator.latents
+
+    def counted(ids, *others):
+        sizes.append(len(ids))
+        return latents(ids, *others)
+
+    monkeypatch.setattr(generator, "latents", counted)
+    assert len(read(source, 100)) == 9
+    assert sizes == [3, 3, 3]
+    sizes.clear()
+    assert len(torch.cat(list(source.batches(100, torch.tensor([0, 2, 4, 6]))))) == 4
+    assert sizes == [3, 3]
+
+
 def test_identity_of_generated_images_follows_the_recipe_and_not_the_batch(tiny_checkpoint):
     generator = load_generator(tiny_checkpoint)
     labels = balanced_labels(7, 3, seed=0)

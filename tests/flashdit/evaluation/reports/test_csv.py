@@ -1,7 +1,9 @@
 import csv
+from dataclasses import replace
 
 import pytest
 
+from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.evaluation.reports.csv import COLUMNS, append_csv, read_columns
 
@@ -46,3 +48,23 @@ def test_an_empty_file_is_a_new_one(tmp_path, result_of):
     assert read_columns(tmp_path / "scores.csv", []) == list(COLUMNS)
     append_csv(result_of(Scores(count=360, values={"fid": 1.0})), tmp_path / "scores.csv")
     assert len(rows(tmp_path / "scores.csv")) == 1
+
+
+def test_a_score_of_another_column_adds_it_to_a_new_table_and_is_refused_by_one_without_it(
+    tmp_path, result_of
+):
+    result = result_of(Scores(count=360, values={"fid": 1.0}))
+    extra = ScoreName(stem="delta", label="Δ", column="delta", counted=False)
+    other = replace(
+        result, scores=Scores(count=360, values={"delta": 2.0}), names={"delta": extra, **result.names}
+    )
+    append_csv(other, tmp_path / "new.csv")
+    append_csv(result, tmp_path / "new.csv")
+    first, second = rows(tmp_path / "new.csv")
+    assert tuple(first) == (*COLUMNS, "delta")
+    assert (first["delta"], second["delta"], second["frechet"]) == ("2.0", "", "1.0")
+    append_csv(result, tmp_path / "old.csv")
+    before = (tmp_path / "old.csv").read_text()
+    with pytest.raises(ValueError, match=r"have a column for every metric, .*old\.csv has none for delta"):
+        append_csv(other, tmp_path / "old.csv")
+    assert (tmp_path / "old.csv").read_text() == before
