@@ -23,11 +23,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
 from benchmarks.side_by_side import machine, save
-from flashdit.evaluation.features.features import InceptionExtractor
-from flashdit.evaluation.features.moments import Moments
+from flashdit.evaluation.features.inception import InceptionExtractor
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
-from flashdit.evaluation.metrics.metrics import frechet_distance, inception_score, precision_recall
+from flashdit.evaluation.metrics import frechet_distance, inception_score, precision_recall
+from flashdit.shared.moments import Moments
 
 DIMENSIONS, CLASSES = 2048, 1008
 BATCH = 64

@@ -21,7 +21,7 @@ from benchmarks.side_by_side import interleaved, machine, save, summary
 from flashdit.evaluation.evaluate import Plan, evaluate
 from flashdit.evaluation.features.extractors import build_extractor
 from flashdit.evaluation.images.sources import GeneratedSource
-from flashdit.evaluation.reference import KeptReference
+from flashdit.evaluation.reference import Reference
 from flashdit.flow.guidance import scale_at
 from flashdit.sampling import generator as generate
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
@@ -86,13 +86,13 @@ def draw(generator: CheckpointGenerator, options: SamplingOptions, count: int) -
 
 
 def quality(
-    generator: CheckpointGenerator, options: SamplingOptions, count: int, reference: KeptReference
+    generator: CheckpointGenerator, options: SamplingOptions, count: int, reference: Reference
 ) -> Any:
     """Returns Fréchet distance and accuracy of so many images."""
     labels = balanced_labels(count, generator.num_classes, options.seed)
     samples = GeneratedSource(generator, labels, options)
-    plan = Plan(samples, reference.extractor, reference, METRICS)
-    return evaluate(plan, device=str(generator.space.mean.device)).scores.values
+    device = str(generator.space.mean.device)
+    return evaluate(Plan(samples, reference.extractor, reference, METRICS, device=device)).scores.values
 
 
 def measure(
@@ -100,7 +100,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a record for each way to sample."""
     base = replace(generator.sampling, cfg_scale=arguments.cfg_scale, batch_size=arguments.batch)
-    reference = KeptReference("digits", build_extractor("digits").to(arguments.device))
+    reference = Reference("digits", build_extractor("digits").to(arguments.device))
     ways: dict[str, Way] = {
         f"{name} {steps}": (generator, replace(base, sampler=name, steps=steps)) for name, steps in SOLVERS
     }

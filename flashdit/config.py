@@ -43,12 +43,15 @@ class EvaluationOptions:
     num_images: int = 5_000
     """Samples, shared among all processes; a score compares only with others of the same number."""
     reference: str | None = None
-    """An npz of ADM's or of make-reference, or a folder; None means the digits, where they are the data."""
-    extractor: str = "inception"
-    """As `eval_fid.py --extractor` has it."""
+    """An npz of ADM's or of make-reference, a folder, or a data set that brings one; None means what the
+    run's own data set brings."""
+    extractor: str | None = None
+    """As `eval_fid.py --extractor` has it; None means the one that the reference's data set brings, or else
+    Inception."""
     weights: str | None = None
     """The extractor's weights file."""
     metrics: list[str] = field(default_factory=lambda: ["fid"])
+    """As `flashdit eval --metrics` has them."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +59,7 @@ class RunConfig:
     """Everything a run is made from."""
 
     seed: int = 0
+    """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
     data: dict[str, Any] = field(default_factory=dict)
     """`{name, **options}`."""

@@ -17,12 +17,9 @@ from torch import Tensor
 from flashdit.config import RunConfig
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentSpace
-from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.features.extractors import build_extractor
+from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
-from flashdit.evaluation.images.sources import GeneratedSource
-from flashdit.evaluation.metrics.scoring import check_accuracy, check_names
-from flashdit.evaluation.reference import KeptReference
+from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
@@ -31,7 +28,6 @@ from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
-from flashdit.sampling.classes import balanced_labels
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid, rows_by_class
@@ -69,29 +65,33 @@ class InTrainingEvaluation:
 
     Args:
         config: Of the run.
-        space: Its latent space.
-        class_names: One per class.
+        generator: Of its samples.
         device: Where samples are drawn and measured.
 
     Raises:
-        ValueError: If a metric, the extractor or the reference is invalid, or there is no VAE.
+        ValueError: If a metric, the extractor or the reference is invalid or missing, or there is no VAE.
     """
 
-    def __init__(self, config: RunConfig, space: LatentSpace, class_names: list[str], device: torch.device):
-        space.need_vae()
-        self.options, self.sampling, self.device = config.evaluation, config.sampling, str(device)
-        check_names(self.options.metrics)
-        extractor = build_extractor(self.options.extractor, self.options.weights).to(device).eval()
-        check_accuracy(self.options.metrics, extractor, class_names)
-        self.reference = KeptReference(self.options.reference or config.data["name"], extractor)
-        self.ranks = Ranks.start(self.device)
+    def __init__(self, config: RunConfig, generator: TrainedGenerator, device: torch.device):
+        options = config.evaluation
+        request = EvaluationRequest(
+            generator=generator,
+            sampling=config.sampling,
+            data=config.data["name"],
+            num_images=options.num_images,
+            reference=options.reference,
+            extractor=options.extractor,
+            extractor_weights=options.weights,
+            metrics=options.metrics,
+            device=str(device),
+            cache=False,
+        )
+        self.ranks = Ranks.start(str(device))
+        self.plan = open_plan(request, self.ranks)
 
     def __call__(self, generator: TrainedGenerator) -> dict[str, float]:
         """Returns the scores of samples that all processes draw and measure; no random state is touched."""
-        labels = balanced_labels(self.options.num_images, generator.num_classes, self.sampling.seed)
-        samples = GeneratedSource(generator, labels, self.sampling)
-        plan = Plan(samples, self.reference.extractor, self.reference, self.options.metrics)
-        result = evaluate(plan, device=self.device, ranks=self.ranks)
+        result = evaluate(self.plan.redrawn(generator=generator), self.ranks)
         return {name: value for name, value in result.to_dict()["metrics"].items() if value is not None}
 
 
@@ -119,7 +119,8 @@ class FlashDiTTask(Task):
         preview_every = config.training.preview_every if self.space.vae is not None else 0
         self.actions = [PeriodicAction(every=preview_every, run=self._write_preview)]
         if config.evaluation.every:
-            self.evaluation = InTrainingEvaluation(config, self.space, self.class_names, self.device)
+            generator = TrainedGenerator(self.model, self.space, self.class_names, 0)
+            self.evaluation = InTrainingEvaluation(config, generator, self.device)
             self.actions.append(PeriodicAction(every=config.evaluation.every, run=self._score))
         if config.weights is not None and not list_checkpoints(self.run_dir):
             new = start_from(self.model, config.weights)

@@ -1,6 +1,7 @@
 """The direction of imports: each folder imports only those of earlier lines, and no file stands loose."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 iwin_core
 flashdit/shared
-flashdit/digits
 flashdit/models flashdit/flow flashdit/data flashdit/training
 flashdit/sampling
 flashdit/evaluation
+flashdit/digits
 flashdit/config.py
 flashdit/trainer.py
 flashdit/web
@@ -54,6 +55,13 @@ def test_folders_import_only_those_before_them(path):
         return
     others = {part_of(module) for module in imported(path)} - {None, own}
     assert all(LEVEL[other] < LEVEL[own] for other in others), f"{own} imports {sorted(others)}"
+
+
+def test_only_the_digits_know_themselves():
+    known = re.compile(r"digits\.(images|classifier|dataset|extractor|reference)\b|[\"'`]digits[\"'`]")
+    for path in (ROOT / "flashdit").rglob("*.py"):
+        text = path.read_text().replace('DEFAULT = "digits"', "")  # the configuration of a run without one
+        assert path.parent.name == "digits" or not known.search(text), path
 
 
 def test_iwin_core_needs_torch_and_einops_alone():

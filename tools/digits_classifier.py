@@ -15,9 +15,9 @@ from tqdm import trange
 
 from flashdit.digits.classifier import DIGITS_WEIGHTS, DigitsClassifier, accuracy_of
 from flashdit.digits.images import digits
-from flashdit.evaluation.features.moments import Moments
-from flashdit.evaluation.metrics.metrics import frechet_distance, precision_recall
+from flashdit.evaluation.metrics import frechet_distance, precision_recall
 from flashdit.shared.files import write_atomically
+from flashdit.shared.moments import Moments
 
 SEED = 0
 EPOCHS = 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashdit.shared.registry import announced
@@ -11,8 +10,6 @@ from flashdit.shared.registry import announced
 if TYPE_CHECKING:
     import torch
 
-    from flashdit.evaluation.features.features import Extractor
-    from flashdit.evaluation.images.sources import GeneratedSource
     from flashdit.sampling.checkpoint import CheckpointGenerator
 
 SAMPLING = (
@@ -87,57 +84,3 @@ def open_generator(
         keep_freed_memory()
     given = (arguments.checkpoint, where, arguments.vae, arguments.ema)
     return load_generator(*given, compiled=bool(arguments.compile))
-
-
-def check_batch_size(arguments: argparse.Namespace) -> None:
-    """Refuses an empty batch."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, got {arguments.batch_size}")
-
-
-def reference_name(arguments: argparse.Namespace, generator: CheckpointGenerator | None) -> str:
-    """Returns the reference that was asked for, or the digits for a model of digits."""
-    is_digits = generator is not None and generator.data_name == "digits"
-    name = arguments.reference or ("digits" if is_digits else None)
-    if name is None:
-        raise ValueError("this needs a --reference: an ADM npz, a folder of images, or 'digits'")
-    return name
-
-
-def open_extractor(arguments: argparse.Namespace, reference: str) -> Extractor:
-    """Returns the extractor that was asked for, or the reference's own, on the device."""
-    from flashdit.evaluation.features.extractors import build_extractor
-
-    name = arguments.extractor or ("digits" if reference == "digits" else "inception")
-    return build_extractor(name, arguments.extractor_weights).to(arguments.device)
-
-
-def chosen_metrics(
-    arguments: argparse.Namespace, extractor: Extractor, classes: Sequence[str] | None
-) -> list[str]:
-    """Returns the metrics that were asked for, or all that apply, and refuses accuracy where it does not."""
-    from flashdit.evaluation.metrics.scoring import check_accuracy, default_metrics
-
-    metrics = arguments.metrics or default_metrics(extractor, classes)
-    check_accuracy(metrics, extractor, classes)
-    return metrics
-
-
-def generated_source(
-    arguments: argparse.Namespace, generator: CheckpointGenerator, reference: str
-) -> GeneratedSource:
-    """Returns the source that samples from a generator, its options checked."""
-    from flashdit.evaluation.images.sources import GeneratedSource
-    from flashdit.sampling.checkpoint import sampling_options
-    from flashdit.sampling.classes import balanced_labels, random_labels
-
-    options = sampling_options(generator, given_sampling(arguments))
-    default_count = 1000 if reference == "digits" else 50_000
-    count = default_count if arguments.num_images is None else arguments.num_images
-    if count < 1:
-        raise ValueError(f"--num-images must be positive, got {count}")
-    if arguments.labels == "random":
-        labels = random_labels(count, range(max(1, generator.num_classes)), options.seed)
-    else:
-        labels = balanced_labels(count, generator.num_classes, options.seed)
-    return GeneratedSource(generator, labels, options)

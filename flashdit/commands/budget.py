@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.table import Column, Table
 
 from flashdit.config import RunConfig, check
-from flashdit.digits.images import digits
+from flashdit.data.sources import DATASETS, companions_of
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
+from flashdit.shared.registry import Buildable
 from flashdit.shared.settings import read
 from flashdit.training.options import TrainingOptions, share_of_batch
 
@@ -119,8 +121,10 @@ def duration(seconds: float) -> str:
 def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """Returns the checked configuration; the data need not be there."""
     config = read(path, overrides, RunConfig)
-    if config.data.get("name") != "digits":
-        config.data.setdefault("path", "not read")
+    if "name" in config.data:
+        options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
+        if "path" in {option.name for option in fields(options_type)}:
+            config.data.setdefault("path", "not read")
     check(config)
     return config
 
@@ -143,8 +147,8 @@ def facts(
 ) -> dict[str, str]:
     """Returns what holds whatever the strategy, name → text: the model, its time and its disk space."""
     training, gpus, peak, mfu = config.training, arguments.gpus, arguments.peak_tflops, arguments.mfu
-    of_digits = config.data["name"] == "digits"
-    epoch = arguments.images or (len(digits("train")[1]) if of_digits else IMAGENET_IMAGES)
+    own = companions_of(config.data["name"]).floor
+    epoch = arguments.images or (own().count if own else IMAGENET_IMAGES)
     run = training.steps * training.global_batch_size
     again = training.gradient_checkpointing and not training.keep_matmuls
     flops = 6 * multiply_adds * (4 / 3 if again else 1)

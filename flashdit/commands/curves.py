@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.registry import announced
 from flashdit.shared.runs import METRICS_FILE
 
-SHIPPED = Path(__file__).parents[1] / "digits" / "assets" / "curves"
+SHIPPED = Path("assets", "curves")  # beside the module that announces a data set
 TASK = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
 OLDER_SCORES = (
     *("fid", "fd", "sfid", "sfd", "kid", "kd", "is_mean"),
@@ -161,7 +163,10 @@ def read_reference(path: Path) -> RunCurves:
 
 def shipped_references(runs: Sequence[RunCurves]) -> list[RunCurves]:
     """Returns the shipped references whose task is that of one of the runs: their losses can be compared."""
-    known = [read_reference(path) for path in sorted(SHIPPED.glob("*.json"))]
+    names = dict.fromkeys(run.task.get("data", {}).get("name") for run in runs)
+    modules = [announced("flashdit.data")[name] for name in names if name in announced("flashdit.data")]
+    folders = [Path(spec.origin).parent / SHIPPED for spec in map(find_spec, modules) if spec and spec.origin]
+    known = [read_reference(path) for folder in folders for path in sorted(folder.glob("*.json"))]
     return [reference for reference in known if any(holds(run.task, reference.task) for run in runs)]
 
 

@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", default="digits", metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
     add("overrides", nargs="*", metavar="key=value", help="as for training; data.path may stay open")
     add("--gpus", type=int, default=8, help="how many share the batch (default: 8)")
-    add("--images", type=int, help="of an epoch (default: the digits' or ImageNet's)")
+    add("--images", type=int, help="of an epoch (default: those that the data set brings, or ImageNet's)")
     add(
         "--peak-tflops",
         type=float,

@@ -7,34 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from flashdit.commands.arguments import open_generator
+from flashdit.commands.scoring import add_evaluation, make_request
+from flashdit.shared.command import resolve_device
 
-from flashdit.commands.arguments import (
-    add_sampling,
-    add_weights,
-    check_batch_size,
-    chosen_metrics,
-    generated_source,
-    open_extractor,
-    open_generator,
-    reference_name,
-)
-from flashdit.evaluation.evaluate import Plan, evaluate
-from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.ranks import processes
-from flashdit.evaluation.images.sources import GeneratedSource
-from flashdit.evaluation.metrics.scoring import METRICS, check_names
-from flashdit.evaluation.reference import KeptReference
-from flashdit.evaluation.reports.report import EvalResult
-from flashdit.evaluation.reports.sweeps import Sweep, read_sweeps, table_rows, write_sweep
-from flashdit.shared.command import add_device, resolve_device
+if TYPE_CHECKING:
+    from flashdit.evaluation.evaluate import Plan
+    from flashdit.evaluation.reports.report import EvalResult
+    from flashdit.evaluation.reports.sweeps import Sweep
+    from flashdit.sampling.checkpoint import CheckpointGenerator
+    from flashdit.sampling.options import SamplingOptions
 
 MOST_SCALES = 1000
-LABELS = ("balanced", "random")
 
 
 def parse_scales(text: str) -> list[float]:
@@ -58,7 +44,7 @@ def parse_scales(text: str) -> list[float]:
                 f"steps, got '{text}'"
             )
         count = math.floor((high - low) / step + 1e-9) + 1  # 1:4:0.1 has 31 scales, whatever 0.1 is in binary
-        numbers = [round(low + place * step, 9) for place in range(count)]
+        numbers = [round(low + index * step, 9) for index in range(count)]
     if min(numbers) < 0:
         raise ValueError(f"--cfg-scale must not be negative, got '{text}'")
     return sorted(set(numbers))
@@ -72,51 +58,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Writes sweep.json, sweep.md and sweep.png; called again, computes only the new scales.",
         conflict_handler="resolve",  # here --cfg-scale takes several
     )
-    add_sampling(parser)
+    add_evaluation(parser)
     add = parser.add_argument
     add("--cfg-scale", dest="scales", required=True, metavar="LOW:HIGH:STEP|A,B,...", help="scales to score")
-    add("--checkpoint", type=Path, metavar="PATH", help="a checkpoint or run (default: the newest run)")
-    add_weights(parser)
-    add("--num-images", type=int, help="at each scale (default: 1,000 for digits, 50,000 otherwise)")
-    add("--labels", choices=LABELS, help="equal shares (default), or drawn; in random order")
-    add("--reference", metavar="NPZ|FOLDER|digits", help="default: digits for a checkpoint of digits")
-    add("--extractor", help="as in eval_fid.py (default: digits for that reference, otherwise inception)")
-    add("--extractor-weights", "--inception-weights", metavar="PATH", help="the extractor's weights file")
-    add(
-        "--metrics",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        help=f"comma-separated, of {','.join(METRICS)} (default: all that apply, but kid)",
-    )
-    add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
-    add("--no-cache", action="store_true", help="keep no features and read none")
     add("--output", type=Path, metavar="FOLDER", help="default: the run's eval/sweep")
-    add_device(parser)
     parser.set_defaults(cfg_scale=None)
     return parser.parse_args(argv)
 
 
-def make_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
-    """Returns what every scale shares, its samples at the checkpoint's own scale, and the folder to write."""
-    check_names(arguments.metrics or ())
-    check_batch_size(arguments)
-    generator = open_generator(arguments)
-    name = reference_name(arguments, generator)
-    extractor = open_extractor(arguments, name)
-    metrics = chosen_metrics(arguments, extractor, generator.class_names)
-    samples = generated_source(arguments, generator, name)
-    output = arguments.output or generator.run_dir / "eval" / "sweep"
+def output_folder(given: Path | None, default: Path) -> Path:
+    """Returns the folder to write."""
+    output = given or default
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got {output}")
-    cache = None if arguments.no_cache else FeatureCache()
-    return Plan(samples, extractor, KeptReference(name, extractor), metrics, cache), output
-
-
-def at_scale(plan: Plan, scale: float) -> Plan:
-    """Returns the plan with its samples drawn at another guidance scale."""
-    samples = plan.samples
-    assert isinstance(samples, GeneratedSource)
-    options = replace(samples.options, cfg_scale=scale)
-    return plan._replace(samples=GeneratedSource(samples.generator, samples.labels, options))
+    return output
 
 
 def recipe_of(plan: Plan) -> dict[str, Any]:
@@ -131,21 +86,18 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def title_of(plan: Plan) -> str:
+def title_of(plan: Plan, generator: CheckpointGenerator, options: SamplingOptions) -> str:
     """Returns what a plot says of its recipe."""
-    samples = plan.samples
-    assert isinstance(samples, GeneratedSource)
-    how, _, _ = str(samples.options).partition(", guidance")
-    low, high = samples.options.cfg_interval
+    sampler, _, _ = str(options).partition(", guidance")
+    low, high = options.cfg_interval
     times = "" if (low, high) == (0, 1) else f", guidance for t in {low:g}–{high:g}"
-    made = samples.generator
-    run = f"{made.run_dir.name}, step {made.step}, {made.weights} weights"
-    return f"{run}: {samples.count:,} images, {how}{times}, against {plan.reference.spec}"
+    run = f"{generator.run_dir.name}, step {generator.step}, {generator.weights} weights"
+    return f"{run}: {plan.samples.count:,} images, {sampler}{times}, against {plan.reference.spec}"
 
 
 def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
     """Adds the scores of one scale."""
-    sweep.labels = dict(result.labels)
+    sweep.labels = {key: name.label for key, name in result.names.items()}
     sweep.floor = dict(result.floor.values) if result.floor else None
     sweep.add(
         {
@@ -159,38 +111,55 @@ def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
     )
 
 
-def print_table(sweep: Sweep, console: Console) -> None:
+def print_table(sweep: Sweep) -> None:
     """Prints the table, an asterisk at the best of each score."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flashdit.evaluation.reports.sweeps import table_rows
+
     header, *rows = table_rows(sweep)
     table = Table(caption="* the best of its column", caption_justify="left")
     for title in header:
         table.add_column(escape(title), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(f"{cell.strip('*')}*" if cell.startswith("**") else cell) for cell in row))
-    console.print(table)
+    Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them."""
     arguments = parse_arguments(argv)
-    arguments.device = resolve_device(arguments.device)
     scales = parse_scales(arguments.scales)
+    arguments.device = resolve_device(arguments.device)
+
+    from flashdit.evaluation.evaluate import evaluate
+    from flashdit.evaluation.features.ranks import processes
+    from flashdit.evaluation.reports.sweeps import read_sweeps, write_sweep
+    from flashdit.evaluation.request import open_plan
+
     with processes(arguments.device) as ranks:
         with ranks.agree():
-            plan, output = make_plan(arguments)
+            generator = open_generator(arguments)
+            output = output_folder(arguments.output, generator.run_dir / "eval" / "sweep")
+            request = make_request(arguments, generator)
+        plan = open_plan(request, ranks)
+        with ranks.agree():
             sweep, others = read_sweeps(output / "sweep.json", recipe_of(plan))
-        sweep.title = title_of(plan)
+        assert request.sampling is not None
+        sweep.title = title_of(plan, generator, request.sampling)
         missing = [scale for scale in scales if scale not in sweep.scales()]
         if ranks.is_main and len(missing) < len(scales):
             print(f"{len(scales) - len(missing)} of {len(scales)} scales are in {output / 'sweep.json'}")
-        for place, scale in enumerate(missing):
+        for number, scale in enumerate(missing, 1):
             if ranks.is_main:
-                print(f"guidance {scale:g} ({place + 1} of {len(missing)})")
-            result = evaluate(at_scale(plan, scale), arguments.batch_size, arguments.device, ranks)
-            add_result(sweep, scale, result)
+                print(f"guidance {scale:g} ({number} of {len(missing)})")
+            options = replace(request.sampling, cfg_scale=scale)
+            add_result(sweep, scale, evaluate(plan.redrawn(options=options), ranks))
             if ranks.is_main:
                 write_sweep(output, sweep, others)
         if ranks.is_main:
             write_sweep(output, sweep, others)  # again: its table and plot may have been lost
-            print_table(sweep, Console())
+            print_table(sweep)
             print(f"wrote {output / 'sweep.png'}, sweep.md and sweep.json")

@@ -11,29 +11,28 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from flashdit.data.ldm import load_ldm_vae
-
-DIGITS_VAE = Path(__file__).parents[1] / "digits" / "assets" / "autoencoder"
+from flashdit.data.sources import companions_of
 
 
 def load_vae(name: str) -> AutoencoderKL:
     """Returns a frozen AutoencoderKL in evaluation mode.
 
     Args:
-        name: `digits` for the embedded one, a folder of `save_pretrained`, a hub name, or a file in LDM's
-            layout, which is converted.
+        name: A data set that brings one, a folder of `save_pretrained`, a hub name, or a file
+            in LDM's layout, which is converted.
 
     Raises:
         ValueError: If there is none under this name.
     """
-    path = DIGITS_VAE if name == "digits" else Path(name)
+    path = companions_of(name).autoencoder or Path(name)
     if path.is_file():
         return load_ldm_vae(path).eval().requires_grad_(False)
     try:
         vae = AutoencoderKL.from_pretrained(str(path) if path.exists() else name)
     except Exception as error:
         raise ValueError(
-            f"vae must be 'digits', a folder or a hub name of an AutoencoderKL, or a file in LDM's layout, "
-            f"got '{name}': {error}"
+            f"vae must be a data set that brings one, a folder or a hub name of an AutoencoderKL, or a file "
+            f"in LDM's layout, got '{name}': {error}"
         ) from error
     return vae.eval().requires_grad_(False)
 

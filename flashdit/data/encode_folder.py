@@ -19,10 +19,11 @@ from tqdm import tqdm
 from flashdit.data.autoencoders import load_vae, vae_identity
 from flashdit.data.encode import DTYPES, MirrorEncoder
 from flashdit.data.images import ReadableImages, ReadBatch
-from flashdit.data.manifest import FORMAT, MANIFEST, RECORDS, ChannelMoments
+from flashdit.data.manifest import FORMAT, MANIFEST, RECORDS
 from flashdit.data.shards import CLASS_NAMES, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
+from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.registry import unknown
 

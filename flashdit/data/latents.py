@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdit.data.autoencoders import load_vae, vae_factor, vae_identity
+from flashdit.shared.moments import ChannelMoments
 
 DECODED_AT_ONCE = 32
 """Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
@@ -24,8 +25,8 @@ class LatentOptions:
     """Options of the latent space."""
 
     vae: str | None = None
-    """`digits`, folder or hub name of a diffusers AutoencoderKL, or an LDM-layout checkpoint file such as
-    LightningDiT's; None leaves pixels out of reach."""
+    """A data set that brings one, folder or hub name of an AutoencoderKL, or an LDM-layout checkpoint file
+    such as LightningDiT's; None leaves pixels out of reach."""
     multiplier: float = 1.0
     """Factor on normalised latents."""
 
@@ -36,10 +37,9 @@ def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If a channel is constant, which no standard deviation can normalise.
     """
-    std, mean = torch.std_mean(latents.double(), dim=(0, 2, 3), keepdim=True)
-    if not (std > 0).all():
-        raise ValueError(f"every latent channel must vary over the data, got std {std.flatten().tolist()}")
-    return mean.float(), std.float()
+    moments = ChannelMoments.of(latents)
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (moments.mean, moments.std()))
+    return mean, std
 
 
 class LatentSpace:

@@ -4,74 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from flashdit.shared.files import file_sha256
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
 FORMAT = 1
-BLOCK_ROWS = 512  # rows that are float64 at a time
-
-
-@dataclass
-class ChannelMoments:
-    """Count, mean and sum of squared deviations of each channel, all in float64.
-
-    Two of them join by the pairwise update, so that each shard is read once and alone.
-
-    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances".
-    """
-
-    count: int
-    mean: list[float]
-    scatter: list[float]
-
-    @classmethod
-    def of(cls, latents: Tensor) -> ChannelMoments:
-        """Returns the moments of latents (N, C, H, W), any float type."""
-        channels, count = latents.shape[1], latents.numel() // latents.shape[1]
-        if not count:
-            return cls(0, [0.0] * channels, [0.0] * channels)
-        blocks = latents.split(BLOCK_ROWS)
-        mean = torch.stack([block.double().sum((0, 2, 3)) for block in blocks]).sum(0) / count
-        centre = mean.reshape(-1, 1, 1)
-        scatter = torch.stack([(block.double() - centre).square().sum((0, 2, 3)) for block in blocks]).sum(0)
-        return cls(count, mean.tolist(), scatter.tolist())
-
-    @classmethod
-    def joined(cls, parts: Iterable[ChannelMoments]) -> ChannelMoments:
-        """Returns the moments of all parts together, joined in their order; at least one has values."""
-        first, *others = [part for part in parts if part.count]
-        count, mean, scatter = first.count, _float64(first.mean), _float64(first.scatter)
-        for part in others:
-            total = count + part.count
-            shift = _float64(part.mean) - mean
-            scatter += _float64(part.scatter) + shift.square() * (count * part.count / total)
-            mean += shift * (part.count / total)
-            count = total
-        return cls(count, mean.tolist(), scatter.tolist())
-
-    def std(self) -> list[float]:
-        """Returns the unbiased standard deviation of each channel.
-
-        Raises:
-            ValueError: If a channel is constant, which no standard deviation can normalise.
-        """
-        std = (_float64(self.scatter) / max(self.count - 1, 1)).sqrt().tolist()
-        if not min(std) > 0:
-            raise ValueError(f"every latent channel must vary over the data, got {std=}")
-        return std
-
-
-def _float64(values: list[float]) -> Tensor:
-    """Returns values as a float64 tensor."""
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

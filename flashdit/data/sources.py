@@ -1,10 +1,11 @@
-"""Data sets by name: latent shards, image folders, and the embedded digits."""
+"""Data sets by name, and what a data set brings beside its images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,10 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flashdit.data.shards import LatentShards
-from flashdit.digits.images import CLASS_NAMES, digits
-from flashdit.shared.registry import Registry
+from flashdit.shared.registry import Buildable, Registry
 
-DATASETS = Registry("data")
+DATASETS = Registry("data", "flashdit.data")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -29,6 +29,29 @@ class PixelSource(Protocol):
     def image(self, index: int) -> Tensor:
         """Returns one image, uint8 (3, H, W)."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """What a data set brings: the attribute `companions` of its class, used by the data set's name."""
+
+    autoencoder: Path | None = None
+    """Folder or file of its autoencoder, which `latents.vae` gives by the data set's name."""
+    reference: Callable[[], Any] | None = None
+    """Returns real images held out, a `flashdit.evaluation.images.sources.Source`."""
+    floor: Callable[[], Any] | None = None
+    """Returns training images, likewise a Source: their scores are the floor of what samples can reach."""
+    extractor: str | None = None
+    """The extractor for scores against its reference; None means Inception."""
+    num_images: int = 50_000
+    """Samples that are scored against its reference unless another number is given."""
+
+
+def companions_of(name: str | None) -> Companions:
+    """Returns what the data set of a name brings; nothing where there is no such data set."""
+    if name is None or name not in DATASETS.names():
+        return Companions()
+    return getattr(cast(Buildable, DATASETS[name]).build, "companions", Companions())
 
 
 class MemoryLatents:
@@ -127,25 +150,6 @@ class ImageFolder:
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"every image must be readable, {path} is not: {error}") from error
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-@dataclass(kw_only=True)
-class DigitsOptions:
-    """The embedded digits have no options."""
-
-
-@DATASETS.register("digits", DigitsOptions)
-class Digits:
-    """The training split of scikit-learn's digits as 32×32 images."""
-
-    def __init__(self, options: DigitsOptions):
-        self.images, self.labels = digits("train")
-        self.class_names = list(CLASS_NAMES)
-        self.mirrors = False
-
-    def image(self, index: int) -> Tensor:
-        """Returns one image, uint8 (3, 32, 32)."""
-        return self.images[index]
 
 
 def _images_in(folder: Path) -> list[Path]:

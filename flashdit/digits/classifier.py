@@ -10,10 +10,10 @@ from einops import rearrange, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flashdit.evaluation.features.extractor import SPATIAL_CHANNELS
 from iwin_core import IwinConfig, IwinTransformer
 
 IMAGE_SIZE = 32
-SPATIAL_CHANNELS = 7  # as many as ADM takes of Inception
 DIGITS_WEIGHTS = Path(__file__).parent / "assets" / "classifier.safetensors"
 
 

@@ -7,8 +7,6 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 IMAGE_SIZE = 32
@@ -33,6 +31,10 @@ def digits(split: str, image_size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the split is neither.
     """
+    # Imported here: they take 2 s, which sampling from a checkpoint of digits need not wait for.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     if split not in ("train", "held-out"):
         raise ValueError(f"digits have the splits 'train' and 'held-out', got {split=}")
     flat, target = map(np.asarray, load_digits(return_X_y=True))

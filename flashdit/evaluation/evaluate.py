@@ -7,21 +7,25 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.features import Extractor
+from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
-from flashdit.evaluation.images.sources import DigitsSource, Source
-from flashdit.evaluation.metrics.metrics import NEIGHBOURS, SPLIT_SIZE
+from flashdit.evaluation.images.sources import GeneratedSource, Source
+from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
+from flashdit.evaluation.metrics.kid import KERNEL_SUBSET
+from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.evaluation.metrics.scoring import (
-    KERNEL_SUBSET,
     Scores,
     cautions,
     check_counts,
     compute_scores,
     parts_needed,
+    score_names,
 )
 from flashdit.evaluation.reference import Reference
-from flashdit.evaluation.reports.report import EvalResult, names_of
+from flashdit.evaluation.reports.report import EvalResult
+from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.options import SamplingOptions
 
 
 class Plan(NamedTuple):
@@ -29,10 +33,12 @@ class Plan(NamedTuple):
 
     Attributes:
         samples: The images to score.
-        extractor: In eval mode, on the device of the evaluation.
-        reference: What they are held against.
+        extractor: In eval mode, on the device.
+        reference: What they are compared with.
         metrics: Names of `METRICS`.
         cache: Where features are kept; None keeps none.
+        batch_size: Images read at a time; changes no number.
+        device: Where features are computed.
     """
 
     samples: Source
@@ -40,6 +46,17 @@ class Plan(NamedTuple):
     reference: Reference
     metrics: list[str]
     cache: FeatureCache | None = None
+    batch_size: int = 100
+    device: str = "cpu"
+
+    def redrawn(
+        self, *, generator: ImageGenerator | None = None, options: SamplingOptions | None = None
+    ) -> Plan:
+        """Returns the plan for samples of the same labels by another generator or with other options."""
+        samples = self.samples
+        assert isinstance(samples, GeneratedSource)
+        drawn = GeneratedSource(generator or samples.generator, samples.labels, options or samples.options)
+        return self._replace(samples=drawn)
 
 
 class Evaluation(NamedTuple):
@@ -64,41 +81,32 @@ class Stages:
 
 
 def check_image_sizes(plan: Plan) -> None:
-    """Refuses images of another size than the reference's: their distances would be those of the sizes."""
+    """Raises ValueError for images of another size than the reference's: distances would be of the sizes."""
     sizes = {"samples": plan.samples.image_size, "reference": plan.reference.image_size}
     known = {side: f"{size[0]}×{size[1]}" for side, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
         raise ValueError(f"samples and reference must be images of one size (h×w), got {known}")
 
 
-def digits_floor(plan: Plan, train: ImageStatistics, reference: ImageStatistics, device: str) -> Scores:
-    """Returns the scores of the real training split, and the extractor's accuracy on the held-out one."""
-    floor = compute_scores(plan.metrics, train, reference, device)
-    if "accuracy" in plan.metrics:  # of images that the extractor was not trained on
-        floor.values |= compute_scores(["accuracy"], reference, reference).values
+def floor_scores(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
+    """Returns the scores of real training images, and the extractor's accuracy on the held-out ones."""
+    floor = compute_scores(plan.metrics, train, reference, plan.device)
+    of_classes = [name for name in plan.metrics if METRICS[name].needs_classes]
+    # Of images that the extractor was not trained on.
+    floor.values |= compute_scores(of_classes, reference, reference).values
     return floor
 
 
-def evaluate(
-    plan: Plan, batch_size: int = 100, device: str = "cpu", ranks: Ranks | None = None
-) -> EvalResult:
+def evaluate(plan: Plan, ranks: Ranks | None = None) -> EvalResult:
     """Returns the scores of the samples, on every process; arguments are as in `evaluate_fully`."""
-    return evaluate_fully(plan, batch_size, device, ranks).result
+    return evaluate_fully(plan, ranks).result
 
 
-def evaluate_fully(
-    plan: Plan,
-    batch_size: int = 100,
-    device: str = "cpu",
-    ranks: Ranks | None = None,
-    extra_parts: Collection[str] = (),
-) -> Evaluation:
-    """Returns the scores of the samples; the reference is read before them, as it may still be refused.
+def evaluate_fully(plan: Plan, ranks: Ranks | None = None, extra_parts: Collection[str] = ()) -> Evaluation:
+    """Returns the scores of the samples; the reference is read before them, as it may still be invalid.
 
     Args:
         plan: What to score, how and against what.
-        batch_size: Images read at a time; changes no number.
-        device: Where features are computed.
         ranks: Who shares the work; None is this process alone. Changes no number.
         extra_parts: What `collect` should keep beside what the metrics read.
 
@@ -107,41 +115,39 @@ def evaluate_fully(
     """
     ranks = ranks or Ranks()
     parts = parts_needed(plan.metrics) | set(extra_parts)
-    how = (batch_size, device, ranks, plan.cache)
+    reading = (plan.batch_size, plan.device, ranks, plan.cache)
     check_image_sizes(plan)
     stages = Stages()
-    reference = plan.reference.statistics(parts, *how)
+    reference = plan.reference.statistics(parts, *reading)
     with ranks.agree():
         check_counts(plan.metrics, plan.samples.count, reference)
-    has_floor = plan.reference.spec == "digits"
-    train = collect(DigitsSource("train"), plan.extractor, parts, *how) if has_floor else None
+    train = plan.reference.floor(parts, *reading)
     stages.mark("reference")
-    samples = collect(plan.samples, plan.extractor, parts, *how)
+    samples = collect(plan.samples, plan.extractor, parts, *reading)
     stages.mark("samples")
     result = None
     with ranks.agree():
         if ranks.is_main:
-            floor = digits_floor(plan, train, reference, device) if train else None
-            scores = compute_scores(plan.metrics, samples, reference, device)
+            floor = floor_scores(plan, train, reference) if train else None
+            scores = compute_scores(plan.metrics, samples, reference, plan.device)
             stages.mark("metrics")
-            result = told(plan, scores, floor, stages.seconds, device, ranks)
+            result = make_result(plan, scores, floor, stages.seconds, ranks)
             result.warnings += cautions(plan.metrics, samples, reference)
     result = ranks.broadcast(result)
     assert result is not None
     return Evaluation(result, samples, reference)
 
 
-def told(
-    plan: Plan, scores: Scores, floor: Scores | None, timings_s: dict[str, float], device: str, ranks: Ranks
+def make_result(
+    plan: Plan, scores: Scores, floor: Scores | None, timings_s: dict[str, float], ranks: Ranks
 ) -> EvalResult:
     """Returns the scores with everything that a reader needs to know of them."""
-    names = names_of(plan.extractor)
+    names = score_names(plan.metrics, plan.extractor)
     extractor = plan.extractor
     return EvalResult(
         scores=scores,
         floor=floor,
-        labels={key: names[key][1] for key in scores.values},
-        stems={key: names[key][0] for key in scores.values},
+        names={key: names[key] for key in scores.values},
         num_images=plan.samples.count,
         samples=plan.samples.recipe(),
         image_size=plan.samples.image_size,
@@ -153,7 +159,7 @@ def told(
             "resize": extractor.resize,
         },
         settings={"neighbours": NEIGHBOURS, "split_size": SPLIT_SIZE, "kernel_subset": KERNEL_SUBSET},
-        device=device,
+        device=plan.device,
         processes=ranks.world,
         timings_s=timings_s,
         warnings=[*extractor.warnings, *plan.reference.warnings],

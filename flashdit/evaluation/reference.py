@@ -1,4 +1,4 @@
-"""What samples are held against: an npz of ADM's or of make-reference, a folder, the held-out digits."""
+"""What samples are compared with: an npz of ADM's or of make-reference, a folder, or a data set's own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flashdit.data.sources import companions_of
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.features import Extractor, file_digest
+from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
-from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
-from flashdit.evaluation.images.sources import DigitsSource, Source, open_source
-from flashdit.shared.files import write_atomically
+from flashdit.evaluation.images.sources import ReferenceSource, Source, open_reference
+from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
 
 STORED = ("mu", "sigma", "mu_s", "sigma_s")
@@ -29,14 +29,14 @@ SCHEMA = 1
 
 
 class Reference:
-    """A reference: checked when it is made, read when its statistics are asked for.
+    """A reference: checked when it is made, read once, when its statistics are first asked for.
 
     An npz with `mu` and `sigma` gives its stored moments, over as many images as its author took, and its
     images `arr_0` serve for precision, recall and kernel distance alone; without moments everything comes
     from the images.
 
     Args:
-        spec: `digits` (the held-out split), the path of an npz, or a folder of images.
+        spec: A data set that brings one, the path of an npz, or a folder of images.
         extractor: Whose features are compared.
 
     Raises:
@@ -47,16 +47,14 @@ class Reference:
         self.spec, self.extractor = spec, extractor
         self.stored: dict[str, torch.Tensor] = {}
         self.about: dict[str, Any] = {}
+        self.companions = companions_of(spec)
+        self.source: ReferenceSource | None
+        self._kept: dict[tuple[str, frozenset[str]], ImageStatistics] = {}
         path = Path(spec)
-        self.source: Source | None
-        if spec == "digits":
-            self.source = DigitsSource("held-out")
-        elif path.is_dir():
-            self.source = open_source(path)
-        elif path.is_file():
+        if self.companions.reference is None and path.is_file():
             self.stored, self.about, self.source = open_npz(path, extractor)
         else:
-            raise ValueError(f"a reference must be 'digits', an existing npz or a folder, got {spec}")
+            self.source = open_reference(spec)
 
     @property
     def count(self) -> int | None:
@@ -73,19 +71,15 @@ class Reference:
     @property
     def warnings(self) -> list[str]:
         """What makes it doubtful."""
-        if self.stored and not self.about and self.extractor.name != "inception":
+        if self.stored and not self.about and not self.extractor.is_inception:
             name = Path(self.spec).name
             return [f"'{name}' does not say whose features it has: '{self.extractor.name}' is assumed"]
         return []
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the file, of the names and sizes of a folder's images, or of the digits."""
-        if isinstance(self.source, FolderSource):
-            return self.source.names_digest()
-        if isinstance(self.source, DigitsSource):
-            return self.source.identity()["images"]
-        return file_digest(self.source.path if isinstance(self.source, NpzSource) else Path(self.spec))
+        """The hash of the file, or of what the images are known by."""
+        return file_sha256(Path(self.spec)) if self.source is None else self.source.sha256
 
     def recipe(self) -> dict[str, Any]:
         """Returns what a report says of it."""
@@ -100,36 +94,37 @@ class Reference:
         cache: FeatureCache | None = None,
     ) -> ImageStatistics:
         """Returns its statistics; stored moments are taken as they are. Arguments are as in `collect`."""
-        how = (batch_size, device, ranks, cache)
+        key = "reference", frozenset(parts)
+        if key not in self._kept:
+            self._kept[key] = self._read(parts, batch_size, device, ranks, cache)
+        return self._kept[key]
+
+    def floor(self, parts: Collection[str], *reading: Any) -> ImageStatistics | None:
+        """Returns the statistics of training images, where its data set brings some."""
+        key = "floor", frozenset(parts)
+        if key not in self._kept and self.companions.floor is not None:
+            self._kept[key] = collect(self.companions.floor(), self.extractor, parts, *reading)
+        return self._kept.get(key)
+
+    def _read(self, parts: Collection[str], *reading: Any) -> ImageStatistics:
+        """Returns its statistics, extracted as far as they are not stored."""
         if not self.stored:
             assert self.source is not None
-            return collect(self.source, self.extractor, parts, *how)
+            return collect(self.source, self.extractor, parts, *reading)
         statistics = ImageStatistics(name=Path(self.spec).name, count=self.count, **self.stored)
         of_images = set(parts) & {"pool", "logits"}
         if self.source is not None and of_images:
-            found = collect(self.source, self.extractor, of_images, *how)
+            found = collect(self.source, self.extractor, of_images, *reading)
             statistics.pool, statistics.logits, statistics.labels = found.pool, found.logits, found.labels
         return statistics
 
 
-class KeptReference(Reference):
-    """A reference that is read once, for several evaluations by the same metrics."""
-
-    kept: ImageStatistics | None = None
-
-    def statistics(self, parts: Collection[str], *how: Any) -> ImageStatistics:
-        """Returns the statistics of the first call, whose parts are those of every other."""
-        if self.kept is None:
-            self.kept = super().statistics(parts, *how)
-        return self.kept
-
-
 def open_npz(
     path: Path, extractor: Extractor
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], Source | None]:
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], ReferenceSource | None]:
     """Returns the stored moments of an npz, what it says of them and its images, as far as it has them."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"a reference must be 'digits', an npz or a folder, got {path}")
+        raise ValueError(f"a reference must be a data set that brings one, an npz or a folder, got {path}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             keys = set(arrays.files)
@@ -152,7 +147,7 @@ def open_npz(
 
 
 def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None:
-    """Refuses a file of make-reference that is of another schema or of other features."""
+    """Raises ValueError for a file of make-reference of another schema or of other features."""
     if not about:
         return
     missing = sorted(set(ABOUT) - set(about))
@@ -169,7 +164,7 @@ def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None
 
 
 def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extractor) -> None:
-    """Refuses stored moments that come without their partner or have another extractor's dimensions."""
+    """Raises ValueError for moments without their partner or of another extractor's dimensions."""
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in stored) != (covariance in stored):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What training sees at each position of the endless stream of images, and who takes which."""
+"""What training sees at each position of the endless stream of images: noise, time, dropped labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Latents(Protocol):
     shape: tuple[int, ...]
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
-        """Returns VAE latents (B, C, H, W) of rows (B,); `mirrored` (B,) tells which mirrors."""
+        """Returns VAE latents (B, C, H, W) of rows (B,); `mirrored` (B,) says which mirrors."""
         ...
 
 
@@ -51,10 +51,10 @@ class Examples(Dataset):
         """Returns the batch of some positions, read at once: what a DataLoader asks for."""
         indices = torch.tensor([self.order(position) for position in positions])
         uniform, noise = torch.empty(len(indices), 3), torch.empty(len(indices), *self.data.shape)
-        for place, position in enumerate(positions):
+        for row, position in enumerate(positions):
             generator = generator_for(self.seed, "example", position)
-            torch.rand(3, generator=generator, out=uniform[place])
-            torch.randn(self.data.shape, generator=generator, out=noise[place])
+            torch.rand(3, generator=generator, out=uniform[row])
+            torch.randn(self.data.shape, generator=generator, out=noise[row])
         mirrored, drop, when = uniform.unbind(1)
         return {
             "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),

@@ -16,8 +16,8 @@ ATTENTIONS = Registry("attention")
 
 
 @dataclass(kw_only=True)
-class Place:
-    """Where an attention stands: what its builder knows beside its own options."""
+class AttentionShape:
+    """Sizes that an attention kind is built for, beside its own options."""
 
     dim: int
     num_heads: int
@@ -44,26 +44,26 @@ class GlobalOptions:
 
 
 @ATTENTIONS.register("iwin", WindowOptions)
-def make_iwin(options: WindowOptions, place: Place) -> IwinAttention:
+def make_iwin(options: WindowOptions, shape: AttentionShape) -> IwinAttention:
     """Returns Iwin attention: interleaved windows beside a depthwise convolution."""
-    return _make_windows(options, place, interleaved=True)
+    return _make_windows(options, shape, interleaved=True)
 
 
 @ATTENTIONS.register("window", WindowOptions)
-def make_window(options: WindowOptions, place: Place) -> IwinAttention:
+def make_window(options: WindowOptions, shape: AttentionShape) -> IwinAttention:
     """Returns contiguous windows beside a depthwise convolution."""
-    return _make_windows(options, place, interleaved=False)
+    return _make_windows(options, shape, interleaved=False)
 
 
-def _make_windows(options: WindowOptions, place: Place, interleaved: bool) -> IwinAttention:
+def _make_windows(options: WindowOptions, shape: AttentionShape, interleaved: bool) -> IwinAttention:
     """Returns the window attention after checking that its window fits the training grid."""
     window = options.window
-    if not isinstance(window, int) or not 1 <= window <= max(place.grid):
+    if not isinstance(window, int) or not 1 <= window <= max(shape.grid):
         raise ValueError(
-            f"window must be between 1 and the side of the token grid, got {window=} for {place.grid=}"
+            f"window must be between 1 and the side of the token grid, got {window=} for grid={shape.grid}"
         )
     return IwinAttention(
-        place.dim, place.num_heads, window, options.kernel, interleaved=interleaved, qk_norm=place.qk_norm
+        shape.dim, shape.num_heads, window, options.kernel, interleaved=interleaved, qk_norm=shape.qk_norm
     )
 
 
@@ -73,22 +73,22 @@ class GlobalAttention(nn.Module):
 
     Args:
         options: Whether to use the rotary embedding.
-        place: Width, heads, the native grid and the norm of queries and keys.
+        shape: Width, heads, the native grid and the norm of queries and keys.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, options: GlobalOptions, place: Place):
+    def __init__(self, options: GlobalOptions, shape: AttentionShape):
         super().__init__()
-        head_dim = place.dim // place.num_heads
-        self.num_heads = place.num_heads
+        head_dim = shape.dim // shape.num_heads
+        self.num_heads = shape.num_heads
         self.rope = options.rope
-        self.qkv = nn.Linear(place.dim, 3 * place.dim)
-        self.q_norm = place.qk_norm(head_dim) if place.qk_norm else nn.Identity()
-        self.k_norm = place.qk_norm(head_dim) if place.qk_norm else nn.Identity()
-        self.proj = nn.Linear(place.dim, place.dim)
-        self.grid = place.grid
+        self.qkv = nn.Linear(shape.dim, 3 * shape.dim)
+        self.q_norm = shape.qk_norm(head_dim) if shape.qk_norm else nn.Identity()
+        self.k_norm = shape.qk_norm(head_dim) if shape.qk_norm else nn.Identity()
+        self.proj = nn.Linear(shape.dim, shape.dim)
+        self.grid = shape.grid
         if self.rope:
             cos, sin = rope_tables(self.grid, head_dim)
             self.register_buffer("cos", cos, persistent=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdit.models.attention import ATTENTIONS, Place
+from flashdit.models.attention import ATTENTIONS, AttentionShape
 from flashdit.models.layers import make_mlp, make_norm, modulate
 
 
@@ -16,7 +16,7 @@ class FlashDiTBlock(nn.Module):
     """(b, h, w, c), (b, c) → (b, h, w, c): attention, then an MLP, each normed, modulated and gated.
 
     Args:
-        place: Width, heads, grid and query-key norm for the attention.
+        shape: Width, heads, grid and query-key norm for the attention.
         attention: Spec of the attention kind, `{"name": ..., **options}`.
         mlp: `swiglu` or `gelu`.
         mlp_ratio: Hidden width of the MLP over c.
@@ -28,7 +28,7 @@ class FlashDiTBlock(nn.Module):
 
     def __init__(
         self,
-        place: Place,
+        shape: AttentionShape,
         attention: Mapping[str, Any],
         mlp: str,
         mlp_ratio: float,
@@ -36,9 +36,9 @@ class FlashDiTBlock(nn.Module):
         shift_modulation: bool,
     ):
         super().__init__()
-        dim = place.dim
+        dim = shape.dim
         self.norm1 = make_norm(norm, dim)
-        self.attn = ATTENTIONS.build(attention, place)
+        self.attn = ATTENTIONS.build(attention, shape)
         self.norm2 = make_norm(norm, dim)
         self.mlp = make_mlp(mlp, dim, mlp_ratio)
         self.shift_modulation = shift_modulation

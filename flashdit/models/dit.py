@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashdit.models.attention import Place
+from flashdit.models.attention import AttentionShape
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
 from flashdit.models.layers import RMSNorm
@@ -43,7 +43,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         label_init_std: Standard deviation of a new label table; 0.02 is DiT's.
 
     Raises:
-        ValueError: If an option cannot be.
+        ValueError: If an option is invalid.
 
     Source: Iwin paper section IV-D and LightningDiT's released code.
     """
@@ -76,7 +76,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         _check(sample_size, patch_size, hidden_size, depth, num_heads, num_classes, class_dropout_prob)
         grid = (sample_size // patch_size, sample_size // patch_size)
         qk_norm_type = None if not qk_norm else RMSNorm if norm == "rmsnorm" else nn.LayerNorm
-        place = Place(dim=hidden_size, num_heads=num_heads, grid=grid, qk_norm=qk_norm_type)
+        shape = AttentionShape(dim=hidden_size, num_heads=num_heads, grid=grid, qk_norm=qk_norm_type)
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob
@@ -91,7 +91,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         elif position_embedding != "none":
             raise unknown("position_embedding", position_embedding, ("none", "sincos"))
         self.blocks = nn.ModuleList(
-            FlashDiTBlock(place, attention, mlp, mlp_ratio, norm, shift_modulation) for _ in range(depth)
+            FlashDiTBlock(shape, attention, mlp, mlp_ratio, norm, shift_modulation) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, norm)
         self._initialise(label_init_std)
@@ -129,7 +129,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
             v (B, C, H, W).
 
         Raises:
-            ValueError: If the channels or the size of x cannot be.
+            ValueError: If the channels or the size of x does not fit.
         """
         self._check_input(x)
         if y is None:
@@ -194,7 +194,7 @@ def _check(
     num_classes: int,
     class_dropout_prob: float,
 ) -> None:
-    """Raises ValueError for sizes that cannot be."""
+    """Raises ValueError for invalid sizes."""
     if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
         raise ValueError(f"patch_size must divide sample_size, got {patch_size=} for {sample_size=}")
     if num_heads < 1 or hidden_size % num_heads:

@@ -38,7 +38,7 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     Returns:
         float32 (1, h·w, dim): the first half from the column, the second from the row, each [sin | cos].
 
-    Source: DiT, as LightningDiT uses it (SEMANTICS: the column comes first).
+    Source: DiT, as LightningDiT uses it: the column comes first.
     """
     if dim % 4:
         raise ValueError(f"hidden_size must be a multiple of 4 for sin-cos positions, got {dim}")

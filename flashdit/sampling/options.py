@@ -32,11 +32,13 @@ class SamplingOptions:
     shift: float = 1.0
     """Below 1, finer steps near noise."""
     seed: int = 0
+    """Sample i depends on the seed and i alone."""
     batch_size: int = 100
     """Images generated at once; changes no image."""
     height: int | None = None
     """In pixels; None is the training size."""
     width: int | None = None
+    """In pixels; None is the training size."""
     precision: str = "fp32"
     """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`. The state and the VAE
     stay in fp32."""

@@ -1,1 +1,1 @@
-"""The parts of the training loop."""
+"""Training of any task: the loop, what a task gives it, and its parts."""

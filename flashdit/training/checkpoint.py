@@ -3,10 +3,10 @@
 runs/<name>/checkpoints/step_XXXXXXXX/
     model/ ema/           the weights and their average as safetensors; FlashDiT.from_pretrained reads either
     ema_tracks/           power-function averages, where `ema.power_widths` names some
-    latents.safetensors   FlashDiT's alone: mean, std, VAE name and identity
+    …                     what the task writes beside them
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
-    state.json            step, images seen, EMA updates, steps skipped, and what the trainer adds
+    state.json            step, images seen, EMA updates, steps skipped, and what the task adds
     config.yaml           the resolved configuration
 The .pt files are loaded with weights_only=True.
 """
@@ -83,10 +83,10 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
         tracks: Power-function averages that a checkpoint holds besides.
     """
     needed = 2 * (4 + tracks) * sum(4 * parameter.numel() for parameter in model.parameters())
-    place = run_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         gib = 2**30
         raise ValueError(

@@ -64,7 +64,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves every average towards the model's parameters; the power-function ones start as the first."""
+        """Moves every average towards the parameters; power-function ones take the first as they are."""
         self.updates += 1
         current = [p.detach().float() for p in model.parameters()]
         averages = [(self._kept(), self.average)]

@@ -248,6 +248,7 @@ class TrainingLoop(Generic[AnyTask]):
             "lr": self.lr,
             **dict(zip(names, means.tolist(), strict=True)),
             **({"skipped": self.guard.skipped} if self.guard.skipped else {}),
+            **({"scores": [*numbers]} if numbers else {}),  # so that plots tell them from losses
             **numbers,
             **timings,
         }

@@ -21,13 +21,16 @@ class OptimizerOptions:
     lr: float = 2e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
+    """Decoupled, times the learning rate."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up."""
     decay_steps: int | None = None
     """Step at which a cosine from the peak ends at `min_lr`; None keeps the peak. It is not
     `training.steps`, so that a run which is lengthened keeps the past it had."""
     min_lr: float = 0.0
+    """Learning rate at `decay_steps` and after it."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; None leaves them."""
 

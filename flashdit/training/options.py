@@ -41,7 +41,9 @@ class TrainingOptions:
     workers: int = 0
     """Processes that read data, for each training process."""
     log_every: int = 100
+    """Steps between records in metrics.jsonl, each the mean over them."""
     save_every: int = 5_000
+    """Steps between checkpoints; the last step is always saved."""
     keep_last: int | None = None
     """Checkpoints kept, counted from the newest; None keeps all."""
     keep_every: int | None = None

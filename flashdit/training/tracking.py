@@ -22,6 +22,7 @@ class TrackingOptions:
     wandb: bool = False
     """Whether to log to wandb as well; WANDB_MODE=offline needs no account."""
     project: str = "flashdit"
+    """The project in wandb."""
 
 
 class Tracker:

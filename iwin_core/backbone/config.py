@@ -25,7 +25,9 @@ class IwinConfig:
     img_size: int | Sequence[int] = 224
     """Input size it is built for, in pixels: one side, or height and width."""
     patch_size: int = 4
+    """Side of the stem's kernel and stride, in pixels."""
     in_chans: int = 3
+    """Channels of the input."""
     num_classes: int = 1000
     """0 gives pooled features instead of logits."""
     global_pool: str = "avg"
@@ -35,11 +37,13 @@ class IwinConfig:
     depths: Sequence[int] = (2, 2, 6, 2)
     """Blocks per stage."""
     num_heads: Sequence[int] = (3, 6, 12, 24)
+    """Attention heads per stage."""
     window_size: int = 7
     """Window side M; a stage whose map is smaller takes the map's shorter side."""
     kernel_sizes: int | Sequence[int] = 3
     """Depthwise kernel for all stages or for each; 0 leaves the convolution out."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over the channels."""
     attention: str = "interleaved"
     """`interleaved` (IW-MSA), `window` (W-MSA) or `none`."""
     downsample: str = "conv"
@@ -49,6 +53,7 @@ class IwinConfig:
     structure: str = "S1"
     """`S1`, `S2` or `S3`: see `IwinBlock`."""
     qkv_bias: bool = True
+    """Whether the q, k, v projections have a bias."""
     drop_rate: float = 0.0
     """Dropout before the head and in the MLPs."""
     drop_path_rate: float = 0.0

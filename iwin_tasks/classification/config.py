@@ -25,6 +25,7 @@ class ClassifierConfig:
     """Everything a classifier's run is made from."""
 
     seed: int = 0
+    """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
     data: dict[str, Any] = field(default_factory=dict)
     """`{name, **options}`."""

@@ -54,7 +54,7 @@ def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
         spec: `{name, **options}`: a timm entry point and fields of IwinConfig that differ from its own.
 
     Raises:
-        ValueError: If the name or an option cannot be.
+        ValueError: If the name or an option is invalid.
     """
     check_model(spec)
     options = {key: value for key, value in spec.items() if key != "name"}

@@ -3,6 +3,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from flashdit import FlashDiT, config
@@ -150,7 +151,10 @@ def test_wandb_gets_the_same_run_after_a_resume(tiny_overrides, tmp_path, monkey
         ("model.num_classes=2", r"labels must be from 0 to below model.num_classes=2, got 0 to 2"),
         ("training.accumulation=3", r"global_batch_size must be a multiple .* got 8 for 1 × 3"),
         ("data.path=absent", r"data.path must hold latents_rankRR_shardSSS.safetensors, got none in absent"),
-        ("latents.vae=absent", r"vae must be 'digits', a folder or a hub name .* got 'absent'"),
+        (
+            "latents.vae=absent",
+            r"vae must be a data set .*, a folder or a hub name .* got 'absent'",
+        ),
         (
             "model.attention.window=0",
             r"window must be between 1 and the side of the token grid, got window=0",
@@ -239,6 +243,7 @@ def test_scores_while_training_are_logged_and_disturb_nothing(tmp_path):
     assert list(found) == [2, 4]
     assert all(score > 1 for score in found.values()), "four steps make no digits"
     assert [0 <= line.pop("accuracy") <= 1 for line in lines if "accuracy" in line] == [True, True]
+    assert [line.pop("scores") for line in lines if "scores" in line] == [["fd_40", "accuracy"]] * 2
     assert lines == records(tmp_path / "plain")
     mine, theirs = tensors(tmp_path / "scored", 4), tensors(tmp_path / "plain", 4)
     assert [name for name in theirs if not theirs[name].equal(mine[name])] == []
@@ -248,7 +253,10 @@ def test_scores_while_training_are_logged_and_disturb_nothing(tmp_path):
     ("override", "message"),
     [
         ("evaluation.metrics=[fidd]", r"unknown metric 'fidd'; did you mean 'fid'"),
-        ("evaluation.reference=absent.npz", r"a reference must be 'digits', .* got absent.npz"),
+        (
+            "evaluation.reference=absent.npz",
+            r"a reference must be a data set that brings one, .* got absent.npz",
+        ),
         ("latents.vae=null", r"images need a VAE"),
     ],
 )
@@ -257,3 +265,31 @@ def test_an_evaluation_that_cannot_be_is_named_before_the_first_step(tmp_path, o
     with pytest.raises(ValueError, match=message):
         train([*DIGITS, *scored, override])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["images", "shards"])
+def test_a_run_whose_data_brings_no_reference_must_name_one_whatever_folder_lies_there(
+    tmp_path, tiny_overrides, monkeypatch, name
+):
+    for number in range(6):
+        path = tmp_path / name / "class" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(path)
+    if name == "images":
+        data = ["data.name=images", f"data.path={tmp_path / 'images'}", "data.image_size=16"]
+        data += ["latents.vae=digits", "model.in_channels=1", "model.num_classes=1"]
+    else:
+        data = ["latents.vae=digits"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"evaluation\.reference: .*data set '{name}' brings none"):
+        train([*tiny_overrides, *data, "evaluation.every=2", "evaluation.extractor=digits"])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_on_digits_is_scored_by_what_the_digits_bring(tmp_path):
+    trainer = Trainer(config.load(None, [*DIGITS, "evaluation.every=2", f"run.dir={tmp_path / 'run'}"]))
+    assert trainer.task.evaluation.plan is not None
+    assert trainer.task.evaluation.plan.extractor.name == "digits"
+    assert trainer.task.evaluation.plan.reference.spec == "digits"
+    assert trainer.task.evaluation.plan.metrics == ["fid"]
+    assert trainer.task.evaluation.plan.samples.count == trainer.config.evaluation.num_images

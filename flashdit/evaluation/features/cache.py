@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashdit.evaluation.features.features import FORWARD_ROWS, Extractor
+from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
 from flashdit.evaluation.images.sources import Source
-from flashdit.shared.files import write_atomically
+from flashdit.shared.files import file_sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class FeatureCache:
         about = {
             "format": FORMAT,
             "extractor": extractor.fingerprint,
-            "code": hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else None,
+            "code": file_sha256(Path(code)) if code else None,
             "torch": torch.__version__,
             "device": torch.device(device).type,
             "rows": FORWARD_ROWS,

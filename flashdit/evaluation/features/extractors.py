@@ -1,4 +1,4 @@
-"""Any extractor by its name: ours, one of torch-fidelity's, or yours as `package.module:callable`."""
+"""Any extractor by its name: a registered one, torch-fidelity's, or yours as `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdit.evaluation.features.features import EXTRACTORS, Extractor, file_digest
+from flashdit.evaluation.features.extractor import EXTRACTORS, Extractor
+from flashdit.shared.files import file_sha256
 from flashdit.shared.registry import unknown
 from flashdit.shared.weights import read_content
 
@@ -42,7 +43,7 @@ class TorchFidelityExtractor(Extractor):
         options: dict[str, Any] = {"feature_extractor_weights_path": str(path)} if path else {}
         if path is not None:
             check_tensors(path)
-            self.weights_sha256 = file_digest(path)
+            self.weights_sha256 = file_sha256(path)
         try:
             # Without its internal dtype 'float64', which torch-fidelity 0.4.0 reads as float32.
             self.network = kind(name, [pool] if pool == logits else [pool, logits], **options)
@@ -115,7 +116,7 @@ def cached_file(name: str) -> str | None:
 
 
 def check_tensors(path: Path) -> None:
-    """Refuses a pickle that holds more than tensors; CLIP's archives are TorchScript and no pickles."""
+    """Raises ValueError for a pickle of more than tensors; CLIP's archives are TorchScript, no pickles."""
     if path.suffix != ".pt":
         read_content(path)
         return
@@ -125,11 +126,11 @@ def check_tensors(path: Path) -> None:
         raise ValueError(f"weights must be a TorchScript file, got {path}: {str(error)[:160]}") from error
 
 
-def imported_extractor(name: str) -> Extractor:
-    """Returns what a callable, given as `package.module:callable`, returns: an Extractor.
+def imported_extractor(name: str) -> Any:
+    """Returns what a callable, given as `package.module:callable`, returns.
 
     Raises:
-        ValueError: If there is no such callable, or it returns something else.
+        ValueError: If there is no such callable.
     """
     module_name, _, attribute = name.partition(":")
     try:
@@ -138,14 +139,24 @@ def imported_extractor(name: str) -> Extractor:
         raise ValueError(
             f"an extractor 'package.module:callable' must import, got {name}: {error}"
         ) from error
-    extractor = build()
+    return build()
+
+
+def completed(extractor: Any, name: str) -> Extractor:
+    """Returns an extractor in eval mode with the name and the dimensions that it does not state itself.
+
+    Raises:
+        ValueError: If it is no extractor.
+    """
     if not isinstance(extractor, Extractor):
         raise ValueError(
             f"{name} must return a flashdit.evaluation.features.Extractor, got {type(extractor).__name__}"
         )
-    found = widths(extractor.eval())
+    extractor.eval()
     extractor.name = getattr(extractor, "name", name)
-    extractor.pool_dimensions, extractor.spatial_dimensions = found["pool"], found.get("spatial", 0)
+    if not hasattr(extractor, "pool_dimensions"):
+        found = widths(extractor)
+        extractor.pool_dimensions, extractor.spatial_dimensions = found["pool"], found.get("spatial", 0)
     return extractor
 
 
@@ -153,14 +164,15 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
     """Returns the extractor of a name, in eval mode.
 
     Args:
-        name: `inception`, `digits`, a name of torch-fidelity's registry, or `package.module:callable`.
-        weights: Weights file of `inception` or one of torch-fidelity's; None means torch hub's cached one.
+        name: One of `EXTRACTORS`, a name of torch-fidelity's registry, or `package.module:callable`.
+        weights: Weights file, the option `weights` of an extractor of `EXTRACTORS`; None means its default,
+            for one of torch-fidelity's the file cached by torch hub.
 
     Raises:
         ValueError: If the name is unknown or its weights cannot be had.
     """
     name = "inception" if name == "inception-v3-compat" else name  # torch-fidelity's name of the same network
-    if name in EXTRACTORS.entries:
+    if name in EXTRACTORS.names():
         extractor = EXTRACTORS.build({"name": name, **({"weights": weights} if weights else {})})
     elif ":" in name:
         extractor = imported_extractor(name)
@@ -168,4 +180,4 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
         extractor = TorchFidelityExtractor(name, weights)
     else:
         raise unknown("extractor", name, {*EXTRACTORS.names(), *others, "package.module:callable"})
-    return extractor.eval()
+    return completed(extractor, name)

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.features import FORWARD_ROWS, Extractor
-from flashdit.evaluation.features.moments import Moments
+from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import Source
+from flashdit.shared.moments import Moments
 from flashdit.shared.process import full_float32
 
 Part = dict[str, Tensor]  # fields of ImageStatistics; empty where the extractor has no such features

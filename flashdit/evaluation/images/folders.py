@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.sources import IMAGE_SUFFIXES
-from flashdit.evaluation.images.reading import Batches, ahead, label_mode, limited
+from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
 
@@ -53,8 +53,8 @@ class FolderSource:
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all; a file that is no such image is named."""
-        files = self.files if ids is None else [self.files[place] for place in ids.tolist()]
-        yield from ahead(self._read(files, batch_size))
+        files = self.files if ids is None else [self.files[row] for row in ids.tolist()]
+        yield from prefetched(self._read(files, batch_size))
 
     def _read(self, files: Sequence[Path], batch_size: int) -> Batches:
         """Yields the images of files, at most batch_size at a time."""
@@ -87,11 +87,12 @@ class FolderSource:
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels),
-            "names_sha256": self.names_digest(),
+            "names_sha256": self.sha256,
         }
 
-    def names_digest(self) -> str:
-        """Returns the sha256 of the names and sizes of the files, which a copy of the folder shares."""
+    @property
+    def sha256(self) -> str:
+        """The hash of the names and sizes of the files, which a copy of the folder shares."""
         lines = (f"{file.relative_to(self.path)}\0{file.stat().st_size}\n" for file in self.files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -125,5 +126,5 @@ def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> Tensor |
     elif all(folder.isdecimal() for folder in folders):
         ids = {folder: int(folder) for folder in folders}
     else:
-        ids = {folder: place for place, folder in enumerate(folders)}
+        ids = {folder: label for label, folder in enumerate(folders)}
     return torch.tensor([ids[file.parts[0]] for file in files])

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashdit.evaluation.images.reading import Batches, ahead, label_mode, limited
+from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
+from flashdit.shared.files import file_sha256
 
 RECIPE_FILE = "recipe.json"  # what sample.py writes beside its samples.npz
 
@@ -67,7 +68,7 @@ class NpzSource:
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all, at most batch_size at a time."""
-        yield from ahead(self._read(batch_size, torch.arange(self.count) if ids is None else ids))
+        yield from prefetched(self._read(batch_size, torch.arange(self.count) if ids is None else ids))
 
     def _read(self, batch_size: int, ids: Tensor) -> Batches:
         """Yields the images of ascending ids, having passed over all before the last."""
@@ -88,6 +89,11 @@ class NpzSource:
                 if len(wanted):
                     images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, *image_shape)
                     yield rearrange(images[wanted], "b h w c -> b c h w").contiguous()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return file_sha256(self.path)
 
     def identity(self) -> dict[str, Any]:
         """Returns what the images are known by: the checksum that the archive keeps of them."""

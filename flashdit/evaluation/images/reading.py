@@ -1,4 +1,4 @@
-"""What readers of images share: reading ahead, and how many images are wanted."""
+"""What readers of images share: reading in advance, and the number of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 Batches = Generator[Tensor, None, None]
 
 
-def ahead(batches: Batches) -> Batches:
+def prefetched(batches: Batches) -> Batches:
     """Yields the same batches, each read by a thread while the one before it is used."""
     try:
         with ThreadPoolExecutor(1) as thread:
@@ -32,7 +32,7 @@ def label_mode(labels: Tensor | None) -> str | None:
 
 
 def limited(count: int, limit: int | None, path: Path) -> int:
-    """Returns how many images to read; more than there are is refused."""
+    """Returns the number of images to read; raises ValueError for more than there are."""
     if limit is not None and not 1 <= limit <= count:
         raise ValueError(f"the number of images must be 1 to the {count} in {path}, got {limit}")
     return count if limit is None else limit

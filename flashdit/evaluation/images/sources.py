@@ -1,4 +1,4 @@
-"""Where images come from: an npz, a folder, the digits or a generator, all as uint8 NCHW batches."""
+"""Where images come from: an npz, a folder or a generator, all as uint8 NCHW batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import iwin_core
-from flashdit.digits.images import digits
+from flashdit.data.sources import companions_of
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
@@ -53,26 +53,13 @@ class Source(Protocol):
         ...
 
 
-class DigitsSource:
-    """One split of the embedded digits, `train` or `held-out`."""
+class ReferenceSource(Source, Protocol):
+    """Images that samples are compared with."""
 
-    def __init__(self, split: str):
-        images, labels = digits(split)
-        self.images, self.labels = images, labels
-        self.name, self.count = f"digits {split}", len(images)
-        self.image_size = (images.shape[2], images.shape[3])
-
-    def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
-        """Yields the images of ascending ids, None for all."""
-        yield from (self.images if ids is None else self.images[ids]).split(batch_size)
-
-    def identity(self) -> dict[str, Any]:
-        """Returns the hash of the images."""
-        return {"kind": "digits", "images": digest_of([self.images]), "count": self.count}
-
-    def recipe(self) -> dict[str, Any]:
-        """Returns name and count."""
-        return {"source": self.name, "num_images": self.count, "labels": label_mode(self.labels)}
+    @property
+    def sha256(self) -> str:
+        """The hash by which two results have the same reference."""
+        ...
 
 
 class GeneratedSource:
@@ -139,7 +126,9 @@ def take(source: Source, ids: Tensor) -> Tensor:
     return torch.cat(list(source.batches(TAKE_ROWS, ascending)))[places]
 
 
-def open_source(path: Path, limit: int | None = None, class_names: Sequence[str] = ()) -> Source:
+def open_source(
+    path: Path, limit: int | None = None, class_names: Sequence[str] = ()
+) -> NpzSource | FolderSource:
     """Returns the source that a path names: a file is an npz, a directory a folder of images.
 
     A folder that sample.py wrote is read from its samples.npz, which has the labels and not the grid picture.
@@ -154,6 +143,22 @@ def open_source(path: Path, limit: int | None = None, class_names: Sequence[str]
     if not path.is_file():
         raise ValueError(f"images must be an existing npz or folder, got {path}")
     return NpzSource(path, limit)
+
+
+def open_reference(spec: str) -> ReferenceSource:
+    """Returns the images that a spec names: those that a data set brings, or those of an npz or a folder.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    brought = companions_of(spec).reference
+    if brought is not None:
+        return brought()
+    if not Path(spec).exists():
+        raise ValueError(
+            f"a reference must be a data set that brings one, an existing npz or a folder, got {spec}"
+        )
+    return open_source(Path(spec))
 
 
 def digest_of(tensors: Sequence[Tensor]) -> str:

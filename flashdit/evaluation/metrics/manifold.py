@@ -1,55 +1,23 @@
-"""How much of each set lies on the manifold of the other: precision and recall, in tiles, counted exactly."""
+"""How much of each set lies on the manifold of the other: precision and recall in tiles, counted exactly."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdit.evaluation.metrics.arrays import finite_pair
 from flashdit.evaluation.metrics.distances import (
-    TILE,
-    Cloud,
-    lower_bounds,
+    centred_tiles,
+    keep_smallest,
     mean_row,
     pair_distances,
+    squared_distances,
 )
+from flashdit.evaluation.metrics.inputs import finite_pair
 
 NEIGHBOURS = 3  # k of precision and recall
-SPARE = 13  # neighbours kept beyond the k-th: rounding seldom brings more of them before it
-CROWD = 64  # a tile with more undecided pairs than one in so many is decided by a float64 product instead
-
-
-class Nearest:
-    """The nearest others of rows by lower bound: bounds and places (n, width), taken in tile by tile."""
-
-    def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
-        self.bounds = torch.full((count, width), math.inf, dtype=dtype, device=device)
-        self.places = torch.zeros((count, width), dtype=torch.int64, device=device)
-
-    def add(self, rows: slice, bounds: Tensor, first: int) -> None:
-        """Takes in the bounds (rows, columns) to others from the place `first` on."""
-        width = self.bounds.shape[1]
-        near = bounds.contiguous().topk(min(width, bounds.shape[1]), largest=False)
-        both = torch.cat([self.bounds[rows], near.values], dim=1)
-        places = torch.cat([self.places[rows], near.indices + first], dim=1)
-        best = both.topk(width, largest=False)
-        self.bounds[rows], self.places[rows] = best.values, places.gather(1, best.indices)
-
-    def radii(self, features: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Returns squared distances of features[rows] to the k-th nearest, and which are certain."""
-        distances = torch.full_like(self.bounds, math.inf, dtype=torch.float64)
-        wanted = torch.zeros_like(self.bounds, dtype=torch.bool)
-        wanted[:, :k] = True
-        for _ in range(2):  # the first k give a radius; whatever might lie within it is measured next
-            i, column = wanted.nonzero(as_tuple=True)
-            distances[i, column] = pair_distances(features, rows[i], features, self.places[i, column])
-            radii = distances.sort(dim=1).values[:, k - 1]
-            wanted = (self.bounds <= radii[:, None]) & distances.isinf()
-        everyone = self.bounds.shape[1] == len(features) - 1
-        return radii, (self.bounds[:, -1] > radii) | (radii == 0) | everyone
+TINY = torch.finfo(torch.float64).tiny  # makes 0 / 0 one: a row on the centre of a ball of radius 0 is inside
 
 
 def squared_radii(features: Tensor, origin: Tensor, k: int) -> Tensor:
@@ -60,65 +28,44 @@ def squared_radii(features: Tensor, origin: Tensor, k: int) -> Tensor:
         origin: (d,) float64 near the rows; it changes the time this takes and no radius.
         k: Which neighbour.
     """
-    return cloud_radii(Cloud(features, origin), k)
-
-
-def cloud_radii(cloud: Cloud, k: int) -> Tensor:
-    """Returns (n,) float64 squared distances to the k-th nearest other row of the cloud."""
-    features = cloud.features
-    width = min(k + SPARE, len(features) - 1)
-    everyone = torch.arange(len(features), device=features.device)
-    nearest = Nearest(len(features), width, cloud.bound_type, features.device)
-    for rows in cloud.tiles():
-        for columns in cloud.tiles(rows.start):  # each pair is met once
-            bounds, _ = lower_bounds(cloud, rows, cloud, columns, exact=False)
-            if columns == rows:
-                bounds.fill_diagonal_(math.inf)  # a row is not its own neighbour
+    count = len(features)
+    width = min(2 * k + 2, count - 1)  # up to k copies of every image leave no radius in doubt
+    bounds = torch.full((count, width), torch.inf, dtype=torch.float64, device=features.device)
+    found = torch.zeros_like(bounds, dtype=torch.int64)
+    for rows, u in centred_tiles(features, origin):
+        for columns, v in centred_tiles(features, origin, rows.start):  # each pair is met once
+            distances, rounding = squared_distances(u, v)
+            lower = distances.sub_(rounding)
+            if rows == columns:
+                lower.fill_diagonal_(torch.inf)  # a row is not its own neighbour
             else:
-                nearest.add(columns, bounds.T, rows.start)
-            nearest.add(rows, bounds, columns.start)
-    radii, certain = nearest.radii(features, everyone, k)
-    for rows in everyone[~certain].split(TILE):
-        again = Nearest(len(rows), width, torch.float64, features.device)
-        for columns in cloud.tiles():
-            bounds, _ = lower_bounds(cloud, rows, cloud, columns, exact=True)
-            bounds[rows[:, None] == everyone[columns]] = math.inf
-            again.add(slice(None), bounds, columns.start)
-        radii[rows], _ = again.radii(features, rows, k)
+                keep_smallest(bounds[columns], found[columns], lower.T, rows.start)
+            keep_smallest(bounds[rows], found[rows], lower, columns.start)
+    everyone = torch.arange(count, device=features.device)
+    exact = torch.stack([pair_distances(features, everyone, features, column) for column in found.T], dim=1)
+    radii = exact.sort(dim=1).values[:, k - 1]
+    if width < count - 1:  # rows that were not kept may be as near as the radius
+        for row in ((bounds[:, -1] <= radii) & (radii > 0)).nonzero()[:, 0]:
+            others = everyone[everyone != row]
+            radii[row] = pair_distances(features, row.expand_as(others), features, others).kthvalue(k).values
     return radii
 
 
-def mark_covered(
-    points: Cloud, rows: Tensor, centres: Cloud, columns: slice, bounds: Tensor, slack: float
-) -> None:
-    """Marks the points (rows) that lie in a ball of the centres (columns), given their `lower_bounds`."""
-    if centres.radii is None:
-        return
-    gaps = bounds - centres.radii[columns].to(bounds.dtype)
-    near = (gaps.amin(dim=1) <= 0) & ~points.covered[rows]
-    rows, gaps = rows[near], gaps[near]
-    # An upper bound is a lower one and twice its slack; what that puts inside needs no second look.
-    margins = (2 * slack * centres.norms[columns]).to(bounds.dtype)
-    inside = ((gaps + margins) <= -2 * slack * points.norms[rows].to(bounds.dtype)[:, None]).any(dim=1)
-    points.covered[rows[inside]] = True
-    rows, gaps = rows[~inside], gaps[~inside]
-    if bounds.dtype != torch.float64 and (gaps <= 0).sum() * CROWD > bounds.numel():
-        again = lower_bounds(points, rows, centres, columns, exact=True)
-        mark_covered(points, rows, centres, columns, *again)
-    elif len(rows):
-        confirm_covered(points, rows, centres, columns, gaps)
+def covered(points: Tensor, centres: Tensor, radii: Tensor, distances: Tensor, rounding: Tensor) -> Tensor:
+    """Returns (n,) whether each point lies in a ball, border included.
 
-
-def confirm_covered(points: Cloud, rows: Tensor, centres: Cloud, columns: slice, gaps: Tensor) -> None:
-    """Marks the points that direct differences put in a ball: first by each one's likeliest, then by any."""
-    assert centres.radii is not None
-    for likeliest in (True, False):
-        open_rows = ~points.covered[rows]
-        rows, gaps = rows[open_rows], gaps[open_rows]
-        i, j = (gaps <= gaps.amin(dim=1, keepdim=True) if likeliest else gaps <= 0).nonzero(as_tuple=True)
-        j = j + columns.start
-        distances = pair_distances(points.features, rows[i], centres.features, j)
-        points.covered[rows[i[distances <= centres.radii[j]]]] = True
+    Args:
+        points: Features (n, d).
+        centres: Features (m, d).
+        radii: (m,) squared radii of the balls.
+        distances: (n, m) squared distances, each to within its `rounding`.
+        rounding: (n, m).
+    """
+    gaps = distances - radii
+    inside = (gaps <= -rounding).any(dim=1)
+    i, j = ((gaps <= rounding) & ~inside[:, None]).nonzero(as_tuple=True)
+    inside[i[pair_distances(points, i, centres, j) <= radii[j]]] = True
+    return inside
 
 
 def shares(real: Any, fake: Any, k: int, precision: bool, recall: bool) -> tuple[float, float]:
@@ -130,19 +77,18 @@ def shares(real: Any, fake: Any, k: int, precision: bool, recall: bool) -> tuple
             f"got {k=}, real={len(real)}, fake={len(fake)}"
         )
     origin = mean_row(real)
-    fake_radii = squared_radii(fake, mean_row(fake), k) if recall else None  # before any other copy is made
-    reals = Cloud(real, origin)
-    reals.radii = cloud_radii(reals, k) if precision else None
-    fakes = Cloud(fake, origin)
-    fakes.radii = fake_radii
-    fake_rows = torch.arange(len(fake), device=fake.device)
-    real_rows = torch.arange(len(real), device=real.device)
-    for rows in fakes.tiles():
-        for columns in reals.tiles():
-            bounds, slack = lower_bounds(fakes, rows, reals, columns, exact=False)
-            mark_covered(fakes, fake_rows[rows], reals, columns, bounds, slack)
-            mark_covered(reals, real_rows[columns], fakes, rows, bounds.T, slack)
-    return fakes.covered.double().mean().item(), reals.covered.double().mean().item()
+    real_radii = squared_radii(real, origin, k) if precision else None
+    fake_radii = squared_radii(fake, mean_row(fake), k) if recall else None
+    inside_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    inside_fake = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for i, u in centred_tiles(fake, origin):
+        for j, v in centred_tiles(real, origin):
+            distances, rounding = squared_distances(u, v)
+            if real_radii is not None:
+                inside_real[i] |= covered(fake[i], real[j], real_radii[j], distances, rounding)
+            if fake_radii is not None:
+                inside_fake[j] |= covered(real[j], fake[i], fake_radii[i], distances.T, rounding.T)
+    return inside_real.double().mean().item(), inside_fake.double().mean().item()
 
 
 def precision(real: Any, fake: Any, k: int = NEIGHBOURS) -> float:
@@ -159,8 +105,8 @@ def precision_recall(real: Any, fake: Any, k: int = NEIGHBOURS) -> tuple[float, 
     """Returns precision and recall: how much of each set lies on the manifold of the other.
 
     A ball reaches to its centre's k-th nearest neighbour in its own set, border included. Counts are those of
-    float64 distances by direct differences: products in a cheaper type, with a bound on their rounding, leave
-    few pairs open. Memory is the features, a copy in that type and a few tiles.
+    float64 distances by direct differences: float64 products decide all pairs but those within rounding of a
+    radius. Memory beyond the features is a few tiles.
 
     Args:
         real: Reference features (n, d), array or tensor of any float type.
@@ -173,3 +119,27 @@ def precision_recall(real: Any, fake: Any, k: int = NEIGHBOURS) -> tuple[float, 
     Source: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models".
     """
     return shares(real, fake, k, precision=True, recall=True)
+
+
+def realism(points: Tensor, centres: Tensor, radii: Tensor, origin: Tensor) -> Tensor:
+    """Returns (n,) float64, the largest ratio of a centre's radius to its distance: 1 or more is in a ball.
+
+    Differs from the source, which leaves out the larger half of the balls: with all of them the share of
+    points at 1 or more is the precision (or, with the sets exchanged, the recall).
+
+    Args:
+        points: Features (n, d).
+        centres: Features (m, d).
+        radii: (m,) what `squared_radii` returns of the centres.
+        origin: (d,) float64, what both are centred on.
+
+    Source: Kynkäänniemi et al., "Improved precision and recall metric for assessing generative models",
+    eq. 3.
+    """
+    largest = torch.zeros(len(points), dtype=torch.float64, device=points.device)
+    for rows, u in centred_tiles(points, origin):
+        for columns, v in centred_tiles(centres, origin):
+            distances, rounding = squared_distances(u, v)
+            ratios = (radii[columns] + rounding + TINY) / (distances + TINY)
+            largest[rows] = torch.maximum(largest[rows], ratios.amax(dim=1))
+    return largest.sqrt()

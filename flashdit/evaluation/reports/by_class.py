@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashdit.evaluation.features.statistics import ImageStatistics
-from flashdit.evaluation.metrics.neighbours import distance_of_rows
+from flashdit.evaluation.metrics.frechet import distance_of_rows
 
 
 @dataclass(kw_only=True)

@@ -60,11 +60,11 @@ def brief(value: Any) -> str:
 def verdicts(names: Sequence[str], results: Sequence[Result]) -> list[str]:
     """Returns a sentence for every pair that is not comparable, or one that says that all are."""
     found = []
-    for place, first in enumerate(results):
-        for other in range(place + 1, len(results)):
+    for index, first in enumerate(results):
+        for other in range(index + 1, len(results)):
             why = differences(first, results[other])
             if why:
-                found.append(f"{names[place]} and {names[other]} are not comparable: {'; '.join(why)}")
+                found.append(f"{names[index]} and {names[other]} are not comparable: {'; '.join(why)}")
     return found or [
         "all of them are comparable: same count, extractor, reference, image size and label mode"
     ]
@@ -89,4 +89,4 @@ def column_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{place}: {path}" for place, path in enumerate(paths, 1)]
+    return [f"{number}: {path}" for number, path in enumerate(paths, 1)]

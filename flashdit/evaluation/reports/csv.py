@@ -1,4 +1,4 @@
-"""Results side by side in a CSV that only grows: one row per evaluation, columns that never change."""
+"""Results side by side in a CSV that only grows: a row per evaluation, columns that keep their order."""
 
 from __future__ import annotations
 
@@ -6,24 +6,15 @@ import csv
 import fcntl
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.reports.report import EvalResult
 
-SCORES = {  # column → key of a score; the extractor's column says whose distance it is
-    "frechet": "fid",
-    "spatial_frechet": "sfid",
-    "is_mean": "is_mean",
-    "is_std": "is_std",
-    "precision": "precision",
-    "recall": "recall",
-    "kernel_distance": "kid",
-    "kernel_distance_std": "kid_std",
-    "accuracy": "accuracy",
-}
 SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
-COLUMNS = (
+COLUMNS = (  # of every such file; a metric with another column adds it at the end
     "created",
     "samples",
     "step",
@@ -36,7 +27,8 @@ COLUMNS = (
     "reference",
     "reference_images",
     "reference_sha256",
-    *SCORES,
+    *("frechet", "spatial_frechet"),  # the extractor's column says whose distances these are
+    *("is_mean", "is_std", "precision", "recall", "kernel_distance", "kernel_distance_std", "accuracy"),
     "image_size",
     "device",
     "processes",
@@ -64,7 +56,7 @@ def row_of(result: EvalResult) -> dict[str, Any]:
         "reference": reference["name"],
         "reference_images": reference["num_images"],
         "reference_sha256": reference["sha256"],
-        **{column: result.scores.values.get(key) for column, key in SCORES.items()},
+        **{result.names[key].column: value for key, value in result.scores.values.items()},
         "image_size": "×".join(map(str, result.image_size)),
         "device": result.device,
         "processes": result.processes,
@@ -72,26 +64,41 @@ def row_of(result: EvalResult) -> dict[str, Any]:
     }
 
 
-def check_csv(path: Path) -> None:
-    """Refuses a file whose first line is not the header of such a CSV."""
+def read_columns(path: Path, names: Iterable[ScoreName]) -> list[str]:
+    """Returns the columns of a file, those of a new one where there is none.
+
+    Args:
+        path: The file.
+        names: Of the scores that its next row holds.
+
+    Raises:
+        ValueError: If the file is no such CSV, or has no column for one of the scores.
+    """
+    needed = list(dict.fromkeys([*COLUMNS, *(name.column for name in names)]))
     if not path.exists() or (path.is_file() and not path.stat().st_size):
-        return
+        return needed
     with path.open(newline="") as file:
         header = next(csv.reader(file), [])
-    if header != list(COLUMNS):
+    if header[: len(COLUMNS)] != list(COLUMNS):
         raise ValueError(
             f"--csv must be a new file or have the columns {','.join(COLUMNS)}, got {path}: {header}"
         )
+    lacks = [column for column in needed if column not in header]
+    if lacks:
+        raise ValueError(
+            f"--csv must be a new file or have a column for every metric, {path} has none for "
+            f"{', '.join(lacks)}"
+        )
+    return header
 
 
 def append_csv(result: EvalResult, path: Path) -> None:
     """Appends the row of a result, and to a new file the header before it, as one write under a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation may write its header now
-        check_csv(path)
+        writer = csv.DictWriter(text, read_columns(path, result.names.values()), lineterminator="\n")
         if not os.fstat(file.fileno()).st_size:
             writer.writeheader()
         writer.writerow(row_of(result))

@@ -11,8 +11,8 @@ from torch import Tensor
 from flashdit.evaluation.evaluate import Plan
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.images.sources import GeneratedSource, Source, take
-from flashdit.evaluation.metrics.manifold import NEIGHBOURS, squared_radii
-from flashdit.evaluation.metrics.neighbours import nearest, realism
+from flashdit.evaluation.metrics.distances import mean_row, nearest
+from flashdit.evaluation.metrics.manifold import NEIGHBOURS, realism, squared_radii
 from flashdit.evaluation.metrics.scoring import knows_classes
 from flashdit.evaluation.reports.by_class import ClassScore, class_notes, class_scores
 
@@ -66,7 +66,7 @@ class Section:
 
     Attributes:
         heading: Its title.
-        about: What one looks at, in a sentence or two.
+        about: What the pictures are, in a sentence or two.
         rows: (label, pictures) of each row.
     """
 
@@ -215,7 +215,7 @@ def outliers(samples: Side, real: Side, options: GalleryOptions) -> list[Section
         for section in sections:
             section.about = f"They need more than {NEIGHBOURS} images on each side."
         return sections
-    origin = real.pool.mean(dim=0, dtype=torch.float64)
+    origin = mean_row(real.pool)
     pairs = [(samples, real, "samples", "real image"), (real, samples, "real images", "sample")]
     for section, (points, centres, many, one) in zip(sections, pairs, strict=True):
         assert points.pool is not None

@@ -120,7 +120,7 @@ def to_html(result: EvalResult, gallery: Gallery, sweep: str | None = None) -> s
         rows=rows,
         notes=[note for note in footnotes(result) if note not in result.warnings],
         warnings=result.warnings,
-        distance_name=result.labels.get("fid", "Fréchet distance"),
+        distance_name=result.names["fid"].label if "fid" in result.names else "Fréchet distance",
         classes=shown,
         num_classes=len(gallery.classes),
         largest_distance=max((score.distance or 0.0 for score in shown), default=0.0),

@@ -1,4 +1,4 @@
-"""How an evaluation is told: metrics.json with its whole recipe, a Markdown table and a console table."""
+"""How an evaluation is reported: metrics.json with its whole recipe, a Markdown and a console table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashdit.evaluation.features.features import Extractor
+from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.shared.files import write_atomically, write_json
 
 SCHEMA = 2
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")
-COUNTED = ("fid", "sfid", "kid", "kid_std")  # distances, which move with the number of images
 
 
 def installed_version(package: str) -> str | None:
@@ -38,13 +37,12 @@ def now() -> str:
 
 @dataclass(kw_only=True)
 class EvalResult:
-    """Everything that a reader needs to believe, repeat or refuse a comparison.
+    """Everything that a reader needs to believe, repeat or compare them.
 
     Attributes:
         scores: Of the samples; keys are those of the metrics, whatever the extractor.
         floor: The same scores of real training images; None where no such images are at hand.
-        labels: What each key of the scores is called in tables.
-        stems: What each key of the scores is called in metrics.json, before its count.
+        names: What each key of the scores is called.
         num_images: Samples scored.
         samples: Where they came from: checkpoint and sampling options, or a path; and their label mode.
         image_size: (h, w) in pixels.
@@ -60,8 +58,7 @@ class EvalResult:
 
     scores: Scores
     floor: Scores | None
-    labels: dict[str, str]
-    stems: dict[str, str]
+    names: dict[str, ScoreName]
     num_images: int
     samples: dict[str, Any]
     image_size: tuple[int, int]
@@ -77,7 +74,7 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of metrics.json."""
         content = asdict(self)
-        for part in ("scores", "floor", "labels", "stems"):
+        for part in ("scores", "floor", "names"):
             content.pop(part)
         count = self.scores.count
         return {
@@ -86,7 +83,7 @@ class EvalResult:
             "metrics": self._keyed(self.scores.values, count),
             "reasons": self._keyed(self.scores.reasons, count),
             "floor": self._keyed(self.floor.values, self.floor.count) if self.floor else None,
-            "labels": self._keyed(self.labels, count),
+            "labels": self._keyed({key: name.label for key, name in self.names.items()}, count),
             **content,
             "versions": {
                 "python": platform.python_version(),
@@ -96,8 +93,9 @@ class EvalResult:
 
     def _keyed(self, values: Mapping[str, Any], count: int) -> dict[str, Any]:
         """Returns the values under their keys in metrics.json."""
+        names = {key: self.names[key] for key in values}
         return {
-            count_key(self.stems[key], count) if key in COUNTED else self.stems[key]: value
+            count_key(names[key].stem, count) if names[key].counted else names[key].stem: value
             for key, value in values.items()
         }
 
@@ -107,32 +105,12 @@ def count_key(stem: str, count: int) -> str:
     return f"{stem}_{count // 1000}k" if count % 1000 == 0 else f"{stem}_{count}"
 
 
-def names_of(extractor: Extractor) -> dict[str, tuple[str, str]]:
-    """Returns (stem of the key in metrics.json, name in tables) of every score.
-
-    `fid` and FID, `kid` and KID are Inception's alone; another extractor's scores carry its name.
-    """
-    frechet, name = extractor.frechet_name, extractor.name
-    is_inception = frechet == "FID"
-    stem, score = ("fid", "IS") if is_inception else ("fd", f"IS[{name}]")
-    kernel, kernel_name = ("kid", "KID") if is_inception else ("kd", f"KD[{name}]")
-    return {
-        "fid": (stem, frechet),
-        "sfid": (f"s{stem}", f"s{frechet}"),
-        "is_mean": ("is_mean", score),
-        "is_std": ("is_std", f"{score} std"),
-        "kid": (kernel, kernel_name),
-        "kid_std": (f"{kernel}_std", f"{kernel_name} std"),
-        **{same: (same, same) for same in ("precision", "recall", "accuracy")},
-    }
-
-
 def table_rows(result: EvalResult) -> list[list[str]]:
     """Returns the header and a row per score."""
     rows = [["metric", f"samples ({result.num_images:,})", *(["floor: real train"] if result.floor else [])]]
-    for key, name in result.labels.items():
+    for key, name in result.names.items():
         columns = [scores.values.get(key) for scores in (result.scores, result.floor) if scores]
-        rows.append([name, *map(shown, columns)])
+        rows.append([name.label, *map(shown, columns)])
     return rows
 
 
@@ -144,14 +122,14 @@ def shown(value: float | None) -> str:
 
 
 def footnotes(result: EvalResult) -> list[str]:
-    """Returns the lines under a table: what it is held against, what is missing and why, what to beware."""
+    """Returns the lines under a table: the reference, what is missing and why, what to beware of."""
     count = result.reference["num_images"]
     against = (
         f"reference {result.reference['name']} ({'count unknown' if count is None else f'{count:,} images'})"
     )
-    missing = [f"{result.labels[key]}: {reason}" for key, reason in result.scores.reasons.items()]
-    how = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
-    return [*how, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
+    missing = [f"{result.names[key].label}: {reason}" for key, reason in result.scores.reasons.items()]
+    sampling = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
+    return [*sampling, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -172,8 +150,8 @@ def print_rows(rows: Sequence[Sequence[str]], notes: Sequence[str], console: Con
     """Prints a header, rows and notes under them."""
     header, *rest = rows
     table = Table()
-    for place, title in enumerate(header):
-        table.add_column(escape(title), justify="right" if place else "left")
+    for column, title in enumerate(header):
+        table.add_column(escape(title), justify="right" if column else "left")
     for row in rest:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -10,14 +10,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from flashdit.evaluation.metrics.metric import Score
+from flashdit.evaluation.metrics.scoring import scores_of
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import write_atomically, write_json
 
 SCHEMA = 1
-LOWER_IS_BETTER = ("fid", "sfid", "kid")
-PANELS = (("fid",), ("sfid",), ("kid",), ("is_mean",), ("precision", "recall"), ("accuracy",))
-DRAWN = [key for keys in PANELS for key in keys]
 
 
 @dataclass(kw_only=True)
@@ -51,13 +50,26 @@ class Sweep:
         known = [point for point in self.points if point["metrics"].get(key) is not None]
         return [point["cfg_scale"] for point in known], [point["metrics"][key] for point in known]
 
+    def scores(self) -> list[Score]:
+        """Returns the scores of the recipe's metrics that can be better or worse."""
+        return [score for score in scores_of(self.recipe.get("metrics", ())) if score.better]
+
+    def panels(self) -> list[list[Score]]:
+        """Returns the scores of each plot, as far as they could be had."""
+        found: dict[str, list[Score]] = {}
+        for score in self.scores():
+            if self.curve(score.key)[0]:
+                found.setdefault(score.panel or score.key, []).append(score)
+        return list(found.values())
+
     def best(self) -> dict[str, float]:
         """Returns the scale at which each score is best; of equal ones the smallest scale."""
         found = {}
-        for key in DRAWN:
-            scales, values = self.curve(key)
+        for score in self.scores():
+            scales, values = self.curve(score.key)
             if scales:
-                found[key] = scales[values.index((min if key in LOWER_IS_BETTER else max)(values))]
+                best = min(values) if score.better == "lower" else max(values)
+                found[score.key] = scales[values.index(best)]
         return found
 
 
@@ -76,11 +88,11 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
         raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "others" not in content:
         raise ValueError(f"{path} must be a sweep's JSON of schema {SCHEMA}: give another --output")
-    known = [
-        {name: sweep[name] for name in Sweep.__dataclass_fields__} for sweep in (content, *content["others"])
+    known: list[dict[str, Any]] = [
+        {name: sweep[name] for name in Sweep.__dataclass_fields__}
+        | {"recipe": _current_recipe(sweep["recipe"])}
+        for sweep in (content, *content["others"])
     ]
-    for sweep in known:
-        sweep["recipe"] = _current_recipe(sweep["recipe"])
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
 
@@ -94,7 +106,7 @@ def _current_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def table_rows(sweep: Sweep) -> list[list[str]]:
     """Returns the header, a row per scale with the best of each score in asterisks, and the real images'."""
-    best, keys = sweep.best(), [key for key in DRAWN if key in sweep.labels]
+    best, keys = sweep.best(), [score.key for score in sweep.scores() if score.key in sweep.labels]
     rows = [["guidance", "NFE", *(sweep.labels[key] for key in keys)]]
     for point in sweep.points:
         row = [f"{point['cfg_scale']:g}", "varies" if point["nfe"] is None else str(point["nfe"])]
@@ -127,28 +139,29 @@ def to_markdown(sweep: Sweep) -> str:
 
 def draw(sweep: Sweep, path: Path) -> None:
     """Draws every score over the scale, with a star at its best and a dashed line at real images' value."""
-    panels = [keys for keys in ([key for key in keys if sweep.curve(key)[0]] for keys in PANELS) if keys]
+    panels = sweep.panels()
     if not panels:
         return
-    titles = [", ".join(sweep.labels[key] for key in keys) for keys in panels]
+    titles = [", ".join(sweep.labels[score.key] for score in scores) for scores in panels]
     figure, all_axes = new_axes(titles, "guidance scale", heading=sweep.title)
-    for axes, keys in zip(all_axes, panels, strict=True):
-        for key, colour in zip(keys, COLOURS, strict=False):
-            draw_curve(axes, sweep, key, colour)
+    for axes, scores in zip(all_axes, panels, strict=True):
+        for score, colour in zip(scores, COLOURS, strict=False):
+            draw_curve(axes, sweep, score, colour)
         axes.margins(x=0.14, y=0.2)
-        if len(keys) > 1 or (sweep.floor or {}).get(keys[0]) is not None:
+        if len(scores) > 1 or (sweep.floor or {}).get(scores[0].key) is not None:
             axes.legend(fontsize=8, frameon=False, loc="best")
     save_figure(figure, path)
 
 
-def draw_curve(axes: Axes, sweep: Sweep, key: str, colour: str) -> None:
+def draw_curve(axes: Axes, sweep: Sweep, score: Score, colour: str) -> None:
     """Draws one score."""
+    key = score.key
     scales, values = sweep.curve(key)
     best = sweep.best()[key]
     axes.plot(scales, values, color=colour, marker="o", markersize=3.5, label=sweep.labels[key])
     value = values[scales.index(best)]
     axes.plot([best], [value], marker="*", markersize=13, color=colour)
-    below = key in LOWER_IS_BETTER
+    below = score.better == "lower"
     axes.annotate(
         f"{value:.4g} at {best:g}",
         (best, value),

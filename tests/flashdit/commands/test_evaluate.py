@@ -15,8 +15,8 @@ from PIL import Image
 from flashdit.commands import evaluate as eval_fid
 from flashdit.digits.images import CLASS_NAMES, digits
 from flashdit.evaluation.features import statistics
-from flashdit.evaluation.features.features import EXTRACTORS
-from flashdit.evaluation.metrics.scoring import METRICS
+from flashdit.evaluation.features.extractor import EXTRACTORS
+from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.sampling.options import SamplingOptions
 
 FLOOR = {"fd": 0.1617, "sfd": 2.264, "precision": 0.9165, "recall": 0.875}  # of the committed classifier
@@ -121,19 +121,19 @@ def test_checkpoint_is_sampled_and_its_recipe_recorded_in_the_run(main, generato
         (["--extractor", "incepton"], "unknown extractor 'incepton'; did you mean 'inception'"),
         (
             ["--reference", "absent.npz", "--extractor", "digits"],
-            "a reference must be 'digits', an existing npz",
+            "a reference must be a data set that brings one, an existing npz",
         ),
         (["--extractor", "inception", "--inception-weights", "absent.pth"], r"no file absent\.pth"),
-        (["--num-images", "0"], "--num-images must be positive, got 0"),
+        (["--num-images", "0"], "the number of images must be positive, got 0"),
         (["--sampler", "eulr"], "unknown sampler 'eulr'"),
         (["--num-images", "3"], "at least 4 images on each side"),
         (["--samples", "a.npz", "--labels", "random"], "--labels is for sampling from a --checkpoint"),
         (["--extractor-weights", "w.pth"], "unknown option of extractor 'digits' 'weights'"),
-        (["--batch-size", "0"], "--batch-size must be positive, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--samples", "a.npz", "--checkpoint", "b"], r"give --samples or --checkpoint, got a\.npz and b"),
         (["--samples", "a.npz", "--compile"], "--compile is for sampling from a --checkpoint"),
         (["--samples", "a.npz", "--cfg-scale", "2"], "--cfg-scale is for sampling from a --checkpoint"),
-        (["--samples", "a.npz"], "this needs a --reference"),
+        (["--samples", "a.npz"], "requires a reference, --reference or evaluation.reference"),
         (["--samples", "absent.npz", "--reference", "digits"], r"an existing npz or folder, got absent\.npz"),
         (["--output", str(SCRIPT)], r"--output must be a folder or a \.json file, got .*eval_fid\.py"),
     ],
@@ -154,7 +154,10 @@ def test_checkpoint_of_other_classes_has_no_accuracy(main, generator):
 
 def test_checkpoint_of_other_data_needs_a_reference(main, generator):
     generator.data_name = "shards"
-    with pytest.raises(ValueError, match="this needs a --reference"):
+    with pytest.raises(
+        ValueError,
+        match=r"requires a reference, --reference or evaluation\.reference.*data set 'shards' brings none",
+    ):
         main([])
 
 
@@ -219,9 +222,9 @@ def test_the_second_time_nothing_is_drawn_and_without_the_cache_everything(main,
 
 def test_every_metric_can_be_asked_for_and_told_in_a_table(main, samples, tmp_path):
     arguments = ["--samples", str(samples), "--reference", "digits", "--output", str(tmp_path / "r.json")]
-    for name in METRICS:
+    for name in METRICS.names():
         main([*arguments, "--metrics", name, "--csv", str(tmp_path / "all.csv")])
-    assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + len(METRICS)
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + len(METRICS.names())
     main([*arguments, "--metrics", "kid"])
     assert set(json.loads((tmp_path / "r.json").read_text())["metrics"]) == {"kd_120", "kd_std_120"}
 
@@ -292,10 +295,16 @@ def test_bad_input_is_one_sentence_and_status_2_and_nothing_is_written(kind, mes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["make-reference", "absent", "r.npz"], "images must be an existing npz or folder, got absent"),
+        (
+            ["make-reference", "absent", "r.npz"],
+            "a reference must be a data set that brings one, .* got absent",
+        ),
         (["make-reference", "digits", "r.json"], r"must be written to an \.npz file, got r\.json"),
         (["make-reference", "digits", "r.npz", "--num-images", "0"], "must keep at least 1 image, got 0"),
-        (["make-reference", "digits", "r.npz", "--batch-size", "0"], "--batch-size must be positive"),
+        (
+            ["make-reference", "digits", "r.npz", "--batch-size", "0"],
+            "the batch size must be positive, got 0",
+        ),
         (["make-reference", "digits", "r.npz", "--extractor", "vgg"], "unknown extractor 'vgg'; did you"),
     ],
 )

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from flashdit.commands import evaluate as eval_fid
-from flashdit.commands import sweep
 from flashdit.commands.sweep import main, parse_scales
 from flashdit.digits.images import digits
+from flashdit.evaluation import evaluate as evaluation
 from flashdit.evaluation.images.sources import GeneratedSource
 from flashdit.evaluation.reference import Reference
 
@@ -52,7 +52,7 @@ def test_scales_that_cannot_be_are_refused(text, message):
 def drawn(monkeypatch):
     """Counts the images that are drawn and the references that are read."""
     counts = {"images": [], "references": 0}
-    batches, statistics = GeneratedSource.batches, Reference.statistics
+    batches, statistics = GeneratedSource.batches, Reference._read
 
     def counted_batches(self, batch_size, ids=None):
         for images in batches(self, batch_size, ids):
@@ -64,7 +64,7 @@ def drawn(monkeypatch):
         return statistics(self, *arguments)
 
     monkeypatch.setattr(GeneratedSource, "batches", counted_batches)
-    monkeypatch.setattr(Reference, "statistics", counted_statistics)
+    monkeypatch.setattr(Reference, "_read", counted_statistics)
     return counts
 
 
@@ -154,7 +154,7 @@ def test_another_recipe_starts_anew_and_forgets_nothing(call, drawn):
 
 
 def test_a_sweep_that_was_stopped_goes_on(call, drawn, monkeypatch):
-    evaluate, calls = sweep.evaluate, []
+    evaluate, calls = evaluation.evaluate, []
 
     def stopped(*arguments):
         calls.append(arguments)
@@ -162,7 +162,7 @@ def test_a_sweep_that_was_stopped_goes_on(call, drawn, monkeypatch):
             raise KeyboardInterrupt
         return evaluate(*arguments)
 
-    monkeypatch.setattr(sweep, "evaluate", stopped)
+    monkeypatch.setattr(evaluation, "evaluate", stopped)
     with pytest.raises(KeyboardInterrupt):
         call("1,2")
     call("1,2")
@@ -174,8 +174,8 @@ def test_a_sweep_that_was_stopped_goes_on(call, drawn, monkeypatch):
     [
         (["--metrics", "fid,recal"], "unknown metric 'recal'; did you mean 'recall'"),
         (["--metrics", "accuracy"], "accuracy needs an extractor of the samples' own classes"),
-        (["--num-images", "0"], "--num-images must be positive, got 0"),
-        (["--batch-size", "0"], "--batch-size must be positive, got 0"),
+        (["--num-images", "0"], "the number of images must be positive, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--extractor", "digit"], "unknown extractor 'digit'; did you mean 'digits'"),
         (["--output", __file__], "--output must be a folder, got"),
     ],

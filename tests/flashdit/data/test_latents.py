@@ -80,7 +80,9 @@ def test_what_cannot_be_is_named(tmp_path):
     with pytest.raises(ValueError, match="pixels need the VAE that these latents come from"):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"vae must be 'digits', a folder or a hub name .* got '.*empty'"):
+    with pytest.raises(
+        ValueError, match=r"vae must be a data set .*, a folder or a hub name .* got '.*empty'"
+    ):
         load_vae(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="every latent channel must vary"):
         channel_statistics(torch.ones(3, 4, 2, 2))

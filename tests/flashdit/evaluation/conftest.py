@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flashdit.evaluation.features.features import EXTRACTORS
-from flashdit.evaluation.metrics.scoring import Scores
-from flashdit.evaluation.reports.report import EvalResult, names_of
+from flashdit.evaluation.features.extractor import EXTRACTORS
+from flashdit.evaluation.metrics.metric import METRICS
+from flashdit.evaluation.metrics.scoring import Scores, score_names
+from flashdit.evaluation.reports.report import EvalResult
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
@@ -22,14 +23,13 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def result_of():
     """Returns a function that makes the result of some scores of 360 images under the digits extractor."""
     extractor = EXTRACTORS.build("digits")
-    names = names_of(extractor)
+    names = score_names(METRICS.names(), extractor)
 
     def make(scores: Scores, **changes) -> EvalResult:
         fields = {
             "scores": scores,
             "floor": None,
-            "labels": {key: names[key][1] for key in scores.values},
-            "stems": {key: names[key][0] for key in scores.values},
+            "names": {key: names[key] for key in scores.values},
             "num_images": 360,
             "samples": {"source": "npz", "path": "[bold]s.npz", "labels": "balanced"},
             "image_size": (32, 32),

@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.digits.reference import DigitsSource
+from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import collect
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
-from flashdit.evaluation.images.sources import DigitsSource
 from flashdit.evaluation.reference import Reference, chosen_ids, write_reference
 
 EXTRACTOR = EXTRACTORS.build("digits")
@@ -51,7 +51,7 @@ def test_hash_of_a_reference_is_that_of_the_file_or_of_names_and_sizes(tmp_path,
     assert recipe["sha256"] == hashlib.sha256((tmp_path / "images.npz").read_bytes()).hexdigest()
     assert recipe["num_images"] == 20
     folder = Reference(str(tmp_path / "folder"), EXTRACTOR)
-    assert folder.sha256 == FolderSource(tmp_path / "folder").names_digest()
+    assert folder.sha256 == FolderSource(tmp_path / "folder").sha256
     assert Reference("digits", EXTRACTOR).sha256 == Reference("digits", EXTRACTOR).sha256
 
 
@@ -142,10 +142,14 @@ def test_statistics_that_cannot_be_used_are_refused(tmp_path, arrays, message):
 
 
 def test_what_is_no_reference_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be 'digits', an existing npz or a folder, got digit"):
+    with pytest.raises(
+        ValueError, match="must be a data set that brings one, an existing npz or a folder, got digit"
+    ):
         Reference("digit", EXTRACTOR)
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match=r"must be 'digits', an npz or a folder, got .*text\.npz"):
+    with pytest.raises(
+        ValueError, match=r"must be a data set that brings one, an npz or a folder, got .*text\.npz"
+    ):
         Reference(str(tmp_path / "text.npz"), EXTRACTOR)
     with zipfile.ZipFile(tmp_path / "broken.npz", "w") as archive:
         archive.writestr("mu.npy", b"no array")

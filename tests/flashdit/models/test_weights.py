@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_a_run_starts_from_another_once_and_says_what_is_new(tiny_overrides, tin
     started = trainer.model.state_dict()
     assert [name for name in started if name != LABELS and not started[name].equal(average[name])] == []
     trainer.fit()
+    shutil.rmtree(tmp_path / "first")
     again = Trainer(config.load(None, [*more, "training.steps=4"]))
     assert again.step == 2, "the run itself goes on; its start is not taken again"
 

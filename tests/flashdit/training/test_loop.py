@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashdit import config
+from flashdit.models.costs import forward_flops
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.trainer import Trainer
 from flashdit.training.meter import TIMINGS, Meter, matmul_peak
@@ -226,7 +227,9 @@ def test_what_changed_is_said_on_a_resume_and_the_new_options_hold(tiny_override
 
 
 def test_records_tell_speed_waiting_and_memory(tiny_overrides, tmp_path):
-    trainer(tiny_overrides, "training.steps=2").fit()
+    run = trainer(tiny_overrides, "training.steps=2")
+    run.fit()
+    assert run.flops_per_image == 3 * forward_flops(run.config.model)  # the backward pass counts twice
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["images_per_s"] > 0
     assert 0 < record["mfu"] < 1

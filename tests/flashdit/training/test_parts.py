@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 import torch
@@ -7,14 +6,6 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from flashdit.flow.examples import Examples
-from flashdit.shared.files import write_json
-from flashdit.shared.runs import (
-    find_checkpoint,
-    list_checkpoints,
-    newest_run,
-    read_state,
-    step_folder,
-)
 from flashdit.training.batches import positions
 from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer
@@ -136,45 +127,6 @@ def test_every_layout_sees_the_same_global_batches(ranks, accumulation):
     for update in range(3):
         taken = [p for rank in seen for part in rank[update * accumulation :][:accumulation] for p in part]
         assert sorted(taken) == list(range(32 + 16 * update, 48 + 16 * update))
-
-
-def make_checkpoint(run, step):
-    folder = step_folder(run, step)
-    folder.mkdir(parents=True)
-    write_json(folder / "state.json", {"format": 1, "step": step})
-    return folder
-
-
-def test_latest_is_by_step_and_unfinished_ones_are_passed_over(tmp_path):
-    made = [make_checkpoint(tmp_path / "run", step) for step in (100, 20, 3)]
-    step_folder(tmp_path / "run", 999).mkdir()
-    assert list_checkpoints(tmp_path / "run") == made[::-1]
-    assert find_checkpoint(tmp_path / "run") == made[0]
-    assert find_checkpoint(made[1]) == made[1]
-
-
-def test_newest_run_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no run with a checkpoint in runs: train one first"):
-        find_checkpoint(None)
-    make_checkpoint(tmp_path / "runs" / "a", 5)
-    newest = make_checkpoint(tmp_path / "runs" / "b", 3)
-    os.utime(newest, (2e9, 2e9))
-    assert newest_run().name == "b"
-    assert find_checkpoint(None).name == "step_00000003"
-    (newest.parents[2] / "a" / "checkpoints" / "step_00000005" / "latents.safetensors").touch()
-    assert newest_run(holding="latents.safetensors").name == "a", "a classifier's run holds none"
-
-
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"checkpoint must be a run or a folder step_XXXXXXXX .* got .*absent"
-    ):
-        find_checkpoint(tmp_path / "absent")
-    folder = make_checkpoint(tmp_path, 1)
-    write_json(folder / "state.json", {"format": 99})
-    with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '99'"):
-        read_state(folder)
 
 
 def test_records_after_the_step_of_a_resume_are_dropped(tmp_path):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from flashdit.evaluation.features import statistics
 from flashdit.evaluation.features.cache import FeatureCache, default_folder
-from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import collect
 from flashdit.evaluation.images.sources import open_source
 

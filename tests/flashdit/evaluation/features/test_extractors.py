@@ -8,11 +8,12 @@ import torch
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from flashdit.digits.reference import DigitsSource
+from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.extractors import build_extractor
-from flashdit.evaluation.features.features import Extractor
 from flashdit.evaluation.features.statistics import collect
-from flashdit.evaluation.images.sources import DigitsSource
-from flashdit.evaluation.reports.report import names_of
+from flashdit.evaluation.metrics.metric import METRICS
+from flashdit.evaluation.metrics.scoring import score_names
 
 
 class Tiny(FeatureExtractorBase):
@@ -106,12 +107,13 @@ def test_a_callable_of_the_users_gives_an_extractor_that_is_never_called_fid(own
         3,
         4,
     )
-    assert {stem for stem, _ in names_of(extractor).values()}.isdisjoint({"fid", "sfid", "kid"})
-    assert names_of(extractor)["fid"] == ("fd", "FD[my_features:mean]")
+    names = score_names(METRICS.names(), extractor)
+    assert {name.stem for name in names.values()}.isdisjoint({"fid", "sfid", "kid"})
+    assert names["fid"][:2] == ("fd", "FD[my_features:mean]")
 
 
 def test_inception_v3_compat_is_the_same_as_inception(inception_weights):
-    assert build_extractor("inception-v3-compat", str(inception_weights)).frechet_name == "FID"
+    assert build_extractor("inception-v3-compat", str(inception_weights)).is_inception
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from torch.testing import assert_close
 
 from flashdit.digits.classifier import DIGITS_WEIGHTS, accuracy_of, load_digits_classifier
 from flashdit.digits.images import digits
-from flashdit.evaluation.features.features import EXTRACTORS, INCEPTION_FILE, WEIGHTS_VARIABLE
+from flashdit.evaluation.features.extractor import EXTRACTORS
+from flashdit.evaluation.features.inception import INCEPTION_FILE, WEIGHTS_VARIABLE
+from flashdit.evaluation.metrics.scoring import score_names
 from tools.digits_classifier import augment, train
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "eval"
@@ -45,7 +47,9 @@ def test_extractors_give_what_they_declare_for_any_size_and_batch(name, inceptio
 @pytest.mark.parametrize("name", EXTRACTORS.names())
 def test_only_inception_may_say_fid(name, inception_weights):
     extractor = build(name, inception_weights)
-    assert extractor.frechet_name == ("FID" if name == "inception" else f"FD[{name}]")
+    name_of = score_names(["fid"], extractor)["fid"]
+    assert name_of.label == ("FID" if name == "inception" else f"FD[{name}]")
+    assert name_of.stem == ("fid" if name == "inception" else "fd")
 
 
 def test_fingerprint_changes_with_a_weight_and_with_nothing_else():

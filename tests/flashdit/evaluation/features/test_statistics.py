@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.features import EXTRACTORS, FORWARD_ROWS, Extractor
+from flashdit.evaluation.features.extractor import EXTRACTORS, FORWARD_ROWS, Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import (
     ImageStatistics,
@@ -15,8 +16,9 @@ from flashdit.evaluation.features.statistics import (
     forward,
     regrouped,
 )
-from flashdit.evaluation.images.sources import DigitsSource, open_source
-from flashdit.evaluation.metrics.scoring import METRICS, compute_scores
+from flashdit.evaluation.images.sources import open_source
+from flashdit.evaluation.metrics.metric import METRICS
+from flashdit.evaluation.metrics.scoring import compute_scores
 
 EXTRACTOR = EXTRACTORS.build("digits").eval()
 PARTS = {"moments", "spatial", "pool", "logits"}
@@ -129,7 +131,7 @@ def test_an_extractor_without_spatial_features_leaves_them_out_with_a_reason(cac
 
 def test_scores_of_fewer_images_than_dimensions_are_finite():
     few, others = (collect(Digits(count), EXTRACTOR, PARTS, 8) for count in (9, 30))
-    scores = compute_scores(METRICS, few, others)
+    scores = compute_scores(METRICS.names(), few, others)
     assert all(value is not None for value in scores.values.values())
     assert scores.values["fid"] > 0
 

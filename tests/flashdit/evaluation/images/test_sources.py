@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
-from flashdit.evaluation.images.sources import DigitsSource, GeneratedSource, open_source, take
+from flashdit.evaluation.images.sources import GeneratedSource, open_source, take
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import balanced_labels
 
@@ -211,13 +212,13 @@ def test_identity_follows_the_content_and_not_the_name(tmp_path, images):
 def test_identity_of_a_folder_follows_its_files(tmp_path, images):
     save_folder(tmp_path, images[:2], ["0.png", "1.png"])
     before = FolderSource(tmp_path)
-    identity, digest = before.identity(), before.names_digest()
+    identity, digest = before.identity(), before.sha256
     assert FolderSource(tmp_path).identity() == identity
     os.utime(tmp_path / "1.png", ns=(1, 1))
     assert FolderSource(tmp_path).identity() != identity
-    assert FolderSource(tmp_path).names_digest() == digest
+    assert FolderSource(tmp_path).sha256 == digest
     (tmp_path / "1.png").rename(tmp_path / "2.png")
-    assert FolderSource(tmp_path).names_digest() != digest
+    assert FolderSource(tmp_path).sha256 != digest
 
 
 @pytest.mark.parametrize("keep", [0, 20, 100], ids=["empty", "header", "half"])

@@ -1,28 +1,29 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from flashdit.digits.images import CLASS_NAMES
-from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.digits.reference import DigitsSource
+from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
-from flashdit.evaluation.images.sources import DigitsSource
+from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.evaluation.metrics.scoring import (
-    METRICS,
     Scores,
     cautions,
-    check_accuracy,
+    check_classes,
     check_counts,
-    check_names,
     compute_scores,
     default_metrics,
+    in_order,
     parts_needed,
+    score_names,
 )
 from flashdit.evaluation.reports.report import (
     count_key,
-    names_of,
     print_table,
     shown,
     to_markdown,
@@ -30,7 +31,7 @@ from flashdit.evaluation.reports.report import (
 )
 
 EXTRACTOR = EXTRACTORS.build("digits")
-PARTS = parts_needed(METRICS)
+PARTS = parts_needed(METRICS.names())
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +48,19 @@ class OneClass(DigitsSource):
         self.labels, self.count = self.labels[self.labels == 7], len(self.images)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", METRICS.names())
 def test_every_metric_gives_a_number_for_each_of_its_keys(name, held_out):
     scores = compute_scores([name], held_out, held_out)
-    assert tuple(scores.values) == METRICS[name].keys
+    assert list(scores.values) == [score.key for score in METRICS[name].scores]
     assert not scores.reasons
-    assert set(scores.values) <= set(names_of(EXTRACTOR))
+    assert list(score_names([name], EXTRACTOR)) == list(scores.values)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", METRICS.names())
 def test_every_metric_says_why_it_is_missing(name):
     empty = ImageStatistics(name="adm.npz", count=10)
     scores = compute_scores([name], empty, empty)
-    assert scores.values == dict.fromkeys(METRICS[name].keys)
+    assert scores.values == dict.fromkeys(score.key for score in METRICS[name].scores)
     assert all(reason.startswith("'adm.npz' has no ") for reason in scores.reasons.values())
 
 
@@ -78,7 +79,7 @@ def test_precision_and_recall_are_not_exchanged(held_out):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_scores_on_a_gpu_equal_those_on_the_cpu(held_out):
-    names = [name for name in METRICS if name != "kid"]
+    names = [name for name in METRICS.names() if name != "kid"]
     found = []
     for device in ("cpu", "cuda"):
         extractor = EXTRACTORS.build("digits").to(device)
@@ -93,8 +94,8 @@ def test_default_metrics_are_all_that_apply_but_kid():
 
 
 def test_a_score_that_is_not_finite_becomes_a_reason(held_out, monkeypatch):
-    nan = METRICS["fid"]._replace(compute=lambda samples, reference: (float("nan"),))
-    monkeypatch.setitem(METRICS, "fid", nan)
+    nan = replace(METRICS["fid"], compute=lambda samples, reference: (float("nan"),))
+    monkeypatch.setitem(METRICS.entries, "fid", nan)
     scores = compute_scores(["fid"], held_out, held_out)
     assert scores.values == {"fid": None}
     assert scores.reasons == {"fid": "it came out as nan"}
@@ -102,14 +103,14 @@ def test_a_score_that_is_not_finite_becomes_a_reason(held_out, monkeypatch):
 
 def test_unknown_metric_names_the_nearest():
     with pytest.raises(ValueError, match="unknown metric 'precison'; did you mean 'precision'"):
-        check_names(["fid", "precison"])
+        in_order(["fid", "precison"])
 
 
 def test_accuracy_by_an_extractor_of_other_classes_is_refused():
-    check_accuracy(["accuracy"], EXTRACTOR, CLASS_NAMES)
+    check_classes(["accuracy"], EXTRACTOR, CLASS_NAMES)
     for classes in (["cat", "dog"], None):
         with pytest.raises(ValueError, match="accuracy needs an extractor of the samples' own classes"):
-            check_accuracy(["accuracy"], EXTRACTOR, classes)
+            check_classes(["accuracy"], EXTRACTOR, classes)
 
 
 def test_too_few_images_are_refused_by_count(held_out):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashdit.evaluation.features.statistics import ImageStatistics
-from flashdit.evaluation.metrics.metrics import frechet_distance
+from flashdit.evaluation.metrics import frechet_distance
 from flashdit.evaluation.reports.by_class import class_notes, class_scores
 
 NAMES = ["cat", "dog", "<eel>"]

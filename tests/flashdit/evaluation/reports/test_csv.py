@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from flashdit.evaluation.metrics.scoring import Scores
-from flashdit.evaluation.reports.csv import COLUMNS, append_csv, check_csv
+from flashdit.evaluation.reports.csv import COLUMNS, append_csv, read_columns
 
 
 def rows(path) -> list[dict]:
@@ -43,6 +43,6 @@ def test_a_table_of_other_columns_is_refused_and_left_as_it_was(tmp_path, result
 
 def test_an_empty_file_is_a_new_one(tmp_path, result_of):
     (tmp_path / "scores.csv").touch()
-    check_csv(tmp_path / "scores.csv")
+    assert read_columns(tmp_path / "scores.csv", []) == list(COLUMNS)
     append_csv(result_of(Scores(count=360, values={"fid": 1.0})), tmp_path / "scores.csv")
     assert len(rows(tmp_path / "scores.csv")) == 1

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.evaluate import Plan
-from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import collect
-from flashdit.evaluation.images.sources import DigitsSource, NpzSource
-from flashdit.evaluation.metrics.manifold import precision_recall
+from flashdit.evaluation.images.sources import NpzSource
+from flashdit.evaluation.metrics import precision_recall
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reports.gallery import PARTS, GalleryOptions, make_gallery, rows_by_class
 

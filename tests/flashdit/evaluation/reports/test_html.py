@@ -12,7 +12,7 @@ from PIL import Image
 
 from flashdit.digits.images import digits
 from flashdit.evaluation.evaluate import Plan, evaluate_fully
-from flashdit.evaluation.features.features import EXTRACTORS
+from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.images.sources import NpzSource
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reports.by_class import ClassScore

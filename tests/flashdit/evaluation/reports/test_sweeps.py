@@ -14,7 +14,7 @@ from flashdit.evaluation.reports.sweeps import (
     write_sweep,
 )
 
-RECIPE = {"samples": {"weights_sha256": "ab", "interval": (0.0, 1.0)}, "metrics": ["fid", "precision"]}
+RECIPE = {"samples": {"weights_sha256": "ab", "interval": (0.0, 1.0)}, "metrics": ["fid", "is", "precision"]}
 LABELS = {"fid": "FD[digits]", "is_mean": "IS[digits]", "is_std": "IS[digits] std", "precision": "precision"}
 
 

@@ -1,4 +1,4 @@
-"""What scores take: NumPy arrays or tensors of any float type, read as tensors and checked by name."""
+"""Which input scores take: NumPy arrays or tensors of any float type, read as tensors and checked by name."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def finite(values: Any, what: str) -> Tensor:
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise ValueError(f"{what} must be finite, got {int((~tensor.isfinite()).sum())} entries that are not")
     return tensor
+
+
+def finite_double(values: Any, what: str) -> Tensor:
+    """Returns the values as a float64 tensor; anything not finite is refused by name."""
+    return finite(values, what).double()
 
 
 def finite_pair(real: Any, fake: Any, what: str) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""Feature extractors: uint8 images → the features that scores compare. Inception, or a digits classifier."""
+"""Inception as ADM's evaluator uses it: the extractor behind every published FID."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,55 +10,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashdit.digits.classifier import DIGITS_WEIGHTS, SPATIAL_CHANNELS, load_digits_classifier
-from flashdit.digits.images import CLASS_NAMES
-from flashdit.shared.registry import Registry
+from flashdit.evaluation.features.extractor import EXTRACTORS, SPATIAL_CHANNELS, Extractor
+from flashdit.shared.files import file_sha256
 from flashdit.shared.weights import read_content
 
-EXTRACTORS = Registry("extractor")
-
-FORWARD_ROWS = 32  # images per forward of every extractor
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_DIGEST = "6726825d"  # the first of the published file's sha256
 INCEPTION_TENSORS = 472
 WEIGHTS_VARIABLE = "FLASHDIT_INCEPTION_WEIGHTS"
-
-
-class Extractor(nn.Module):
-    """uint8 NCHW images → {"pool": (b, d), "spatial": (b, s) | None, "logits": (b, classes) | None}, float32.
-
-    Attributes:
-        name: Its name in `EXTRACTORS`.
-        pool_dimensions: d, which a reference's stored mu must have.
-        spatial_dimensions: s, which its stored mu_s must have; 0 where it has no spatial features.
-        resize: How it brings images to its own size.
-        class_names: What its logits mean, where they are the data's own classes; otherwise None.
-        weights_sha256: Of the weights file; None where there is none.
-        warnings: What a report must say of its weights.
-    """
-
-    name: str
-    pool_dimensions: int
-    spatial_dimensions: int = 0
-    resize: str = "unknown"
-    class_names: list[str] | None = None
-    weights_sha256: str | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """The class and the sha256 of every weight: equal fingerprints give comparable features."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return f"{type(self).__name__}:sha256={digest.hexdigest()}"
-
-    @property
-    def frechet_name(self) -> str:
-        """What its Fréchet distance may be called: FID is Inception's alone."""
-        return f"FD[{self.name}]"
 
 
 @dataclass(kw_only=True)
@@ -71,17 +30,6 @@ class InceptionOptions:
     """
 
     weights: str | None = None
-
-
-@dataclass(kw_only=True)
-class DigitsOptions:
-    """The digits classifier has no options."""
-
-
-def file_digest(path: Path) -> str:
-    """Returns the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inception_weights_path(given: str | None) -> Path:
@@ -101,7 +49,7 @@ def inception_weights_path(given: str | None) -> Path:
 
 
 def check_inception_weights(path: Path) -> None:
-    """Refuses a file that is not a dictionary of Inception's 472 tensors; unpickles nothing but tensors."""
+    """Raises ValueError unless a file is a dictionary of Inception's 472 tensors; unpickles only tensors."""
     content = read_content(path)
     tensors = content if isinstance(content, dict) else {}
     count = sum(not str(key).endswith("num_batches_tracked") for key in tensors)
@@ -122,10 +70,11 @@ class InceptionExtractor(Extractor):
     pool_dimensions = 2048
     spatial_dimensions = 17 * 17 * SPATIAL_CHANNELS
     resize = "bilinear to 299×299 as TensorFlow 1 does"
+    is_inception = True
 
     def __init__(self, path: Path):
         super().__init__()
-        # Imported here: it brings torchvision, 3 s that a run on digits need not wait for.
+        # Imported here: it brings torchvision, 3 s that other extractors need not wait for.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:
@@ -144,11 +93,6 @@ class InceptionExtractor(Extractor):
         """Keeps the map after its ReLU, as the 2015 graph's `mixed_6/conv` is."""
         self._branch["mixed_6/conv"] = output
 
-    @property
-    def frechet_name(self) -> str:
-        """FID."""
-        return "FID"
-
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
         """Returns the features."""
@@ -158,41 +102,15 @@ class InceptionExtractor(Extractor):
         return {"pool": pool, "spatial": rearrange(branch, "b c h w -> b (h w c)"), "logits": logits}
 
 
-class DigitsExtractor(Extractor):
-    """The committed digits classifier: pool (64), spatial (112), logits (10) over the digits' own classes."""
-
-    name = "digits"
-    pool_dimensions = 64
-    spatial_dimensions = 4 * 4 * SPATIAL_CHANNELS
-    resize = "bilinear, antialiased, to 32×32"
-    class_names = CLASS_NAMES
-
-    def __init__(self):
-        super().__init__()
-        self.network = load_digits_classifier()
-        self.weights_sha256 = file_digest(DIGITS_WEIGHTS)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> dict[str, Tensor | None]:
-        """Returns the features."""
-        return dict(self.network(images))
-
-
 @EXTRACTORS.register("inception", InceptionOptions)
 def build_inception(options: InceptionOptions) -> Extractor:
     """Builds the Inception extractor, its weights found and checked."""
     path = inception_weights_path(options.weights)
     check_inception_weights(path)
     extractor = InceptionExtractor(path)
-    extractor.weights_sha256 = file_digest(path)
+    extractor.weights_sha256 = file_sha256(path)
     if not extractor.weights_sha256.startswith(INCEPTION_DIGEST):
         extractor.warnings = (
             f"{path.name} is not the published {INCEPTION_FILE}: no score compares with a paper's",
         )
     return extractor
-
-
-@EXTRACTORS.register("digits", DigitsOptions)
-def build_digits(options: DigitsOptions) -> Extractor:
-    """Builds the digits extractor."""
-    return DigitsExtractor()

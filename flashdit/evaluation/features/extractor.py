@@ -1,0 +1,47 @@
+"""What a feature extractor is: uint8 images → the features that scores compare."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+from flashdit.shared.registry import Registry
+
+EXTRACTORS = Registry("extractor", "flashdit.extractors")
+
+FORWARD_ROWS = 32  # images per forward of every extractor
+SPATIAL_CHANNELS = 7  # of a map, as many as ADM takes of Inception's
+
+
+class Extractor(nn.Module):
+    """uint8 NCHW images → {"pool": (b, d), "spatial": (b, s) | None, "logits": (b, classes) | None}, float32.
+
+    Attributes:
+        name: Its name in `EXTRACTORS`.
+        pool_dimensions: d, which a reference's stored mu must have.
+        spatial_dimensions: s, which its stored mu_s must have; 0 where it has no spatial features.
+        resize: How it brings images to its own size.
+        class_names: What its logits mean, where they are the data's own classes; otherwise None.
+        weights_sha256: Of the weights file; None where there is none.
+        warnings: What a report must say of its weights.
+        is_inception: Whether its scores may be called FID, KID and IS; those of another carry its name.
+    """
+
+    name: str
+    pool_dimensions: int
+    spatial_dimensions: int = 0
+    resize: str = "unknown"
+    class_names: list[str] | None = None
+    weights_sha256: str | None = None
+    warnings: tuple[str, ...] = ()
+    is_inception: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """The class and the sha256 of every weight: equal fingerprints give comparable features."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return f"{type(self).__name__}:sha256={digest.hexdigest()}"

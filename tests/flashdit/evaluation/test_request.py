@@ -1,0 +1,122 @@
+"""A request for an evaluation: its checks, its defaults, and what is opened of it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flashdit.digits.images import CLASS_NAMES
+from flashdit.evaluation.evaluate import evaluate
+from flashdit.evaluation.features.ranks import Ranks
+from flashdit.evaluation.images.sources import GeneratedSource
+from flashdit.evaluation.request import EvaluationRequest, open_plan
+from flashdit.sampling.options import SamplingOptions
+
+
+def generator(**changes) -> SimpleNamespace:
+    """What a request reads of a generator of digits."""
+    vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
+    space = SimpleNamespace(need_vae=lambda: vae, factor=2)
+    about = {"num_classes": 10, "class_names": CLASS_NAMES, "space": space}
+    about |= {"latent_shape": lambda options: (1, 16, 16), "image_size": lambda options: (32, 32)}
+    return SimpleNamespace(**about | changes)
+
+
+def drawn(**changes) -> EvaluationRequest:
+    """A request for samples of a generator that was trained on digits."""
+    about = {"generator": generator(), "sampling": SamplingOptions(seed=3), "data": "digits"}
+    return EvaluationRequest(**about | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"samples": Path("a.npz")},
+            "requires samples, or a generator and how it samples, got samples=a.npz",
+        ),
+        ({"generator": None}, "requires samples, or a generator and how it samples, got samples=None"),
+        ({"sampling": None}, "requires samples, or a generator and how it samples, .*sampling=None"),
+        ({"labels": "even"}, "unknown labels 'even'"),
+        ({"num_images": 0}, "the number of images must be positive, got 0"),
+        ({"batch_size": 0}, "the batch size must be positive, got 0"),
+        ({"metrics": ["fidd"]}, "unknown metric 'fidd'; did you mean 'fid'"),
+    ],
+)
+def test_a_request_is_checked_where_it_is_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(**changes)
+
+
+def test_a_data_set_gives_reference_extractor_and_number_of_samples():
+    plan = open_plan(drawn(), Ranks())
+    assert plan.reference.spec == "digits"
+    assert plan.extractor.name == "digits"
+    assert plan.samples.count == 1000
+    assert plan.metrics == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
+    assert plan.cache is not None
+    assert open_plan(drawn(cache=False, num_images=5), Ranks()).cache is None
+
+
+def test_a_reference_of_images_has_inception_and_fifty_thousand_samples_by_default(tmp_path):
+    np.savez(tmp_path / "r.npz", np.zeros((5, 32, 32, 3), np.uint8))
+    request = drawn(reference=str(tmp_path / "r.npz"))
+    assert request.extractor_name == "inception"
+    assert drawn(reference="digits", data="shards").extractor_name == "digits"
+    plan = open_plan(drawn(reference=str(tmp_path / "r.npz"), extractor="digits"), Ranks())
+    assert plan.samples.count == 50_000
+
+
+@pytest.mark.parametrize("data", ["images", "shards", None])
+def test_data_that_brings_no_reference_needs_one_whatever_folder_lies_there(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "shards"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "samples.npz", np.zeros((5, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"--reference or evaluation\.reference"):
+        open_plan(drawn(data=data), Ranks())
+    assert open_plan(drawn(data=data, reference="images", extractor="digits"), Ranks()).reference.count == 5
+
+
+def test_labels_are_in_equal_shares_or_drawn():
+    labels = {}
+    for kind in ("balanced", "random"):
+        samples = open_plan(drawn(labels=kind, num_images=40), Ranks()).samples
+        assert samples.labels is not None
+        labels[kind] = samples.labels.bincount(minlength=10)
+    assert labels["balanced"].tolist() == [4] * 10
+    assert labels["random"].tolist() != [4] * 10
+    assert labels["random"].sum() == 40
+
+
+def test_samples_by_another_generator_or_option_keep_their_labels():
+    plan = open_plan(drawn(num_images=7), Ranks())
+    other, options = generator(), SamplingOptions(cfg_scale=2.5)
+    for new in (plan.redrawn(generator=other), plan.redrawn(options=options)):
+        assert isinstance(new.samples, GeneratedSource)
+        assert new.samples.labels is plan.samples.labels
+        assert new._replace(samples=plan.samples) == plan
+    changed = plan.redrawn(generator=other, options=options).samples
+    assert isinstance(changed, GeneratedSource)
+    assert (changed.generator, changed.options) == (other, options)
+
+
+def test_a_reference_and_its_floor_are_read_once(tmp_path, monkeypatch):
+    images = torch.arange(8 * 32 * 32 * 3).remainder(255).to(torch.uint8).reshape(8, 32, 32, 3)
+    np.savez(tmp_path / "samples.npz", images.numpy())
+    request = EvaluationRequest(
+        samples=tmp_path / "samples.npz", reference="digits", metrics=["fid", "recall"], cache=False
+    )
+    plan = open_plan(request, Ranks())
+    first = evaluate(plan)
+    assert plan.reference.source is not None
+    monkeypatch.setattr(plan.reference.source, "batches", None)  # what is read again raises
+    monkeypatch.setattr("flashdit.digits.reference.DigitsSource.batches", None)
+    second = evaluate(plan)
+    assert first.scores.values == second.scores.values
+    assert first.floor is not None
+    assert second.floor == first.floor
+    assert first.floor.count == 1437
+    assert first.reference["num_images"] == 360
