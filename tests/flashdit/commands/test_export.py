@@ -23,11 +23,11 @@ def run_dir(tiny_checkpoint, tmp_path):
     """Returns a run with scores of its weights, and newer ones of others."""
     shutil.copytree(tiny_checkpoint.parents[1], tmp_path / "birds")
     weights = load_generator(tiny_checkpoint).recipe()["weights_sha256"]
-    for age, (name, of) in enumerate({"old": weights, "new": "0" * 64}.items()):
+    for age, (name, of) in enumerate({"first": weights, "old": weights, "new": "0" * 64}.items()):
         path = tmp_path / "birds" / "eval" / name / "metrics.json"
         path.parent.mkdir(parents=True)
         content = {
-            "metrics": {"fd_1000": 0.5 + age, "recall": None},
+            "metrics": {"fd_1000": abs(age - 1) + 0.5, "recall": None},
             "labels": {"fd_1000": "FD[digits]"},
             "num_images": 1000,
             "reference": {"name": "digits"},

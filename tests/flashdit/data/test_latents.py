@@ -47,6 +47,15 @@ def test_encoding_is_the_posterior_mean(vae):
     torch.testing.assert_close(encode_images(vae, images), expected.detach())
 
 
+def test_encoding_with_noise_is_a_sample_of_the_posterior(vae):
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    posterior = vae.encode(images / 127.5 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape)
+    expected = posterior.mean + posterior.std * noise
+    assert (posterior.std - 1).abs().max() > 0.01
+    torch.testing.assert_close(encode_images(vae, images, noise), expected.detach())
+
+
 def test_save_and_load_round_trips_and_finds_the_vae(tmp_path, vae):
     vae.save_pretrained(tmp_path / "vae")
     ours = space(vae, vae=str(tmp_path / "vae"), multiplier=0.3)

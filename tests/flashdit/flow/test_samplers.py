@@ -201,6 +201,25 @@ def test_dopri5_steps_onto_the_jumps_it_is_given():
     assert abs(inexact - (5 * 0.37 - 0.63)) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("given", "integrated"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dopri5_integrates_in_float32_at_least(given, integrated):
+    seen = set()
+
+    def v(x, t):
+        seen.add(x.dtype)
+        return -x
+
+    run("dopri5", v, torch.ones(1, 1, dtype=given), time_grid(1))
+    assert seen == {integrated}
+
+
 def test_shift_is_applied_once_and_its_ends_are_exact():
     for shift in SHIFTS:
         times = time_grid(8, shift)
@@ -213,6 +232,7 @@ def test_shift_is_applied_once_and_its_ends_are_exact():
     ("steps", "shift", "message"),
     [
         (0, 1.0, "steps must be at least 1, got 0"),
+        (1_000_001, 1.0, "steps must be at most 1,000,000, got 1000001"),
         (5, 0.0, "shift must be positive"),
         (5, math.inf, "shift must be positive"),
     ],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flashdit.sampling.classes import balanced_labels, class_ids, equal_shares, random_labels
+from flashdit.sampling.classes import balanced_labels, choose_labels, class_ids, equal_shares, random_labels
 
 NAMES = ["cat", "golden retriever", "hen"]
 BIRDS = ["crane", "white stork, Ciconia ciconia", "crane", "7"]
@@ -35,6 +35,8 @@ def test_classes_go_by_id_or_name():
     assert class_ids(["Golden Retriever", " HEN"], NAMES) == [1, 2]
     assert class_ids(["all"], NAMES) == [0, 1, 2]
     assert class_ids(["ciconia ciconia", "white stork", BIRDS[1]], BIRDS) == [1, 1, 1]
+    assert class_ids([2, 0], NAMES) == [2, 0]
+    assert class_ids(["crane"], ["Crane", "crane"]) == [1], "a name as it is written comes first"
     assert class_ids(["7", "2"], BIRDS) == [3, 2], "a name of digits comes before a number"
 
 
@@ -53,3 +55,18 @@ def test_classes_go_by_id_or_name():
 def test_invalid_classes_are_named(name, names, message):
     with pytest.raises(ValueError, match=message):
         class_ids([name], names)
+
+
+def test_labels_are_ten_of_the_first_ten_classes_unless_others_are_chosen():
+    names = [f"bird {i}" for i in range(12)]
+    assert choose_labels(names, None, None).bincount().tolist() == [10] * 10
+    assert choose_labels(names, None, 24).bincount().tolist() == [2] * 12
+    assert choose_labels(names, ["bird 11", 3], None).tolist() == [11] * 10 + [3] * 10
+    assert choose_labels(names, [3], 2).tolist() == [3, 3]
+    assert choose_labels([], None, 2).tolist() == [0, 0], "the null label of a model without classes"
+    drawn = choose_labels(names, [3, 8], 50, order="random", seed=1)
+    assert drawn.equal(random_labels(50, [3, 8], seed=1))
+    with pytest.raises(ValueError, match="num_images must be at least 1, got -1"):
+        choose_labels(names, None, -1)
+    with pytest.raises(ValueError, match="unknown labels 'radnom'; did you mean 'random'"):
+        choose_labels(names, None, 2, order="radnom")

@@ -1,0 +1,52 @@
+"""Filling a folder of samples: each process's share, and what the recipe says once all are there."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.generator import SampleBatch
+from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.run import fill, open_folder
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_checkpoint):
+    return load_generator(tiny_checkpoint)
+
+
+def process(index, count):
+    """Returns what a process knows of itself and of the others."""
+    return SimpleNamespace(
+        process_index=index,
+        num_processes=count,
+        is_main_process=index == 0,
+        wait_for_everyone=lambda: None,
+    )
+
+
+def test_a_process_makes_its_share_and_nothing_twice(generator, tmp_path):
+    options = SamplingOptions(steps=1, batch_size=2)
+    folder = open_folder(generator, torch.tensor([0, 1, 2, 0, 1]), options, tmp_path / "out")
+    folder.open()
+    fill(folder, generator, options, process(1, 2))
+    assert folder.missing().tolist() == [0, 2, 4]
+    fill(folder, generator, options, process(0, 1))
+    assert folder.is_finished
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_the_recipe_has_the_mean_and_the_most_evaluations_of_an_image(generator, tmp_path):
+    labels = torch.tensor([0, 1, 2])
+    folder = open_folder(generator, labels, SamplingOptions(sampler="dopri5"), tmp_path / "out")
+    assert folder.recipe["nfe"] is None
+    folder.open()
+    images = torch.zeros(3, 3, 8, 4, dtype=torch.uint8)
+    folder.add(SampleBatch(ids=torch.arange(3), labels=labels, images=images, nfe=torch.tensor([20, 32, 21])))
+    folder.finish()
+    recipe = folder.read_recipe()
+    assert recipe["nfe"] == pytest.approx(73 / 3)
+    assert recipe["nfe_max"] == 32
