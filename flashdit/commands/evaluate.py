@@ -25,7 +25,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         description="Scores images: Fréchet distances, inception score, precision, recall, accuracy.",
-        epilog="Other commands: eval_fid.py make-reference | compare | sweep, each with --help. One or many "
+        epilog="Sub-commands: make-reference | compare | sweep, each with --help. One or many "
         "processes (accelerate launch, torchrun) give the same numbers.",
     )
     what = add_evaluation(parser)
@@ -124,7 +124,7 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
 def make_reference(argv: Sequence[str]) -> None:
     """Writes the reference file of an image set."""
     parser = argparse.ArgumentParser(
-        prog="eval_fid.py make-reference",
+        prog=f"{Path(sys.argv[0]).name} make-reference",
         description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
     )
     parser.add_argument("images", metavar="NPZ|FOLDER|DATA", help="the image set, or the one DATA brings")
@@ -169,7 +169,7 @@ def make_reference(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Prints results side by side and says which are not comparable."""
     parser = argparse.ArgumentParser(
-        prog="eval_fid.py compare",
+        prog=f"{Path(sys.argv[0]).name} compare",
         description="Puts results side by side; says which are not comparable, and why.",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="METRICS.json")
@@ -196,7 +196,7 @@ def sweep(argv: Sequence[str]) -> None:
     """Scores a range of guidance scales."""
     from flashdit.commands.sweep import main
 
-    main(argv)
+    main(argv, f"{Path(sys.argv[0]).name} sweep")
 
 
 COMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
