@@ -150,3 +150,13 @@ def test_an_unknown_kind_of_part_names_the_nearest(python):
     assert done.stderr.startswith(
         "flashdit list: error: unknown kind of part 'sampler'; did you mean 'samplers'?"
     )
+
+
+@pytest.mark.parametrize("words", [("eval", "make-reference"), ("eval", "compare"), ("eval", "sweep")])
+def test_the_sub_commands_of_scoring_name_themselves(python, words):
+    done, modules = python(code_of("flashdit", *words, "--help"))
+    assert done.stdout.startswith(f"usage: flashdit {' '.join(words)} ")
+    assert modules.isdisjoint(HEAVY)
+    script = [sys.executable, "eval_fid.py", words[1], "--help"]
+    shim = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert shim.stdout.startswith(f"usage: eval_fid.py {words[1]} ")

@@ -127,3 +127,16 @@ def test_a_relative_bias_is_read_by_the_query_minus_the_key():
     index = relative_index((2, 2), (3, 3))
     assert index[3, 0] == (1 + 2) * 5 + (1 + 2), "one row and one column further on than the key"
     assert index[0, 3] == (-1 + 2) * 5 + (-1 + 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reached"),
+    [("window", [(0, 0), (0, 1), (1, 0), (1, 1)]), ("interleaved", [(0, 0), (0, 3), (2, 0), (2, 3)])],
+)
+def test_a_block_attends_in_the_windows_of_its_kind(kind, reached):
+    torch.manual_seed(0)
+    block = IwinBlock(8, 2, 2, kernel=0, attention=kind)
+    x = torch.randn(1, 4, 6, 8, requires_grad=True)
+    block(x)[0, 0, 0].sum().backward()
+    assert x.grad is not None
+    assert [tuple(place) for place in x.grad[0].abs().sum(-1).nonzero().tolist()] == reached

@@ -215,3 +215,11 @@ def test_what_cannot_be_is_one_sentence(exit_message):
         estimate, "--config", "absent"
     )
     assert "did you mean 'model.depth'" in exit_message(estimate, "model.dept=3")
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_gathered_parameters_have_the_width_of_the_precision(precision, width):
+    settings = xl("data.path=x", f"training.precision={precision}")
+    counts = count_parameters(settings)
+    rows = memory_bytes(settings, counts, Activations(fixed=1.0, per_image=1.0), gpus=8, sharded=True)
+    assert rows["gathered"] == width * (counts.outside + 2 * counts.block) + 4 * counts.block

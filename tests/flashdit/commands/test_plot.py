@@ -189,3 +189,15 @@ def test_references_need_the_same_task():
     assert holds({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}})
     assert not holds({"a": {"b": 1}}, {"a": {"b": 2}})
     assert not holds({"a": {}}, {"a": {"b": 1}})
+
+
+def test_losses_are_smoothed_and_scores_are_not(tmp_path, monkeypatch):
+    shares = {}
+
+    def record(curve, share):
+        shares[curve[0][1]] = share
+        return curve
+
+    monkeypatch.setattr(plot, "smooth", record)
+    drawn(tmp_path, make_run(tmp_path / "run", falling(scores=True)), "--smoothing", "0.2")
+    assert shares == {1.2: 0.2, 9.0: 0.0, 5.0: 0.0}, "by the first value of loss, fid and fd"

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +284,16 @@ def test_corruption_that_keeps_the_size_is_found_by_verify(options, tmp_path, ex
 
 def test_a_command_without_its_folders_is_one_sentence(exit_message):
     assert "encoding needs --images, --vae and --out" in exit_message(encode_latents, "--vae", "digits")
+
+
+def test_help_states_the_defaults_of_the_options(capsys):
+    with pytest.raises(SystemExit):
+        encode_latents.parse(["--help"])
+    _, _, text = capsys.readouterr().out.partition("options:")
+    stated = {}
+    for part in re.split(r"\n  (?=--)", text):
+        if found := re.search(r"\(default: (\w+)\)", " ".join(part.split())):
+            stated[part.split()[0].removeprefix("--").replace("-", "_")] = found[1]
+    defaults = {field.name: str(field.default) for field in fields(EncodingOptions)}
+    unstated = {"images", "vae", "out", "sample"}
+    assert stated == {name: value for name, value in defaults.items() if name not in unstated}
