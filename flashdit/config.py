@@ -15,13 +15,13 @@ from flashdit.models.attention import ATTENTIONS
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.settings import Key, describe, read
+from flashdit.shared.settings import Key, describe, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 
-DEFAULT = "digits"
+DEFAULT_CONFIG = "digits"
 """The shipped configuration of a run that names none."""
 
 
@@ -95,12 +95,12 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     Raises:
         ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
-    config = read(path or DEFAULT, overrides, RunConfig)
-    check(config)
+    config = read_settings(path or DEFAULT_CONFIG, overrides, RunConfig)
+    check_run_config(config)
     return config
 
 
-def check(config: RunConfig) -> None:
+def check_run_config(config: RunConfig) -> None:
     """Raises ValueError for parts of the configuration that do not fit together, before anything is built."""
     check_run(config)
     arguments = get_type_hints(FlashDiT.__init__)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from iwin_core.attention import DepthwiseConv, IwinAttention
 
 STRUCTURES = ("S1", "S2", "S3")
-ATTENTIONS = ("interleaved", "window", "none")
+BLOCK_ATTENTIONS = ("interleaved", "window", "none")
 
 
 class Mlp(nn.Module):
@@ -82,7 +82,7 @@ class IwinBlock(nn.Module):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        if attention not in ATTENTIONS or structure not in STRUCTURES:
+        if attention not in BLOCK_ATTENTIONS or structure not in STRUCTURES:
             rule = (
                 f"attention must be one of {', '.join(ATTENTIONS)}, structure one of {', '.join(STRUCTURES)}"
             )

@@ -60,7 +60,9 @@ def test_folders_import_only_those_before_them(path):
 def test_only_the_digits_know_themselves():  # but for the name of the default configuration
     known = re.compile(r"digits\.(images|classifier|dataset|extractor|reference)\b|[=!]= [\"']digits")
     for path in (ROOT / "flashdit").rglob("*.py"):
-        text = path.read_text().replace('DEFAULT = "digits"', "")  # the configuration of a run without one
+        text = path.read_text().replace(
+            'DEFAULT_CONFIG = "digits"', ""
+        )  # the configuration of a run without one
         assert path.parent.name == "digits" or not known.search(text), path
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from flashdit.sampling.checkpoint import CheckpointGenerator
 
-SAMPLING = (
+SAMPLING_ARGUMENTS = (
     *("sampler", "sampler_option", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
     *("height", "width", "precision"),
 )
@@ -69,7 +69,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the sampling options that the command line gives, None where it gives none."""
-    return {name: getattr(arguments, name) for name in (*SAMPLING, "batch_size")}
+    return {name: getattr(arguments, name) for name in (*SAMPLING_ARGUMENTS, "batch_size")}
 
 
 def open_generator(

@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from rich.table import Column, Table
 
-from flashdit.config import RunConfig, check
+from flashdit.config import RunConfig, check_run_config
 from flashdit.data.sources import DATASETS, companions_of
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
 from flashdit.shared.registry import Buildable
-from flashdit.shared.settings import read
+from flashdit.shared.settings import read_settings
 from flashdit.training.options import TrainingOptions, share_of_batch
 
 IMAGENET_IMAGES = 1_281_167  # of its training split
@@ -120,12 +120,12 @@ def duration(seconds: float) -> str:
 
 def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """Returns the checked configuration; the data need not be there."""
-    config = read(path, overrides, RunConfig)
+    config = read_settings(path, overrides, RunConfig)
     if "name" in config.data:
         options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
         if "path" in {option.name for option in fields(options_type)}:
             config.data.setdefault("path", "not read")
-    check(config)
+    check_run_config(config)
     return config
 
 

@@ -16,8 +16,8 @@ from flashdit.shared.files import write_atomically
 from flashdit.shared.registry import announced
 from flashdit.shared.runs import METRICS_FILE
 
-SHIPPED = Path("assets", "curves")  # beside the module that announces a data set
-TASK = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
+SHIPPED_CURVES = Path("assets", "curves")  # beside the module that announces a data set
+TASK_SECTIONS = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
 OLDER_SCORES = (
     *("fid", "fd", "sfid", "sfd", "kid", "kd", "is_mean"),
     *("precision", "recall", "accuracy", "ema_top"),
@@ -71,7 +71,7 @@ def read_run(run: Path) -> RunCurves:
     stated = yaml.safe_load(config.read_text()) if config.is_file() else {}
     return RunCurves(
         name=run.resolve().name,
-        task={key: stated[key] for key in TASK if key in stated},
+        task={key: stated[key] for key in TASK_SECTIONS if key in stated},
         curves=curves,
         scores=list_scores(curves, listed),
     )
@@ -134,7 +134,7 @@ def thin(curve: Curve, points: int) -> Curve:
     ]
 
 
-def write_reference(run: RunCurves, metrics: Sequence[str], path: Path) -> None:
+def write_reference_curve(run: RunCurves, metrics: Sequence[str], path: Path) -> None:
     """Writes a thinned copy of a run, as it ships with its preset."""
     curves = {name: thin(run.curves[name], REFERENCE_POINTS) for name in metrics}
     thinned = replace(run, curves=curves, scores=[name for name in run.scores if name in curves])
@@ -143,7 +143,7 @@ def write_reference(run: RunCurves, metrics: Sequence[str], path: Path) -> None:
 
 
 def read_reference(path: Path) -> RunCurves:
-    """Returns the curves that `write_reference` wrote.
+    """Returns the curves that `write_reference_curve` wrote.
 
     Raises:
         ValueError: If the file is none of these.
@@ -165,7 +165,9 @@ def shipped_references(runs: Sequence[RunCurves]) -> list[RunCurves]:
     """Returns the shipped references whose task is that of one of the runs: their losses can be compared."""
     names = dict.fromkeys(run.task.get("data", {}).get("name") for run in runs)
     modules = [announced("flashdit.data")[name] for name in names if name in announced("flashdit.data")]
-    folders = [Path(spec.origin).parent / SHIPPED for spec in map(find_spec, modules) if spec and spec.origin]
+    folders = [
+        Path(spec.origin).parent / SHIPPED_CURVES for spec in map(find_spec, modules) if spec and spec.origin
+    ]
     known = [read_reference(path) for folder in folders for path in sorted(folder.glob("*.json"))]
     return [reference for reference in known if any(holds(run.task, reference.task) for run in runs)]
 

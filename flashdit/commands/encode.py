@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashdit.shared.command import add_device, resolve_device
 
-PATIENCE = timedelta(days=7)  # between the first process that is done and the last
+ENCODE_TIMEOUT = timedelta(days=7)  # between the first process that is done and the last
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def encode(arguments: argparse.Namespace) -> None:
+def encode_on_ranks(arguments: argparse.Namespace) -> None:
     """Encodes on all processes; the main one writes the manifest and says where it lies."""
     from accelerate import PartialState
 
@@ -53,7 +53,7 @@ def encode(arguments: argparse.Namespace) -> None:
     names = (field.name for field in fields(EncodingOptions))
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     device = resolve_device(arguments.device)
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
     encoding = FolderEncoding(EncodingOptions(**given), device)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.verify is None:
-        encode(arguments)
+        encode_on_ranks(arguments)
         return
     from flashdit.data.manifest import MANIFEST, verify
 

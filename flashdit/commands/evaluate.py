@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.commands.arguments import SAMPLING, open_generator
+from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
 from flashdit.shared.command import resolve_device
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flashdit.evaluation.features.ranks import Ranks
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the command line; what is not given is None.
 
     Raises:
@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(
             f"give --samples or --checkpoint, got {arguments.samples} and {arguments.checkpoint}"
         )
-    for option in (*SAMPLING, "vae", "compile", "labels"):
+    for option in (*SAMPLING_ARGUMENTS, "vae", "compile", "labels"):
         if getattr(arguments, option) is not None:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for sampling from a --checkpoint, got it with --samples"
@@ -83,9 +83,9 @@ def open_all(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Plan, Path]:
     return plan, output
 
 
-def score(argv: Sequence[str]) -> None:
+def score_images(argv: Sequence[str]) -> None:
     """Scores, writes the report and prints the table."""
-    arguments = parse_arguments(argv)
+    arguments = parse(argv)
     arguments.device = resolve_device(arguments.device)
 
     from flashdit.evaluation.evaluate import evaluate_fully
@@ -199,13 +199,13 @@ def sweep(argv: Sequence[str]) -> None:
     main(argv)
 
 
-COMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
+SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first word names; without one, scores."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and words[0] in COMMANDS:
-        COMMANDS[words[0]](words[1:])
+    if words and words[0] in SUBCOMMANDS:
+        SUBCOMMANDS[words[0]](words[1:])
     else:
-        score(words)
+        score_images(words)

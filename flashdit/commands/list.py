@@ -10,7 +10,7 @@ from typing import Any
 
 from flashdit.shared.registry import unknown
 
-KINDS = {
+LISTED_KINDS = {
     "samplers": "flashdit.flow.samplers:SAMPLERS",
     "metrics": "flashdit.evaluation.metrics.metric:METRICS",
     "data": "flashdit.data.sources:DATASETS",
@@ -25,10 +25,10 @@ MAKERS = ("integrate", "compute", "build")  # attributes of a registered piece t
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("kind", metavar="KIND", help=", ".join(LISTED_KINDS))
     arguments = parser.parse_args(argv)
-    if arguments.kind not in KINDS:
-        raise unknown("kind of part", arguments.kind, KINDS)
+    if arguments.kind not in LISTED_KINDS:
+        raise unknown("kind of part", arguments.kind, LISTED_KINDS)
     return arguments
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     from flashdit.shared.settings import describe
 
-    module, _, name = KINDS[arguments.kind].partition(":")
+    module, _, name = LISTED_KINDS[arguments.kind].partition(":")
     registry = getattr(import_module(module), name)
     for name in registry.names():
         piece = registry[name]

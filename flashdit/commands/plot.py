@@ -15,7 +15,7 @@ from flashdit.commands.curves import (
     read_run,
     shipped_references,
     smooth,
-    write_reference,
+    write_reference_curve,
 )
 from flashdit.shared.registry import unknown
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REFERENCE_COLOUR = "#3c4350"
 STYLES = ("-", "--", ":")
-SUFFIXES = (".png", ".svg", ".pdf")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 TAIL = 0.1  # share of a run whose mean the legend gives
 BEGINNING = 0.05  # share of the longest run that may leave the panel
 LARGER = 1.4  # than a panel of a sweep
@@ -57,8 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.smoothing <= 1:
         raise ValueError(f"--smoothing must be from 0 to 1, got {arguments.smoothing}")
-    if arguments.output is not None and arguments.output.suffix not in SUFFIXES:
-        raise ValueError(f"--output must end in {', '.join(SUFFIXES)}, got {arguments.output}")
+    if arguments.output is not None and arguments.output.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--output must end in {', '.join(PLOT_SUFFIXES)}, got {arguments.output}")
     return arguments
 
 
@@ -73,10 +73,10 @@ def pick_metrics(text: str, runs: Sequence[RunCurves]) -> list[str]:
     for name in named:
         if name not in known:
             raise unknown("metric", name, known)
-    return list(dict.fromkeys([*named, *(name for name in known if name in scores_of(runs))]))
+    return list(dict.fromkeys([*named, *(name for name in known if name in drawn_scores(runs))]))
 
 
-def scores_of(runs: Sequence[RunCurves]) -> set[str]:
+def drawn_scores(runs: Sequence[RunCurves]) -> set[str]:
     """Returns which metrics are scores of evaluations in a run: few points, which are not smoothed."""
     return {name for run in runs for name in run.scores}
 
@@ -90,7 +90,7 @@ def distinct(runs: Sequence[RunCurves], paths: Sequence[Path]) -> list[RunCurves
     ]
 
 
-def draw(
+def draw_runs(
     runs: Sequence[RunCurves],
     references: Sequence[RunCurves],
     metrics: Sequence[str],
@@ -110,7 +110,7 @@ def draw(
 
     from flashdit.shared.charts import COLOURS, new_axes, save_figure
 
-    scores = scores_of([*runs, *references])
+    scores = drawn_scores([*runs, *references])
     figure, all_axes = new_axes(metrics, "images seen", columns=2)
     figure.set_size_inches(*(LARGER * figure.get_size_inches()))
     for axes, metric in zip(all_axes, metrics, strict=True):
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = distinct([read_run(path) for path in arguments.runs], arguments.runs)
     metrics = pick_metrics(arguments.metric, runs)
     if arguments.write_reference is not None:
-        write_reference(
+        write_reference_curve(
             runs[0], [name for name in metrics if name in runs[0].curves], arguments.write_reference
         )
         print(f"wrote {arguments.write_reference}")
@@ -183,5 +183,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         references = [] if arguments.reference == "none" else [read_reference(Path(arguments.reference))]
     output = arguments.output or arguments.runs[0] / "curves.png"
-    draw(runs, references, metrics, arguments.smoothing, output)
+    draw_runs(runs, references, metrics, arguments.smoothing, output)
     print(f"wrote {output}")

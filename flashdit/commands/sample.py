@@ -14,7 +14,7 @@ from pathlib import Path
 from flashdit.commands.arguments import add_sampling, add_weights, given_sampling, open_generator
 from flashdit.shared.command import add_device, resolve_device
 
-PATIENCE = timedelta(days=1)  # between the first process that is done and the last
+SAMPLE_TIMEOUT = timedelta(days=1)  # between the first process that is done and the last
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     from flashdit.sampling.folder import GRID
     from flashdit.sampling.run import fill, open_folder
 
-    state = PartialState(cpu=device.startswith("cpu"), timeout=PATIENCE)
+    state = PartialState(cpu=device.startswith("cpu"), timeout=SAMPLE_TIMEOUT)
     where = device if state.num_processes == 1 or state.device is None else state.device
     generator = open_generator(arguments, where)
     options = sampling_options(generator, given_sampling(arguments))

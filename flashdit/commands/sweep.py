@@ -50,7 +50,7 @@ def parse_scales(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
     parser = argparse.ArgumentParser(
         description="Scores one checkpoint over guidance scales.",
@@ -85,7 +85,7 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def title_of(plan: Plan, generator: CheckpointGenerator, options: SamplingOptions) -> str:
+def sweep_title(plan: Plan, generator: CheckpointGenerator, options: SamplingOptions) -> str:
     """Returns what a plot says of its recipe."""
     sampler, _, _ = str(options).partition(", guidance")
     low, high = options.cfg_interval
@@ -110,15 +110,15 @@ def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
     )
 
 
-def print_table(sweep: Sweep) -> None:
+def print_sweep(sweep: Sweep) -> None:
     """Prints the table, an asterisk at the best of each score."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from flashdit.evaluation.reports.sweeps import table_rows
+    from flashdit.evaluation.reports.sweeps import sweep_rows
 
-    header, *rows = table_rows(sweep)
+    header, *rows = sweep_rows(sweep)
     table = Table(caption="* the best of its column", caption_justify="left")
     for title in header:
         table.add_column(escape(title), justify="right", overflow="fold")
@@ -129,7 +129,7 @@ def print_table(sweep: Sweep) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them."""
-    arguments = parse_arguments(argv)
+    arguments = parse(argv)
     scales = parse_scales(arguments.scales)
     arguments.device = resolve_device(arguments.device)
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ranks.agree():
             sweep, others = read_sweeps(output / "sweep.json", recipe_of(plan))
         assert request.sampling is not None
-        sweep.title = title_of(plan, generator, request.sampling)
+        sweep.title = sweep_title(plan, generator, request.sampling)
         missing = [scale for scale in scales if scale not in sweep.scales()]
         if ranks.is_main and len(missing) < len(scales):
             print(f"{len(scales) - len(missing)} of {len(scales)} scales are in {output / 'sweep.json'}")
@@ -160,5 +160,5 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_sweep(output, sweep, others)
         if ranks.is_main:
             write_sweep(output, sweep, others)  # again: its table and plot may have been lost
-            print_table(sweep)
+            print_sweep(sweep)
             print(f"wrote {output / 'sweep.png'}, sweep.md and sweep.json")

@@ -18,7 +18,7 @@ from flashdit.shared.process import computing_in
 from flashdit.shared.seeds import generator_for
 
 BATCH = 64
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def open_latents(
@@ -47,8 +47,8 @@ def open_latents(
     if vae is None:
         raise ValueError("images need a VAE: give latents.vae, a folder of a diffusers AutoencoderKL")
     vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    latents = encode(vae, source, mirrored=False, progress=progress)
-    mirrored = encode(vae, source, mirrored=True, progress=progress) if source.mirrors else None
+    latents = encode_source(vae, source, mirrored=False, progress=progress)
+    mirrored = encode_source(vae, source, mirrored=True, progress=progress) if source.mirrors else None
     space = LatentSpace(*channel_statistics(latents), options, vae)
     return MemoryLatents(latents, mirrored, source.labels, source.class_names), space
 
@@ -63,7 +63,7 @@ def check_vae(source: LatentShards, space: LatentSpace) -> None:
         )
 
 
-def encode(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bool = True) -> Tensor:
+def encode_source(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bool = True) -> Tensor:
     """Returns the VAE latents (N, C, H, W) of all images of a source, on the CPU."""
     encoded = []
     batches = torch.arange(len(source.labels)).split(BATCH)
@@ -80,7 +80,7 @@ class MirrorEncoder:
         vae: The VAE, frozen; it is moved to the device.
         device: Where it runs.
         precision: What it computes in, one of `AUTOCAST`; `tf32` is `fp32` on a CPU.
-        dtype: What the latents are stored in, one of `DTYPES`.
+        dtype: What the latents are stored in, one of `STORED_DTYPES`.
         seed: Of samples of the posterior; None stores its means.
     """
 
@@ -89,7 +89,7 @@ class MirrorEncoder:
     ):
         vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.vae, self.device, self.seed = vae, device, seed
-        self.precision, self.dtype = precision, DTYPES[dtype]
+        self.precision, self.dtype = precision, STORED_DTYPES[dtype]
 
     def shape(self, image_size: int) -> tuple[int, ...]:
         """Returns the shape (C, H, W) of a latent of images (3, S, S).

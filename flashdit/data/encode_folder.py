@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashdit.data.autoencoders import load_vae, vae_identity
-from flashdit.data.encode import DTYPES, MirrorEncoder
+from flashdit.data.encode import STORED_DTYPES, MirrorEncoder
 from flashdit.data.images import ReadableImages, ReadBatch
-from flashdit.data.manifest import FORMAT, MANIFEST, RECORDS
-from flashdit.data.shards import CLASS_NAMES, write_shard, write_statistics
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
+from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
@@ -64,7 +64,7 @@ class EncodingOptions:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name, known in (("dtype", DTYPES), ("precision", AUTOCAST)):
+        for name, known in (("dtype", STORED_DTYPES), ("precision", AUTOCAST)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
 
@@ -93,7 +93,7 @@ class FolderEncoding:
         self.encode = MirrorEncoder(self.vae, torch.device(device), options.precision, options.dtype, seed)
         self.shape = self.encode.shape(options.image_size)
         self.fixed = {
-            "format": FORMAT,
+            "format": MANIFEST_FORMAT,
             "vae_identity": vae_identity(self.vae),
             "listing_sha256": self._listing(),
             "image_size": options.image_size,
@@ -183,7 +183,7 @@ class FolderEncoding:
 
     def _write_shard(self, shard: int, read: Iterator[ReadBatch], bar: tqdm) -> None:
         """Encodes one shard from the batches that come next, and writes it with its record."""
-        parts = [torch.empty(2, 0, *self.shape, dtype=DTYPES[self.options.dtype])]
+        parts = [torch.empty(2, 0, *self.shape, dtype=STORED_DTYPES[self.options.dtype])]
         rows: list[int] = []
         unreadable: dict[str, str] = {}
         for batch in self._batches(shard):
@@ -249,7 +249,7 @@ class FolderEncoding:
             ],
         }
         write_atomically(
-            self.out / CLASS_NAMES, lambda path: path.write_text(json.dumps(self.source.class_names))
+            self.out / CLASS_NAMES_FILE, lambda path: path.write_text(json.dumps(self.source.class_names))
         )
         channels = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (moments.mean, std))
         write_statistics(self.out, *channels)

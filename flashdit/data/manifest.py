@@ -11,7 +11,7 @@ from flashdit.shared.files import file_sha256
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
-FORMAT = 1
+MANIFEST_FORMAT = 1
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -31,8 +31,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"a manifest must be JSON, {path} is not: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"a manifest must have format {FORMAT}, {path} has {manifest.get('format')}")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ValueError(
+            f"a manifest must have format {MANIFEST_FORMAT}, {path} has {manifest.get('format')}"
+        )
     return manifest
 
 

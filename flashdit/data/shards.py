@@ -18,7 +18,7 @@ from flashdit.shared.files import write_atomically
 SHARDS = "latents_rank*_shard*.safetensors"
 TENSORS = ("latents", "latents_flip", "labels")
 STATISTICS = "latents_stats.pt"
-CLASS_NAMES = "class_names.json"
+CLASS_NAMES_FILE = "class_names.json"
 STATISTICS_ROWS = 10_000
 
 
@@ -83,7 +83,7 @@ class LatentShards:
         self.labels = torch.cat(labels).long()
         self.ends = list(accumulate(map(len, labels)))
         self.shape = tuple(self._shard(0)["latents"].shape[1:])
-        names = folder / CLASS_NAMES
+        names = folder / CLASS_NAMES_FILE
         self.class_names = json.loads(names.read_text()) if names.exists() else None
         self.num_classes = len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 

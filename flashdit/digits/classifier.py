@@ -10,10 +10,10 @@ from einops import rearrange, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flashdit.digits.images import IMAGE_SIZE
 from flashdit.evaluation.features.extractor import SPATIAL_CHANNELS
 from iwin_core import IwinConfig, IwinTransformer
 
-IMAGE_SIZE = 32
 DIGITS_WEIGHTS = Path(__file__).parent / "assets" / "classifier.safetensors"
 
 

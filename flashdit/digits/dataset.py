@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flashdit.data.sources import DATASETS, Companions
-from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.digits.reference import DigitsSource
 
 
@@ -32,7 +32,7 @@ class Digits:
 
     def __init__(self, options: DigitsOptions):
         self.images, self.labels = digits("train")
-        self.class_names = list(CLASS_NAMES)
+        self.class_names = list(DIGIT_NAMES)
         self.mirrors = False
 
     def image(self, index: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdit.digits.classifier import DIGITS_WEIGHTS, load_digits_classifier
-from flashdit.digits.images import CLASS_NAMES
+from flashdit.digits.images import DIGIT_NAMES
 from flashdit.evaluation.features.extractor import EXTRACTORS, SPATIAL_CHANNELS, Extractor
 from flashdit.shared.files import file_sha256
 
@@ -26,7 +26,7 @@ class DigitsExtractor(Extractor):
     pool_dimensions = 64
     spatial_dimensions = 4 * 4 * SPATIAL_CHANNELS
     resize = "bilinear, antialiased, to 32×32"
-    class_names = CLASS_NAMES
+    class_names = DIGIT_NAMES
 
     def __init__(self, options: DigitsExtractorOptions):
         super().__init__()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGE_SIZE = 32
-CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 0
 

@@ -24,8 +24,14 @@ from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
 
 STORED = ("mu", "sigma", "mu_s", "sigma_s")
-ABOUT = ("schema", "n", "extractor", "fingerprint", "image_size")  # what make-reference adds to ADM's keys
-SCHEMA = 1
+REFERENCE_KEYS = (
+    "schema",
+    "n",
+    "extractor",
+    "fingerprint",
+    "image_size",
+)  # what make-reference adds to ADM's keys
+REFERENCE_SCHEMA = 1
 
 
 class Reference:
@@ -131,7 +137,7 @@ def open_npz(
             stored = {
                 key: torch.from_numpy(np.array(arrays[key], np.float64)) for key in STORED if key in keys
             }
-            about = {key: arrays[key].tolist() for key in ABOUT if key in keys}
+            about = {key: arrays[key].tolist() for key in REFERENCE_KEYS if key in keys}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"a reference must be an npz of arrays, got {path}: {error}") from error
     check_about(about, path, extractor)
@@ -150,11 +156,11 @@ def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None
     """Raises ValueError for a file of make-reference of another schema or of other features."""
     if not about:
         return
-    missing = sorted(set(ABOUT) - set(about))
-    if missing or about["schema"] != SCHEMA:
+    missing = sorted(set(REFERENCE_KEYS) - set(about))
+    if missing or about["schema"] != REFERENCE_SCHEMA:
         got = f"no {missing}" if missing else f"schema {about['schema']}"
         raise ValueError(
-            f"a file of make-reference must have all of {list(ABOUT)} in schema {SCHEMA}, got {got} in {path}"
+            f"a file of make-reference must have all of {list(REFERENCE_KEYS)} in schema {REFERENCE_SCHEMA}, got {got} in {path}"
         )
     if about["fingerprint"] != extractor.fingerprint:
         raise ValueError(
@@ -232,7 +238,7 @@ def write_reference(
         if not ranks.is_main:
             return
         arrays: dict[str, Any] = {
-            "schema": SCHEMA,
+            "schema": REFERENCE_SCHEMA,
             "n": source.count,
             "extractor": extractor.name,
             "fingerprint": extractor.fingerprint,

@@ -22,7 +22,7 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import unknown
 
-LABELS = ("balanced", "random")
+LABEL_MODES = ("balanced", "random")
 DEFAULT_EXTRACTOR = "inception"
 
 
@@ -71,8 +71,8 @@ class EvaluationRequest:
                 "an evaluation requires samples, or a generator and how it samples, "
                 f"got samples={self.samples}, generator={self.generator}, sampling={self.sampling}"
             )
-        if self.labels not in LABELS:
-            raise unknown("labels", self.labels, LABELS)
+        if self.labels not in LABEL_MODES:
+            raise unknown("labels", self.labels, LABEL_MODES)
         for name, value in (("number of images", self.num_images), ("batch size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"the {name} must be positive, got {value}")

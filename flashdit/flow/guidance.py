@@ -11,7 +11,7 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, …), t (B,), y (B,)) → v."""
 Velocity = Callable[[Tensor, float], Tensor]
 """(x_t, t) → v, at one time for the whole batch."""
-ROUNDING = 1e-9  # a grid time that means an end of the interval meets it this closely
+TIME_ROUNDING = 1e-9  # a grid time that means an end of the interval meets it this closely
 
 
 def check_interval(interval: tuple[float, float], name: str = "the guidance interval") -> None:
@@ -24,7 +24,7 @@ def check_interval(interval: tuple[float, float], name: str = "the guidance inte
 def scale_at(t: float, scale: float, interval: tuple[float, float]) -> float:
     """Returns the guidance scale at time t: 1, the conditional model, outside the interval."""
     low, high = interval
-    return scale if low - ROUNDING <= t <= high + ROUNDING else 1.0
+    return scale if low - TIME_ROUNDING <= t <= high + TIME_ROUNDING else 1.0
 
 
 def evaluations(t: float, scale: float, interval: tuple[float, float]) -> int:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.models.dit import FlashDiT
-from flashdit.models.recompute import KEPT
+from flashdit.models.recompute import KEPT_OPERATORS
 
 RECOMPUTED = ("all kept", "recomputed", "products kept")
 Count = Callable[[FlashDiT, int, bool], int]
@@ -106,7 +106,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator."""
         out = function(*args, **(kwargs or {}))
-        if function in KEPT:
+        if function in KEPT_OPERATORS:
             tensors = (tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
             self.total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return out

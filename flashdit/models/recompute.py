@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import iwin_core.kernels  # noqa: F401 - registers the operators that are named below
 
 aten = torch.ops.aten
-KEPT = [
+KEPT_OPERATORS = [
     *(aten.mm.default, aten.addmm.default, aten.bmm.default),
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -35,5 +35,5 @@ def keep_matmuls(block: nn.Module, *inputs: Tensor) -> Tensor:
         block: Not compiled.
         *inputs: Of the block.
     """
-    contexts = partial(create_selective_checkpoint_contexts, KEPT)
+    contexts = partial(create_selective_checkpoint_contexts, KEPT_OPERATORS)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # pyright: ignore[reportReturnType]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from flashdit.models.dit import FlashDiT
 
 logger = logging.getLogger(__name__)
-LABELS = "y_embedder.embedding_table.weight"
-POSITIONS = "pos_embed"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+POSITION_TABLE = "pos_embed"
 ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
 UNSEEN = ("num_heads", "time_scale")
 """Options that no tensor's shape shows: with others, the weights load and mean nothing."""
@@ -45,16 +45,16 @@ def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool
     """
     own = model.state_dict()
     state = {key: value for key, value in given.items() if key not in ROPE_KEYS}
-    if POSITIONS not in own:
-        if state.pop(POSITIONS, None) is not None:
+    if POSITION_TABLE not in own:
+        if state.pop(POSITION_TABLE, None) is not None:
             logger.warning("these weights know a position table, which position_embedding=none leaves out")
-    elif POSITIONS not in state or state[POSITIONS].shape != own[POSITIONS].shape:
-        state[POSITIONS] = own[POSITIONS]
+    elif POSITION_TABLE not in state or state[POSITION_TABLE].shape != own[POSITION_TABLE].shape:
+        state[POSITION_TABLE] = own[POSITION_TABLE]
     new = [key for key in own if ".dwconv." in key and key not in state]
     state |= {key: torch.zeros_like(own[key]) for key in new}
-    if new_classes and LABELS in state and len(state[LABELS]) != len(own[LABELS]):
-        state[LABELS] = torch.cat([own[LABELS][:-1], state[LABELS][-1:].to(own[LABELS])])
-        new.append(LABELS)
+    if new_classes and LABEL_TABLE in state and len(state[LABEL_TABLE]) != len(own[LABEL_TABLE]):
+        state[LABEL_TABLE] = torch.cat([own[LABEL_TABLE][:-1], state[LABEL_TABLE][-1:].to(own[LABEL_TABLE])])
+        new.append(LABEL_TABLE)
     missing, left_over = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or left_over:
         raise ValueError(f"the weights do not fit the configuration: {missing=}, {left_over=}")

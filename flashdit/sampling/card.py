@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TASK = "unconditional-image-generation"
+HUB_TASK = "unconditional-image-generation"
 TAGS = ("flashdit", "class-conditional", "flow-matching", "iwin-attention")
-NAMED = 20
+NAMED_CLASSES = 20
 
 
 def model_card(config: Mapping[str, Any], class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
@@ -24,7 +24,7 @@ def model_card(config: Mapping[str, Any], class_names: Sequence[str], recipe: Ma
     """
     name, metrics = recipe.get("name", "FlashDiT"), recipe.get("metrics")
     scored = {"model_name": name, "eval_results": _results(metrics)} if metrics else {}
-    data = ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=list(TAGS), **scored)
+    data = ModelCardData(library_name="diffusers", pipeline_tag=HUB_TASK, tags=list(TAGS), **scored)
     parts = [f"# {name}", _about(config, class_names), _usage(class_names, recipe)]
     parts += [_metrics(metrics)] if metrics else []
     parts += [_facts(recipe)]
@@ -37,7 +37,7 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     data, count, types = PurePath(metrics["reference"]).stem, metrics["num_images"], metrics.get("types", {})
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=HUB_TASK,
             dataset_type=data,
             dataset_name=data,
             metric_type=re.sub(r"_\d+$", "", types.get(label, label)),
@@ -54,7 +54,7 @@ def _about(config: Mapping[str, Any], class_names: Sequence[str]) -> str:
     size, channels = config["sample_size"], config["in_channels"]
     options = ", ".join(f"{key} {value}" for key, value in config["attention"].items() if key != "name")
     attention = config["attention"]["name"] + (f" ({options})" if options else "")
-    names = ", ".join(class_names[:NAMED]) + (" …" if len(class_names) > NAMED else "")
+    names = ", ".join(class_names[:NAMED_CLASSES]) + (" …" if len(class_names) > NAMED_CLASSES else "")
     model = f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}"
     return (
         f"A class-conditional latent diffusion transformer trained by flow matching: {model}, attention: "

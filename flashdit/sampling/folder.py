@@ -35,7 +35,7 @@ from flashdit.shared.pictures import labelled_grid, png_text, rows_by_class, sav
 from flashdit.shared.registry import unknown
 
 FORMATS = ("png", "npz", "both")
-RECIPE, ARRAYS, GRID, PARTS = "recipe.json", "samples.npz", "grid.png", ".parts"
+RECIPE, ARRAYS, GRID, PARTS_FOLDER = "recipe.json", "samples.npz", "grid.png", ".parts"
 CHANGES_NO_IMAGE = ("checkpoint", "vae", "batch_size", "nfe", "nfe_max", "finished", "device")
 
 
@@ -102,7 +102,7 @@ class SampleFolder:
             raise unknown("format", recipe["format"], FORMATS)
         self.path, self.recipe, self.labels = path, recipe, labels
         self.class_names = class_names
-        self.parts = path / PARTS
+        self.parts = path / PARTS_FOLDER
         self.has_png, self.has_npz = recipe["format"] != "npz", recipe["format"] != "png"
         self._check()
 

@@ -28,7 +28,7 @@ from flashdit.sampling.classes import class_ids
 from flashdit.sampling.generator import latent_shape
 from flashdit.shared.files import write_json
 
-ROUNDING = 1e-6
+SIGMA_ROUNDING = 1e-6
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """What makes diffusers' multistep schedulers follow the linear path."""
 Label = int | str
@@ -145,7 +145,10 @@ class FlashDiTPipeline(DiffusionPipeline):
         shape = (len(labels), *latent_shape(self.transformer, space, height, width))
         x = self._noise(shape, generator, latents, device)
         # Their sigmas are float32: a time that stands for an end of the interval may lie this far beyond it.
-        interval = (max(0, guidance_interval[0] - ROUNDING), min(1, guidance_interval[1] + ROUNDING))
+        interval = (
+            max(0, guidance_interval[0] - SIGMA_ROUNDING),
+            min(1, guidance_interval[1] + SIGMA_ROUNDING),
+        )
         v = guide(self._velocity, labels, self.transformer.num_classes, guidance_scale, interval)
         set_timesteps(self.scheduler, num_inference_steps, device)
         times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flashdit.shared.settings import merge
+from flashdit.shared.settings import merge_settings
 
 RENAMED = {"dtype": "precision"}
 TOLERANCES = ("atol", "rtol")  # formerly beside the sampler, whichever it was
@@ -54,4 +54,4 @@ def change_sampler(
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
     before = sampler_spec(sampler)
     after = {**options, "name": name or before["name"]}
-    return merge({"sampler": before}, {"sampler": after})["sampler"]
+    return merge_settings({"sampler": before}, {"sampler": after})["sampler"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from flashdit.shared.files import write_atomically
 
 COLOURS = ("#2f5d9b", "#d9822b", "#3a8f5c", "#9b3f7a")  # told apart by the colour-blind too
-PANEL = (4.0, 2.9)  # inches
+PANEL_INCHES = (4.0, 2.9)  # inches
 DPI = 150
 
 
@@ -30,7 +30,7 @@ def new_axes(
     """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows), layout="constrained")
     if heading:
         figure.suptitle(heading, fontsize=11, x=0.01, ha="left")
     panels = []

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get
 Piece = TypeVar("Piece")
 
 
-def nearest(name: object, known: Iterable[object]) -> str:
+def nearest_name(name: object, known: Iterable[object]) -> str:
     """Returns the hint `; did you mean 'NAME'?` of a message, or nothing where no known name is near."""
     found = difflib.get_close_matches(str(name), sorted(map(str, known)), n=1)
     return f"; did you mean '{found[0]}'?" if found else ""
@@ -31,7 +31,7 @@ def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
         known: Every name there is.
     """
     names = sorted(map(str, known))
-    return ValueError(f"unknown {kind} '{name}'{nearest(name, names)} (known: {', '.join(names)})")
+    return ValueError(f"unknown {kind} '{name}'{nearest_name(name, names)} (known: {', '.join(names)})")
 
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from flashdit.shared.registry import unknown
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 """Of a checkpoint, in its state.json."""
 PREFIX = "step_"
 STATE = "state.json"
@@ -71,6 +71,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: If its format is not one this version reads.
     """
     state = json.loads((checkpoint / STATE).read_text())
-    if state.get("format") != FORMAT:
-        raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [FORMAT])
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [CHECKPOINT_FORMAT])
     return state

@@ -15,17 +15,20 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flashdit.shared.registry import check_type, nearest, unknown
+from flashdit.shared.registry import check_type, unknown
 
 Config = TypeVar("Config")
 CHECKOUT, PACKAGE = (Path(__file__).parents[up] / "configs" for up in (2, 1))
-SHIPPED = CHECKOUT if CHECKOUT.is_dir() else PACKAGE
+SHIPPED_CONFIGS = CHECKOUT if CHECKOUT.is_dir() else PACKAGE
 """Folder of the shipped configurations: the checkout's, or the installed package's."""
 
 
 def shipped_configs() -> list[str]:
     """Returns the names of the shipped run configurations, such as `flashdit_xl` and `iwin/tiny_224`."""
-    found = (path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    found = (
+        path.relative_to(SHIPPED_CONFIGS).with_suffix("").as_posix()
+        for path in SHIPPED_CONFIGS.rglob("*.yaml")
+    )
     return sorted(name for name in found if not name.startswith("accelerate/"))
 
 
@@ -47,10 +50,10 @@ def find_config(name: Path | str) -> Path:
             f"--config must be a YAML file or a shipped configuration, got {name}{nearest(shipped, known)} "
             f"(shipped: {', '.join(known)})"
         )
-    return SHIPPED / f"{shipped}.yaml"
+    return SHIPPED_CONFIGS / f"{shipped}.yaml"
 
 
-def read(path: Path | str, overrides: Sequence[str], config_type: type[Config]) -> Config:
+def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[Config]) -> Config:
     """Returns a configuration of any type from a YAML file and `key=value` texts, its keys and types checked.
 
     Args:
@@ -67,7 +70,7 @@ def read(path: Path | str, overrides: Sequence[str], config_type: type[Config]) 
             raise ValueError(f"an override must be key=value, got '{override}'")
     try:
         stated = _plain(OmegaConf.load(path))
-        merged = current(merge(stated, _plain(OmegaConf.from_dotlist(list(overrides)))), config_type)
+        merged = current(merge_settings(stated, _plain(OmegaConf.from_dotlist(list(overrides)))), config_type)
         check_keys(merged, config_type)
         values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
     except yaml.YAMLError as error:
@@ -86,13 +89,15 @@ def _plain(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], plain)
 
 
-def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """Returns base with the changes; a part that gets another `name` loses the old one's options."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = merge(old, value) if value.get("name", old.get("name")) == old.get("name") else value
+            value = (
+                merge_settings(old, value) if value.get("name", old.get("name")) == old.get("name") else value
+            )
         merged[key] = value
     return merged
 
@@ -222,5 +227,5 @@ def _describe_parameters(function: Callable[..., Any], prefix: str) -> list[Key]
 
 
 def to_yaml(config: Any) -> str:
-    """Returns a resolved configuration as YAML, which `read` takes back."""
+    """Returns a resolved configuration as YAML, which `read_settings` takes back."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

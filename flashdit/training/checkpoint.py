@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from flashdit.shared.files import write_atomically, write_json
-from flashdit.shared.runs import FORMAT, PREFIX, STATE, list_checkpoints
+from flashdit.shared.runs import CHECKPOINT_FORMAT, PREFIX, STATE, list_checkpoints
 
 
 def write_checkpoint(
@@ -54,7 +54,7 @@ def write_checkpoint(
         torch.save(optimizer, temporary / "optimizer.pt")
         torch.save(processes, temporary / "processes.pt")
         (temporary / "config.yaml").write_text(config_text)
-        write_json(temporary / STATE, {"format": FORMAT, **state})
+        write_json(temporary / STATE, {"format": CHECKPOINT_FORMAT, **state})
 
     try:
         write_atomically(folder, write)

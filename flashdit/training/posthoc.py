@@ -20,7 +20,7 @@ from flashdit.shared.runs import read_state
 from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
 
-ABOUT = "posthoc.json"
+POSTHOC_FILE = "posthoc.json"
 
 
 def usable_snapshots(run: Path, checkpoint: Path) -> list[Snapshot]:
@@ -70,7 +70,7 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
                 _write_sum(path, snapshots, coefficients.tolist(), temporary / path.name)
             else:
                 shutil.copyfile(path, temporary / path.name)
-        (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        (temporary / POSTHOC_FILE).write_text(json.dumps(about, indent=2) + "\n")
 
     write_atomically(folder, write)
     return missed

@@ -22,7 +22,9 @@ from flashdit.training.profiles import Profile
 
 SNAPSHOTS = "ema_snapshots"
 TRACKS = "ema_tracks"
-ABOUT = "profile"  # the one key of the files' metadata: several would be written in an order that varies
+SNAPSHOT_KEY = (
+    "profile"  # the one key of the files' metadata: several would be written in an order that varies
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,9 @@ def write_snapshots(folder: Path, step: int, tracks: Mapping[Profile, Mapping[st
         path = folder / f"step_{step:08d}_std{profile.width:.3f}.safetensors"
         tensors = {name: value.contiguous() for name, value in average.items()}
         about = json.dumps({"step": step, "width": profile.width, "updates": profile.updates})
-        write_atomically(path, lambda temporary, t=tensors, a=about: save_file(t, temporary, {ABOUT: a}))
+        write_atomically(
+            path, lambda temporary, t=tensors, a=about: save_file(t, temporary, {SNAPSHOT_KEY: a})
+        )
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
@@ -60,7 +64,7 @@ def _read_header(path: Path) -> Snapshot:
     """Returns what a snapshot says of itself."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()[ABOUT])
+            about = json.loads(file.metadata()[SNAPSHOT_KEY])
         profile = Profile(width=about["width"], updates=about["updates"])
         return Snapshot(path=path, step=about["step"], profile=profile)
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:

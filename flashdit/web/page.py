@@ -26,7 +26,7 @@ TITLE = "FlashDiT"
 SIDES = 2
 NOBODY = "nothing"
 SEEDS = 2**31
-IMAGES, COLUMNS = 10, 5
+IMAGES, GRID_COLUMNS = 10, 5
 CACHE_S = (600, 3600)  # every ten minutes, what is an hour old goes
 THEME = Default(
     primary_hue="indigo",
@@ -47,7 +47,7 @@ footer {display: none !important}
 
 
 @dataclass(kw_only=True)
-class Side:
+class PageSide:
     """Where the pictures of one model go."""
 
     column: gr.Column
@@ -58,7 +58,7 @@ class Side:
     recipe: gr.Code
 
     def parts(self) -> list[Any]:
-        """Returns the components, in the order of what `show` and `hide` return."""
+        """Returns the components, in the order of what `side_updates` and `hide` return."""
         return [self.column, self.heading, self.images, self.film, self.download, self.recipe]
 
 
@@ -88,14 +88,16 @@ def make_page(studio: Studio) -> gr.Blocks:
             except ValueError as error:
                 gr.Warning(html.escape(str(error), quote=False))
                 return [gr.skip()] * len(outputs)  # what was there stays
-            shown = [show(name, pictures) for name, pictures in zip(chosen, made, strict=True)]
+            shown = [side_updates(name, pictures) for name, pictures in zip(chosen, made, strict=True)]
             return [value for side in (*shown, *[hide()] * (SIDES - len(shown))) for value in side]
 
         outputs = [part for side in sides for part in side.parts()]
         button.click(generate, [model, beside, *controls.values()], outputs, api_name="generate")
-        fitted = fit(studio.generators[names[0]])
+        fitted = model_controls(studio.generators[names[0]])
         model.change(
-            lambda name: [gr.update(**properties) for properties in fit(studio.generators[name]).values()],
+            lambda name: [
+                gr.update(**properties) for properties in model_controls(studio.generators[name]).values()
+            ],
             model,
             [controls[name] for name in fitted],
             api_visibility="private",
@@ -103,7 +105,7 @@ def make_page(studio: Studio) -> gr.Blocks:
     return page
 
 
-def fit(generator: CheckpointGenerator) -> dict[str, dict[str, Any]]:
+def model_controls(generator: CheckpointGenerator) -> dict[str, dict[str, Any]]:
     """Returns the properties of controls that depend on the model: its classes and the size it knows."""
     choices = class_choices(generator.class_names)
     height, width = generator.image_size(generator.sampling)
@@ -119,7 +121,7 @@ def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
 
     Numbers have no bounds here: an invalid one is refused with the message of `flashdit sample`.
     """
-    options, fitted = generator.sampling, fit(generator)
+    options, fitted = generator.sampling, model_controls(generator)
     low, high = options.cfg_interval
     controls: dict[str, Any] = {
         "classes": gr.Dropdown(
@@ -155,14 +157,14 @@ def make_controls(generator: CheckpointGenerator) -> dict[str, Any]:
     return controls
 
 
-def make_side(place: int) -> Side:
+def make_side(place: int) -> PageSide:
     """Returns the empty components of one model's pictures."""
     with gr.Column(visible=place == 0, min_width=320, elem_id=f"side-{place}") as column:
         heading = gr.Markdown("### Choose, then *Generate*", elem_id=f"heading-{place}")
         images = gr.Gallery(
             label="Images",
             show_label=False,
-            columns=COLUMNS,
+            columns=GRID_COLUMNS,
             object_fit="contain",
             elem_classes="pictures",
             elem_id=f"images-{place}",
@@ -181,10 +183,12 @@ def make_side(place: int) -> Side:
         )
         with gr.Accordion("Recipe", open=False):
             recipe = gr.Code(language="json", show_label=False, elem_id=f"recipe-{place}")
-    return Side(column=column, heading=heading, images=images, film=film, download=download, recipe=recipe)
+    return PageSide(
+        column=column, heading=heading, images=images, film=film, download=download, recipe=recipe
+    )
 
 
-def show(name: str, pictures: Pictures) -> list[Any]:
+def side_updates(name: str, pictures: Pictures) -> list[Any]:
     """Returns what a side shows of a model's pictures."""
     recipe = pictures.recipe
     return [

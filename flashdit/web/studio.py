@@ -28,9 +28,9 @@ from flashdit.shared.pictures import save_png
 
 FRAMES = 8
 MAX_IMAGES = 64
-MAX_STEPS = 1000
+MAX_PAGE_STEPS = 1000
 MAX_SIDE = 1024  # a page that anybody may ask must not be kept busy for hours
-KEPT = 8  # requests whose files stay, beside what the page itself keeps
+KEPT_REQUESTS = 8  # requests whose files stay, beside what the page itself keeps
 
 
 @dataclass(kw_only=True)
@@ -126,7 +126,7 @@ def plan_page(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
         )
     }
     # First, since even the time grid of too many steps fills the memory.
-    for name, most in (("steps", MAX_STEPS), ("height", MAX_SIDE), ("width", MAX_SIDE)):
+    for name, most in (("steps", MAX_PAGE_STEPS), ("height", MAX_SIDE), ("width", MAX_SIDE)):
         _check_at_most(name, getattr(request, name), most)
     known = {field.name for field in fields(SamplingOptions)}
     options = sampling_options(generator, {name: value for name, value in given.items() if name in known})
@@ -236,6 +236,6 @@ class Studio:
     def _new_folder(self) -> Path:
         """Returns a folder for one request, and removes the oldest."""
         self.made.append(Path(tempfile.mkdtemp(dir=self.folder)))
-        while len(self.made) > KEPT:
+        while len(self.made) > KEPT_REQUESTS:
             shutil.rmtree(self.made.pop(0), ignore_errors=True)
         return self.made[-1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iwin_core.backbone.config import (
     IwinConfig,
-    check,
+    check_backbone,
     check_img_size,
     drop_path_rates,
     stage_grids,
@@ -20,7 +20,7 @@ from iwin_core.backbone.config import (
 )
 from iwin_core.backbone.downsample import DOWNSAMPLES
 from iwin_core.backbone.resize import resize_bicubic, resize_block
-from iwin_core.backbone.stage import PatchEmbed, Stage
+from iwin_core.backbone.stage import ImagePatchEmbed, Stage
 from iwin_core.block import IwinBlock
 
 
@@ -43,13 +43,13 @@ class IwinTransformer(nn.Module):
     def __init__(self, config: IwinConfig | None = None, **options: Any):
         super().__init__()
         self.config = config = replace(config or IwinConfig(), **options)
-        check(config)
+        check_backbone(config)
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
         stages = len(config.depths)
         dim = config.embed_dim
         self.num_features = self.head_hidden_size = dim * 2 ** (stages - 1)
-        self.patch_embed = PatchEmbed(config.in_chans, dim, config.patch_size)
+        self.patch_embed = ImagePatchEmbed(config.in_chans, dim, config.patch_size)
         self.absolute_pos_embed = None
         if config.position == "absolute":
             rows, columns = stage_grids(config)[0]
@@ -171,7 +171,7 @@ class IwinTransformer(nn.Module):
         """
         pool = self.global_pool if global_pool is None else global_pool
         config = replace(self.config, num_classes=num_classes, global_pool=pool)
-        check(config)
+        check_backbone(config)
         self.config, self.num_classes, self.global_pool = config, num_classes, pool
         self.head = make_head(self.num_features, num_classes).to(self.patch_embed.proj.weight)
         self.head.apply(initialise)
@@ -201,7 +201,7 @@ class IwinTransformer(nn.Module):
             img_size=self.config.img_size if img_size is None else img_size,
             window_size=self.config.window_size if window_size is None else window_size,
         )
-        check(config)
+        check_backbone(config)
         if self.absolute_pos_embed is not None:
             table = self._positions(stage_grids(config)[0]).detach().flatten(1, 2)
             self.absolute_pos_embed = nn.Parameter(table)

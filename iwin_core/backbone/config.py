@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iwin_core.backbone.downsample import DOWNSAMPLES
-from iwin_core.block import ATTENTIONS, STRUCTURES
+from iwin_core.block import BLOCK_ATTENTIONS, STRUCTURES
 from iwin_core.windows import per_axis
 
 POSITIONS = ("none", "absolute", "relative")
@@ -62,7 +62,7 @@ class IwinConfig:
     """Whether inputs that would need padding are refused instead, naming the nearest sizes that do not."""
 
 
-SIZES: dict[str, dict[str, Any]] = {  # paper Table III
+BACKBONE_SIZES: dict[str, dict[str, Any]] = {  # paper Table III
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.3},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5},
@@ -149,10 +149,10 @@ def check_img_size(size: Sequence[int], config: IwinConfig) -> None:
         )
 
 
-def check(config: IwinConfig) -> None:
+def check_backbone(config: IwinConfig) -> None:
     """Raises ValueError for invalid options."""
     named = {
-        "attention": ATTENTIONS,
+        "attention": BLOCK_ATTENTIONS,
         "structure": STRUCTURES,
         "downsample": tuple(DOWNSAMPLES),
         "position": POSITIONS,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class PatchEmbed(nn.Module):
+class ImagePatchEmbed(nn.Module):
     """(B, C, H, W) → (B, ⌈H/p⌉, ⌈W/p⌉, dim): zeros at the far ends, convolution with stride p, LN."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int):

@@ -19,8 +19,8 @@ from timm.models import (
 from torch import nn
 
 from iwin_core.backbone.backbone import IwinTransformer, take_indices
-from iwin_core.backbone.config import SIZES, per_stage
-from iwin_core.backbone.weights import load_official_checkpoint, read_file, unwrap
+from iwin_core.backbone.config import BACKBONE_SIZES, per_stage
+from iwin_core.backbone.weights import load_official_checkpoint, read_file, unwrap_checkpoint
 
 INPUTS = {
     "window7_224": (7, 224),
@@ -129,7 +129,7 @@ class TimmIwin(IwinTransformer):
 
     def load_pretrained(self, path: str) -> None:
         """Loads a local file as `load_official_checkpoint` does, its stem adapted to other input channels."""
-        state = unwrap(read_file(Path(path)))
+        state = unwrap_checkpoint(read_file(Path(path)))
         name = "patch_embed.proj.weight"
         if name in state and state[name].shape[1:2] == (3,) and self.in_chans != 3:
             state[name] = adapt_input_conv(self.in_chans, state[name])
@@ -146,7 +146,7 @@ def variants() -> dict[str, dict[str, Any]]:
             "suffix": suffix,
         }
         for suffix in CLASSES
-        for size in SIZES
+        for size in BACKBONE_SIZES
         for which, (window, side) in INPUTS.items()
         if not suffix or size in RELEASED[suffix]
     }
@@ -194,7 +194,7 @@ def create(variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module
 
 def entry_point(name: str, size: str, window: int, side: int, suffix: str) -> Callable[..., nn.Module]:
     """Returns the function by which timm builds a variant."""
-    defaults = {**SIZES[size], "img_size": side, "window_size": window}
+    defaults = {**BACKBONE_SIZES[size], "img_size": side, "window_size": window}
     if size == "small" and not suffix:
         defaults["num_heads"] = SMALL_1K_HEADS
 

@@ -26,7 +26,7 @@ CONVOLUTION = re.compile(r"(?P<block>.*)\.dwconv\.depthwise\.(weight|bias)")
 HEAD = ("head.weight", "head.bias")
 ABSOLUTE = "absolute_pos_embed"
 TABLES = (ABSOLUTE, "relative_position_bias_table")
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 TRAINER_CONFIG = "yacs.config.CfgNode"  # Swin's trainer pickles one beside the weights; it is read as a dict
 LISTED = 12  # names in an error; a wrong file has hundreds
 
@@ -63,7 +63,7 @@ def load_official_checkpoint(
         ValueError: If the file is unreadable, or it does not hold exactly this model's weights.
     """
     given = source if isinstance(source, Mapping) else read_file(Path(source))
-    state, report = fit(model, unwrap(given))
+    state, report = fit_tensors(model, unwrap_checkpoint(given))
     model.load_state_dict(state)
     for what, names in vars(report).items():
         if names:
@@ -90,7 +90,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
-def unwrap(given: Any) -> dict[str, Tensor]:
+def unwrap_checkpoint(given: Any) -> dict[str, Tensor]:
     """Returns the tensors by name, out of `model` where they are in it, without the prefixes of wrappers."""
     if isinstance(given, Mapping) and isinstance(given.get("model"), Mapping):
         given = given["model"]
@@ -101,12 +101,12 @@ def unwrap(given: Any) -> dict[str, Tensor]:
     if strange:
         raise ValueError(f"{rule}, got something else under {listed(strange)}")
     state = dict(given)
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
+    while prefix := next((p for p in WRAPPER_PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
-def fit(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+def fit_tensors(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns weights of exactly the model's names and shapes, and what was made up for them.
 
     Args:

@@ -200,7 +200,7 @@ def backward_blocks_kernel(
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """How windows fall on tiles: pack[0] × pack[1] windows to a tile, or `blocks` tiles to a window."""
 
     pack: tuple[int, int]
@@ -209,7 +209,7 @@ class Plan:
     groups: int
 
 
-def plan(batch: int, grid: Sequence[int], window: Sequence[int], dtype: torch.dtype) -> Plan:
+def plan(batch: int, grid: Sequence[int], window: Sequence[int], dtype: torch.dtype) -> LaunchPlan:
     """Returns how the windows of a map fall on tiles.
 
     A tile of 64 slots is what one warpgroup's matrix instruction takes; float32 fills the registers at 32.
@@ -226,10 +226,10 @@ def plan(batch: int, grid: Sequence[int], window: Sequence[int], dtype: torch.dt
     pack_w = min(columns, max(1, tile // slots))
     pack_h = min(rows, max(1, tile // (slots * pack_w)))
     groups = batch * math.ceil(rows / pack_h) * math.ceil(columns / pack_w)
-    return Plan(pack=(pack_h, pack_w), blocks=math.ceil(slots / tile), tile=tile, groups=groups)
+    return LaunchPlan(pack=(pack_h, pack_w), blocks=math.ceil(slots / tile), tile=tile, groups=groups)
 
 
-def constants(qkv: Tensor, num_heads: int, window: Sequence[int], how: Plan) -> dict[str, Any]:
+def constants(qkv: Tensor, num_heads: int, window: Sequence[int], how: LaunchPlan) -> dict[str, Any]:
     """Returns what the kernels are specialised on, but for INTERLEAVED and NORMED, and compiled by."""
     head_dim = qkv.shape[-1] // (3 * num_heads)
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 BACKENDS = ("auto", "eager", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WINDOW, MAX_HEAD_DIM, MAX_KERNEL = 16, 128, 7
 MAX_VALUES = 2**31  # of one sample: offsets inside it are 32-bit
 
@@ -100,7 +100,7 @@ def attention_obstacle(
     head_dim = shape[-1] // num_heads
     if len(shape) != 4:
         return f"maps of rank 2, got rank={len(shape) - 2}"
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"float32, bfloat16 and float16, got {dtype=}"
     if max(window) > MAX_WINDOW:
         return f"windows up to {MAX_WINDOW}, got window={tuple(window)}"
@@ -127,7 +127,7 @@ def conv_obstacle(shape: Sequence[int], dtype: torch.dtype, kernel: Sequence[int
     """Returns what in a depthwise convolution of a map (B, *grid, C) the kernels do not take, if anything."""
     if len(shape) != 4:
         return f"maps of rank 2, got rank={len(shape) - 2}"
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"float32, bfloat16 and float16, got {dtype=}"
     if max(kernel) > MAX_KERNEL:
         return f"depthwise kernels up to {MAX_KERNEL}, got kernel={tuple(kernel)}"

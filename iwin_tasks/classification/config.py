@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashdit.shared.settings import read
+from flashdit.shared.settings import read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 from iwin_tasks.classification.augmentation import AugmentationOptions
-from iwin_tasks.classification.data import DATASETS
+from iwin_tasks.classification.data import CLASSIFICATION_DATASETS
 from iwin_tasks.classification.model import check_model
 
-DEFAULT = "iwin/digits_32"
+DEFAULT_CLASSIFIER = "iwin/digits_32"
 """The shipped configuration of a run that names none."""
 
 
@@ -40,7 +40,7 @@ class ClassifierConfig:
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
 
-def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> ClassifierConfig:
+def load_classifier_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> ClassifierConfig:
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
     Args:
@@ -51,13 +51,13 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Class
     Raises:
         ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
-    config = read(path or DEFAULT, overrides, ClassifierConfig)
-    check(config)
+    config = read_settings(path or DEFAULT_CLASSIFIER, overrides, ClassifierConfig)
+    check_classifier_config(config)
     return config
 
 
-def check(config: ClassifierConfig) -> None:
+def check_classifier_config(config: ClassifierConfig) -> None:
     """Raises ValueError for options that are invalid or do not fit each other, before anything is built."""
     check_run(config)
-    DATASETS.options(config.data)
+    CLASSIFICATION_DATASETS.options(config.data)
     check_model(config.model)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flashdit.data.sources import ImageFolder, ImagesOptions
-from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.shared.registry import Registry, unknown
 from flashdit.shared.seeds import EpochOrder
 from iwin_tasks.classification.augmentation import (
@@ -27,9 +27,9 @@ from iwin_tasks.classification.augmentation import (
 )
 from iwin_tasks.classification.model import InputFormat
 
-DATASETS = Registry("data")
+CLASSIFICATION_DATASETS = Registry("data")
 SPLITS = {"train": "train", "held-out": "val"}  # and the sub-folder of each
-NAMED = 5  # classes in an error
+NAMED_IN_ERRORS = 5  # classes in an error
 
 
 class LabelledImages(Protocol):
@@ -51,7 +51,7 @@ class FolderOptions:
     """Folder with sub-folders train and val, in each of which the sub-folders are the classes."""
 
 
-@DATASETS.register("images", FolderOptions)
+@CLASSIFICATION_DATASETS.register("images", FolderOptions)
 class FolderImages:
     """One split of an ImageNet-like folder; an image is read when it is asked for.
 
@@ -87,17 +87,17 @@ class FolderImages:
 
 
 @dataclass(kw_only=True)
-class DigitsOptions:
+class DigitsSplitOptions:
     """The embedded digits have no options."""
 
 
-@DATASETS.register("digits", DigitsOptions)
+@CLASSIFICATION_DATASETS.register("digits", DigitsSplitOptions)
 class DigitsImages:
     """One split of scikit-learn's digits, enlarged from 8×8 to the model's input size at once."""
 
-    def __init__(self, options: DigitsOptions, split: str, image_size: tuple[int, int]):
+    def __init__(self, options: DigitsSplitOptions, split: str, image_size: tuple[int, int]):
         self.images, self.labels = digits(split, max(image_size))
-        self.class_names = list(CLASS_NAMES)
+        self.class_names = list(DIGIT_NAMES)
 
     def picture(self, index: int) -> Image.Image:
         """Returns one image of that size, RGB."""
@@ -110,7 +110,7 @@ def open_split(
     """Returns one split of the images that a spec names.
 
     Args:
-        spec: `{name, **options}` of `DATASETS`.
+        spec: `{name, **options}` of `CLASSIFICATION_DATASETS`.
         split: `train` or `held-out`.
         image_size: Height and width that the model takes.
         num_classes: That the model tells apart.
@@ -120,7 +120,7 @@ def open_split(
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    images = DATASETS.build(spec, split, image_size)
+    images = CLASSIFICATION_DATASETS.build(spec, split, image_size)
     if len(images.class_names) != num_classes:
         raise ValueError(
             f"model.num_classes must be the data's {len(images.class_names)} classes, got {num_classes}"

@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, trains or evaluates, and prints the accuracy."""
     arguments = parse(argv)
     from flashdit.shared.process import keep_freed_memory
-    from iwin_tasks.classification.config import load
+    from iwin_tasks.classification.config import load_classifier_config
     from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = load(arguments.config, arguments.overrides)
+    config = load_classifier_config(arguments.config, arguments.overrides)
     if arguments.eval_only:
         source, accuracy = evaluate_only(config)
         print(f"{source}: {accuracy}")

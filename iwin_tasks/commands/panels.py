@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdit.shared.pictures import FONT_SIZE, GAP
 
 STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, every quarter
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PHOTOGRAPH_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def colours(values: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ def read_photographs(folder: Path, size: tuple[int, int], at_most: int) -> Tenso
     Raises:
         ValueError: If the folder does not exist or holds no image.
     """
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in SUFFIXES][:at_most]
+    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in PHOTOGRAPH_SUFFIXES][
+        :at_most
+    ]
     if not paths:
         raise ValueError(f"images must be a folder that holds {', '.join(sorted(SUFFIXES))}, got {folder}")
     height, width = size

@@ -10,7 +10,7 @@ from pathlib import Path
 MAX_TOKENS = 9_216  # all pairs are held in memory
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and what Theorem 3 says; draws the picture where `--output` is given."""
-    arguments = parse_arguments(argv)
+    arguments = parse(argv)
     grid = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
     if len(grid) != 2 or min(grid) < 1 or math.prod(grid) > MAX_TOKENS:
         raise ValueError(

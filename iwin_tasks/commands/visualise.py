@@ -71,7 +71,7 @@ def load_images(folder: Path | None, size: tuple[int, int], at_most: int) -> Ten
     return read_photographs(folder, size, at_most)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; the word none stands for None."""
 
     def path_or_none(text: str) -> Path | None:
@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the picture; prints how concentrated each receptive field is."""
-    arguments = parse_arguments(argv)
+    arguments = parse(argv)
     import torch
 
     from iwin_core.analysis.saliency import effective_receptive_field, grad_cam, share_of_pixels

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from flashdit import config
-from flashdit.shared.settings import SHIPPED, to_yaml
+from flashdit.shared.settings import SHIPPED_CONFIGS, to_yaml
 
 
 def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
@@ -12,7 +12,7 @@ def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
     assert config.load(tmp_path / "saved.yaml") == loaded
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
     given = yaml.safe_load(path.read_text())
     needs_path = given["data"]["name"] != "digits"

@@ -20,7 +20,7 @@ from flashdit.shared.files import file_sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+CACHE_FORMAT = 1
 CACHE_VARIABLE = "FLASHDIT_CACHE"
 
 
@@ -46,7 +46,7 @@ class FeatureCache:
         """Returns the name of what is kept of a source."""
         code = inspect.getsourcefile(type(extractor))
         about = {
-            "format": FORMAT,
+            "format": CACHE_FORMAT,
             "extractor": extractor.fingerprint,
             "code": file_sha256(Path(code)) if code else None,
             "torch": torch.__version__,

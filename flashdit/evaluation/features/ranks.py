@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Value = TypeVar("Value")
+Shared = TypeVar("Value")
 
-PATIENCE = timedelta(
+RANKS_TIMEOUT = timedelta(
     hours=24
 )  # for the slowest process; one that dies is noticed by the launcher, not by time
 
@@ -41,7 +41,7 @@ class Ranks:
         state = PartialState(cpu=torch.device(device).type == "cpu")
         if state.num_processes == 1:
             return cls()
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=RANKS_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         return cls(state.process_index, state.num_processes, group)
 
@@ -79,7 +79,7 @@ class Ranks:
             if message is not None:
                 raise ValueError(f"process {rank}: {message}")
 
-    def broadcast(self, value: Value) -> Value:
+    def broadcast(self, value: Shared) -> Shared:
         """Returns the main process's value."""
         if self.group is None:
             return value
@@ -87,7 +87,7 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def from_others(self, value: Value) -> Iterator[Value]:
+    def from_others(self, value: Shared) -> Iterator[Shared]:
         """Yields, on the main process, the values of the others in order, one in memory at a time."""
         if self.group is None:
             return
@@ -99,7 +99,7 @@ class Ranks:
             dist.recv_object_list(received, src=rank, group=self.group)
             yield received[0]
 
-    def _gather_all(self, value: Value) -> list[Value]:
+    def _gather_all(self, value: Shared) -> list[Shared]:
         """Returns every process's value, in order."""
         if self.group is None:
             return [value]

@@ -159,12 +159,12 @@ def extract(
         hidden = None if ranks.is_main else True
         with tqdm(total=len(ids), desc=source.name, unit="image", disable=hidden) as bar:
             for images in regrouped(source.batches(batch_size, ids), FORWARD_ROWS):
-                share.add(forward(extractor, images, device))
+                share.add(forward_padded(extractor, images, device))
                 bar.update(len(images))
     return share.gathered(ranks)
 
 
-def forward(extractor: Extractor, images: Tensor, device: str) -> dict[str, Tensor | None]:
+def forward_padded(extractor: Extractor, images: Tensor, device: str) -> dict[str, Tensor | None]:
     """Returns the features of up to FORWARD_ROWS images, computed beside black ones up to that number.
 
     A forward of another shape rounds otherwise, so one shape makes each image's features its own.

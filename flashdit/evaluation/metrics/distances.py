@@ -64,7 +64,7 @@ def keep_smallest(values: Tensor, columns: Tensor, tile: Tensor, first: int) -> 
     columns.copy_(columns_of_all.gather(1, best.indices))
 
 
-def nearest(points: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_rows(points: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns the k nearest others of every point, nearest first.
 
     Args:

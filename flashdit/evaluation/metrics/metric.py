@@ -12,7 +12,7 @@ from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.shared.registry import Registry
 
-Value = TypeVar("Value")
+ScoreValue = TypeVar("Value")
 Compute = Callable[[ImageStatistics, ImageStatistics], tuple[float, ...]]
 """(samples, reference) → a number for each score."""
 
@@ -100,7 +100,7 @@ class Metric:
     cautions: Callable[[ImageStatistics, ImageStatistics], list[str]] | None = None
 
 
-def known(value: Value | None, statistics: ImageStatistics, what: str) -> Value:
+def known(value: ScoreValue | None, statistics: ImageStatistics, what: str) -> ScoreValue:
     """Returns the value, or raises `Unavailable` with what the statistics lack."""
     if value is None:
         raise Unavailable(f"'{statistics.name}' has no {what}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdit.evaluation.reports.report import SCHEMA, shown
+from flashdit.evaluation.reports.report import RESULT_SCHEMA, shown
 
 Result = dict[str, Any]
 
@@ -34,8 +34,8 @@ def read_result(path: Path) -> Result:
     except (OSError, ValueError) as error:
         raise ValueError(f"compare reads the metrics.json of evaluations, got {path}: {error}") from error
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA or not {"metrics", "labels", "extractor", "reference"} <= content.keys():
-        raise ValueError(f"compare reads results of schema {SCHEMA}, got {schema=} in {path}")
+    if schema != RESULT_SCHEMA or not {"metrics", "labels", "extractor", "reference"} <= content.keys():
+        raise ValueError(f"compare reads results of schema {RESULT_SCHEMA}, got {schema=} in {path}")
     return content
 
 

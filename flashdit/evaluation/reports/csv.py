@@ -13,14 +13,14 @@ from typing import Any
 from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.reports.report import EvalResult
 
-SAMPLING = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
-COLUMNS = (  # of every such file; a metric with another column adds it at the end
+SAMPLING_COLUMNS = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
+CSV_COLUMNS = (  # of every such file; a metric with another column adds it at the end
     "created",
     "samples",
     "step",
     "num_images",
     "label_mode",
-    *SAMPLING,
+    *SAMPLING_COLUMNS,
     "nfe",
     "extractor",
     "fingerprint",
@@ -47,7 +47,7 @@ def row_of(result: EvalResult) -> dict[str, Any]:
         "step": samples.get("step"),
         "num_images": result.num_images,
         "label_mode": samples.get("labels"),
-        **{name: sampling.get(name) for name in SAMPLING},
+        **{name: sampling.get(name) for name in SAMPLING_COLUMNS},
         "sampler": sampler["name"] if isinstance(sampler, dict) else sampler,
         "cfg_interval": f"{interval[0]:g}-{interval[1]:g}" if interval else None,
         "nfe": samples.get("nfe"),
@@ -74,14 +74,14 @@ def read_columns(path: Path, names: Iterable[ScoreName]) -> list[str]:
     Raises:
         ValueError: If the file is no such CSV, or has no column for one of the scores.
     """
-    needed = list(dict.fromkeys([*COLUMNS, *(name.column for name in names)]))
+    needed = list(dict.fromkeys([*CSV_COLUMNS, *(name.column for name in names)]))
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return needed
     with path.open(newline="") as file:
         header = next(csv.reader(file), [])
-    if header[: len(COLUMNS)] != list(COLUMNS):
+    if header[: len(CSV_COLUMNS)] != list(CSV_COLUMNS):
         raise ValueError(
-            f"--csv must be a new file or have the columns {','.join(COLUMNS)}, got {path}: {header}"
+            f"--csv must be a new file or have the columns {','.join(CSV_COLUMNS)}, got {path}: {header}"
         )
     lacks = [column for column in needed if column not in header]
     if lacks:

@@ -11,12 +11,12 @@ from torch import Tensor
 from flashdit.evaluation.evaluate import Plan
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.images.sources import GeneratedSource, Source, take
-from flashdit.evaluation.metrics.distances import mean_row, nearest
+from flashdit.evaluation.metrics.distances import mean_row, nearest_rows
 from flashdit.evaluation.metrics.manifold import NEIGHBOURS, realism, squared_radii
 from flashdit.evaluation.metrics.scoring import knows_classes
 from flashdit.evaluation.reports.by_class import ClassScore, class_notes, class_scores
 
-PARTS = ("pool", "logits")  # what `collect` must keep of both sides
+GALLERY_PARTS = ("pool", "logits")  # what `collect` must keep of both sides
 LARGE = 64  # pixels; a report shows fewer images of more
 
 
@@ -96,7 +96,7 @@ class Gallery:
         return self.images[picture.real, picture.row]
 
 
-class Side:
+class GallerySide:
     """One of the two sets of images, with what the extractor makes of them.
 
     Args:
@@ -149,7 +149,7 @@ class Side:
         return {(self.real, row): image for row, image in zip(rows, images, strict=True)}
 
 
-def rows_by_class(
+def first_rows_by_class(
     labels: Tensor | None, count: int, classes: int, per_class: int
 ) -> list[tuple[int | None, list[int]]]:
     """Returns (class, rows of its first images) for classes spread evenly over those there are.
@@ -164,10 +164,10 @@ def rows_by_class(
     return [(label, (labels == label).nonzero()[:per_class, 0].tolist()) for label in known[places].tolist()]
 
 
-def sample_grid(samples: Side, options: GalleryOptions) -> Section:
+def sample_grid(samples: GallerySide, options: GalleryOptions) -> Section:
     """Returns the first samples of each class."""
     assert samples.source is not None
-    grid = rows_by_class(samples.labels, samples.source.count, options.classes, options.per_class)
+    grid = first_rows_by_class(samples.labels, samples.source.count, options.classes, options.per_class)
     about = "The first samples; they have no labels."
     if samples.labels is not None:
         known = len(samples.labels.unique())
@@ -182,7 +182,7 @@ def sample_grid(samples: Side, options: GalleryOptions) -> Section:
     return section
 
 
-def nearest_real(samples: Side, real: Side, options: GalleryOptions) -> Section:
+def nearest_real(samples: GallerySide, real: GallerySide, options: GalleryOptions) -> Section:
     """Returns a few samples, each of another class as far as that goes, with their nearest real images."""
     section = Section(heading="Nearest real images", about=why_nothing(real))
     if section.about:
@@ -190,9 +190,9 @@ def nearest_real(samples: Side, real: Side, options: GalleryOptions) -> Section:
     assert samples.source is not None
     assert samples.pool is not None
     assert real.pool is not None
-    grid = rows_by_class(samples.labels, samples.source.count, options.probes, 1)
+    grid = first_rows_by_class(samples.labels, samples.source.count, options.probes, 1)
     probes = [row for _, rows in grid for row in rows]
-    distances, found = nearest(samples.pool[probes], real.pool, options.neighbours)
+    distances, found = nearest_rows(samples.pool[probes], real.pool, options.neighbours)
     section.about = (
         f"A sample, then the {found.shape[1]} images of '{real.statistics.name}' nearest to it in feature "
         "space with their distances; a copy is at 0."
@@ -203,7 +203,7 @@ def nearest_real(samples: Side, real: Side, options: GalleryOptions) -> Section:
     return section
 
 
-def outliers(samples: Side, real: Side, options: GalleryOptions) -> list[Section]:
+def outliers(samples: GallerySide, real: GallerySide, options: GalleryOptions) -> list[Section]:
     """Returns the samples farthest outside the real images' manifold, and the real images least covered."""
     why = why_nothing(real)
     sections = [Section(heading=heading, about=why) for heading in ("Precision outliers", "Recall outliers")]
@@ -233,7 +233,7 @@ def outliers(samples: Side, real: Side, options: GalleryOptions) -> list[Section
     return sections
 
 
-def why_nothing(real: Side) -> str:
+def why_nothing(real: GallerySide) -> str:
     """Returns why no image of the reference can be shown, empty where one can."""
     if real.source is None or real.pool is None:
         return f"'{real.statistics.name}' has no images, only statistics."
@@ -253,8 +253,8 @@ def make_gallery(
 
     Args:
         plan: What was evaluated.
-        samples: Its samples' statistics, with `PARTS`.
-        reference: Its reference's, with `PARTS` as far as it has images.
+        samples: Its samples' statistics, with `GALLERY_PARTS`.
+        reference: Its reference's, with `GALLERY_PARTS` as far as it has images.
         class_names: Of the samples' labels; None means the generator's, or else the extractor's.
         options: How many images to show; None means as many as their size allows.
     """
@@ -263,8 +263,8 @@ def make_gallery(
         class_names = generator.class_names
     predicts = knows_classes(plan.extractor, class_names)
     options = options or GalleryOptions.for_size(plan.samples.image_size)
-    ours = Side(plan.samples, samples, class_names, predicts, real=False)
-    real = Side(plan.reference.source, reference, class_names, predicts, real=True)
+    ours = GallerySide(plan.samples, samples, class_names, predicts, real=False)
+    real = GallerySide(plan.reference.source, reference, class_names, predicts, real=True)
     sections = [sample_grid(ours, options), nearest_real(ours, real, options), *outliers(ours, real, options)]
     classes = class_scores(ours.statistics, real.statistics, ours.class_name, predicts)
     return Gallery(

@@ -45,7 +45,7 @@ def file_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def show(gallery: Gallery, picture: Picture) -> dict[str, Any]:
+def picture_fields(gallery: Gallery, picture: Picture) -> dict[str, Any]:
     """Returns what the template needs of a picture; pixels are sent once each, never enlarged."""
     image = to_pil(gallery.image_of(picture))
     width, height = shown_size(image.height, image.width)
@@ -71,7 +71,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def title_of(result: EvalResult) -> str:
+def page_title(result: EvalResult) -> str:
     """Returns what was evaluated, in a line."""
     samples = result.samples
     what = samples.get("checkpoint") or samples.get("path") or samples.get("source", "samples")
@@ -115,7 +115,7 @@ def to_html(result: EvalResult, gallery: Gallery, sweep: str | None = None) -> s
     recipe = {key: value for key, value in result.to_dict().items() if key not in SHOWN_ELSEWHERE}
     shown = worst_classes(gallery.classes)
     return environment.get_template(TEMPLATE).render(
-        title=title_of(result),
+        title=page_title(result),
         header=header,
         rows=rows,
         notes=[note for note in footnotes(result) if note not in result.warnings],
@@ -129,7 +129,7 @@ def to_html(result: EvalResult, gallery: Gallery, sweep: str | None = None) -> s
             (
                 section,
                 [
-                    (label, [show(gallery, picture) for picture in pictures])
+                    (label, [picture_fields(gallery, picture) for picture in pictures])
                     for label, pictures in section.rows
                 ],
             )

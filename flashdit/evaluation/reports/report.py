@@ -18,7 +18,7 @@ from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.shared.files import write_atomically, write_json
 
-SCHEMA = 2
+RESULT_SCHEMA = 2
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")
 
 
@@ -78,7 +78,7 @@ class EvalResult:
             content.pop(part)
         count = self.scores.count
         return {
-            "schema": SCHEMA,
+            "schema": RESULT_SCHEMA,
             "created": content.pop("created"),
             "metrics": self._keyed(self.scores.values, count),
             "reasons": self._keyed(self.scores.reasons, count),

@@ -16,7 +16,7 @@ from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import write_atomically, write_json
 
-SCHEMA = 1
+SWEEP_SCHEMA = 1
 
 
 @dataclass(kw_only=True)
@@ -86,8 +86,8 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "others" not in content:
-        raise ValueError(f"{path} must be a sweep's JSON of schema {SCHEMA}: give another --output")
+    if not isinstance(content, dict) or content.get("schema") != SWEEP_SCHEMA or "others" not in content:
+        raise ValueError(f"{path} must be a sweep's JSON of schema {SWEEP_SCHEMA}: give another --output")
     known: list[dict[str, Any]] = [
         {name: sweep[name] for name in Sweep.__dataclass_fields__}
         | {"recipe": _current_recipe(sweep["recipe"])}
@@ -104,7 +104,7 @@ def _current_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "samples": {**samples, **sampling}}
 
 
-def table_rows(sweep: Sweep) -> list[list[str]]:
+def sweep_rows(sweep: Sweep) -> list[list[str]]:
     """Returns the header, a row per scale with the best of each score in asterisks, and the real images'."""
     best, keys = sweep.best(), [score.key for score in sweep.scores() if score.key in sweep.labels]
     rows = [["guidance", "NFE", *(sweep.labels[key] for key in keys)]]
@@ -124,9 +124,9 @@ def number(value: float | None) -> str:
     return "n/a" if value is None else f"{max(value, 0.0):.4f}"
 
 
-def to_markdown(sweep: Sweep) -> str:
+def sweep_markdown(sweep: Sweep) -> str:
     """Returns the table, then what is missing and why, warnings and the recipe."""
-    header, *rows = table_rows(sweep)
+    header, *rows = sweep_rows(sweep)
     table = [f"| {' | '.join(line)} |" for line in (header, ["---:"] * len(header), *rows)]
     missing = [
         f"{sweep.labels[key]}: {why}" for point in sweep.points for key, why in point["reasons"].items()
@@ -137,7 +137,7 @@ def to_markdown(sweep: Sweep) -> str:
     return "\n".join([sweep.title, "", *table, "", *(f"- {note}" for note in notes), ""])
 
 
-def draw(sweep: Sweep, path: Path) -> None:
+def draw_sweep(sweep: Sweep, path: Path) -> None:
     """Draws every score over the scale, with a star at its best and a dashed line at real images' value."""
     panels = sweep.panels()
     if not panels:
@@ -146,14 +146,14 @@ def draw(sweep: Sweep, path: Path) -> None:
     figure, all_axes = new_axes(titles, "guidance scale", heading=sweep.title)
     for axes, scores in zip(all_axes, panels, strict=True):
         for score, colour in zip(scores, COLOURS, strict=False):
-            draw_curve(axes, sweep, score, colour)
+            draw_score(axes, sweep, score, colour)
         axes.margins(x=0.14, y=0.2)
         if len(scores) > 1 or (sweep.floor or {}).get(scores[0].key) is not None:
             axes.legend(fontsize=8, frameon=False, loc="best")
     save_figure(figure, path)
 
 
-def draw_curve(axes: Axes, sweep: Sweep, score: Score, colour: str) -> None:
+def draw_score(axes: Axes, sweep: Sweep, score: Score, colour: str) -> None:
     """Draws one score."""
     key = score.key
     scales, values = sweep.curve(key)
@@ -187,7 +187,7 @@ def write_sweep(folder: Path, sweep: Sweep, others: Sequence[Mapping[str, Any]])
         sweep: What is shown.
         others: Sweeps of other recipes, which the JSON keeps.
     """
-    content = {"schema": SCHEMA, "best": sweep.best(), **asdict(sweep), "others": list(others)}
+    content = {"schema": SWEEP_SCHEMA, "best": sweep.best(), **asdict(sweep), "others": list(others)}
     write_json(folder / "sweep.json", content)
-    write_atomically(folder / "sweep.md", lambda temporary: temporary.write_text(to_markdown(sweep)))
-    draw(sweep, folder / "sweep.png")
+    write_atomically(folder / "sweep.md", lambda temporary: temporary.write_text(sweep_markdown(sweep)))
+    draw_sweep(sweep, folder / "sweep.png")

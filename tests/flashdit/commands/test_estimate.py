@@ -135,7 +135,7 @@ def test_strategies_share_what_they_say():
 
 
 def test_frozen_parameters_have_no_moments():
-    settings = read_config(config.DEFAULT, ("model.position_embedding=sincos",))
+    settings = read_config(config.DEFAULT_CONFIG, ("model.position_embedding=sincos",))
     counts = count_parameters(settings)
     assert counts.all - counts.trained == 8 * 8 * 64
     assert checkpoint_bytes(settings, counts) == 8 * counts.all + 8 * counts.trained

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from flashdit.commands import evaluate as eval_fid
-from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.evaluation.features import statistics
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.metrics.metric import METRICS
@@ -40,7 +40,7 @@ def samples(tmp_path_factory) -> Path:
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
-    num_classes, class_names, data_name = 10, CLASS_NAMES, "digits"
+    num_classes, class_names, data_name = 10, DIGIT_NAMES, "digits"
     sampling = SamplingOptions()
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(

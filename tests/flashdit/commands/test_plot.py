@@ -9,7 +9,7 @@ from PIL import Image
 from flashdit import config, digits
 from flashdit.commands import plot
 from flashdit.commands.curves import (
-    SHIPPED,
+    SHIPPED_CURVES,
     holds,
     read_reference,
     read_run,
@@ -99,7 +99,7 @@ def test_a_single_point_of_a_loss_is_marked(tmp_path):
 
 
 def test_every_shipped_reference_is_of_its_preset_and_is_drawn_beside_its_runs(tmp_path):
-    reference = read_reference(Path(digits.__file__).parent / SHIPPED / "digits.json")
+    reference = read_reference(Path(digits.__file__).parent / SHIPPED_CURVES / "digits.json")
     resolved = yaml.safe_load(to_yaml(config.load()))
     assert holds(resolved, reference.task), "the preset has changed: make the reference again"
     images = resolved["training"]["steps"] * resolved["training"]["global_batch_size"]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashdit.data import shards as shards_module
-from flashdit.data.manifest import FORMAT, MANIFEST
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT
 from flashdit.data.shards import LatentShards, write_shard
 
 
@@ -15,7 +15,7 @@ def add_manifest(folder, **changes):
     """Writes a manifest of the shards as they are."""
     paths = sorted(folder.glob("*.safetensors"))
     manifest = {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "vae_identity": "abc",
         "mean": [1.0, 2.0, 3.0],
         "std": [4.0, 5.0, 6.0],

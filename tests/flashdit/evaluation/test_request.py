@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource
@@ -19,7 +19,7 @@ def generator(**changes) -> SimpleNamespace:
     """What a request reads of a generator of digits."""
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(need_vae=lambda: vae, factor=2)
-    about = {"num_classes": 10, "class_names": CLASS_NAMES, "space": space}
+    about = {"num_classes": 10, "class_names": DIGIT_NAMES, "space": space}
     about |= {"latent_shape": lambda options: (1, 16, 16), "image_size": lambda options: (32, 32)}
     return SimpleNamespace(**about | changes)
 

@@ -2,7 +2,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from flashdit.shared.settings import Key, describe, find_config, merge, read, shipped_configs, to_yaml
+from flashdit.shared.settings import (
+    Key,
+    describe,
+    find_config,
+    merge_settings,
+    read_settings,
+    shipped_configs,
+    to_yaml,
+)
 
 
 @dataclass(kw_only=True)
@@ -41,7 +49,7 @@ def recipe(tmp_path):
 
     def read_text(text, *overrides):
         (tmp_path / "cake.yaml").write_text(text)
-        return read(tmp_path / "cake.yaml", overrides, Recipe)
+        return read_settings(tmp_path / "cake.yaml", overrides, Recipe)
 
     return read_text
 
@@ -86,9 +94,13 @@ def test_an_invalid_value_is_named_by_its_key(recipe, text, override, message):
 
 def test_another_name_drops_the_options_of_the_part_that_had_the_old_one():
     base = {"oven": {"name": "gas", "flame": 2}, "salt": 1}
-    assert merge(base, {"oven": {"name": "stone"}}) == {"oven": {"name": "stone"}, "salt": 1}
-    assert merge(base, {"oven": {"flame": 3}})["oven"] == {"name": "gas", "flame": 3}
-    assert merge(base, {"oven": {"name": "gas", "lit": 1}})["oven"] == {"name": "gas", "flame": 2, "lit": 1}
+    assert merge_settings(base, {"oven": {"name": "stone"}}) == {"oven": {"name": "stone"}, "salt": 1}
+    assert merge_settings(base, {"oven": {"flame": 3}})["oven"] == {"name": "gas", "flame": 3}
+    assert merge_settings(base, {"oven": {"name": "gas", "lit": 1}})["oven"] == {
+        "name": "gas",
+        "flame": 2,
+        "lit": 1,
+    }
     assert base["oven"] == {"name": "gas", "flame": 2}
 
 

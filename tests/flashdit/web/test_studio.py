@@ -14,7 +14,7 @@ from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.folder import identity
 from flashdit.web.studio import (
     FRAMES,
-    KEPT,
+    KEPT_REQUESTS,
     PageRequest,
     Studio,
     class_choices,
@@ -179,10 +179,10 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is(studio, wrong, sente
 
 
 def test_files_of_old_requests_go(studio):
-    made = [make(studio, replace(GOOD, steps=1, num_images=1)) for _ in range(KEPT + 1)]
+    made = [make(studio, replace(GOOD, steps=1, num_images=1)) for _ in range(KEPT_REQUESTS + 1)]
     assert not made[0].grid.exists()
     assert all(pictures.grid.exists() for pictures in made[1:])
-    assert len(list(studio.folder.iterdir())) == KEPT
+    assert len(list(studio.folder.iterdir())) == KEPT_REQUESTS
 
 
 def test_classes_that_share_a_name_go_by_id():

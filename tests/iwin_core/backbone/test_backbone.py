@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwin_core import IwinConfig, IwinTransformer
-from iwin_core.backbone.config import SIZES, divides, nearest_sizes, stage_kernels, stage_windows
+from iwin_core.backbone.config import BACKBONE_SIZES, divides, nearest_sizes, stage_kernels, stage_windows
 
 GOLDEN = load_npz("iwin_cls_custom.npz")
 META = load_json("iwin_cls_custom_meta.json")["w2"]
@@ -60,7 +60,7 @@ def tiny(**options):
 
 @pytest.mark.parametrize("case", SIZE_CASES, ids=lambda case: f"{case['model']}-{case['img']}")
 def test_parameters_and_multiply_adds_equal_the_released_models(case):
-    options = {"img_size": case["img"], "window_size": case["window"], **SIZES[case["model"]]}
+    options = {"img_size": case["img"], "window_size": case["window"], **BACKBONE_SIZES[case["model"]]}
     assert measure(**options)[:2] == (case["params"], case["macs_hook"])
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from iwin_core import IwinTransformer, load_official_checkpoint
-from iwin_core.backbone.config import SIZES
+from iwin_core.backbone.config import BACKBONE_SIZES
 from iwin_core.backbone.resize import resize_bicubic
 
 STAGE_4 = tuple(f"layers.3.blocks.0.dwconv.depthwise.{name}" for name in ("weight", "bias"))
@@ -84,9 +84,9 @@ def test_a_larger_input_adds_only_identity_convolutions_and_names_them(caplog):
 
 def test_released_224_weights_in_a_1024_model_lack_the_four_tensors_of_stage_4():
     with torch.device("meta"):
-        source = IwinTransformer(**SIZES["tiny"])
+        source = IwinTransformer(**BACKBONE_SIZES["tiny"])
         models = {
-            side: IwinTransformer(**SIZES["tiny"], img_size=side, window_size=window)
+            side: IwinTransformer(**BACKBONE_SIZES["tiny"], img_size=side, window_size=window)
             for window, side in ((12, 384), (16, 512), (16, 1024))
         }
     news = {side: load_official_checkpoint(model, source.state_dict()).new for side, model in models.items()}

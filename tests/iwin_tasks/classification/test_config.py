@@ -2,11 +2,11 @@ import pytest
 import torch
 import yaml
 
-from flashdit.shared.settings import SHIPPED, to_yaml
+from flashdit.shared.settings import SHIPPED_CONFIGS, to_yaml
 from iwin_tasks.classification import config
 from iwin_tasks.classification.model import make_model
 
-FOLDER = SHIPPED / "iwin"
+FOLDER = SHIPPED_CONFIGS / "iwin"
 PATHS = sorted(FOLDER.glob("*.yaml"))
 TRAIN_1K, TRAIN_22K = 1_281_167, 14_197_122
 PARAMETERS = {  # TARGETS.md; of 22K the same but for its head
@@ -29,16 +29,16 @@ SIDES = {"224": 7, "384": 12, "512": 16, "1024": 16}
 
 def load(name, overrides=()):
     needs_path = name not in ("digits_32", "digits_64")
-    return config.load(
+    return config.load_classifier_config(
         FOLDER / f"{name}.yaml", [*(["data.path=somewhere"] if needs_path else []), *overrides]
     )
 
 
 def test_digits_at_32_is_the_default_and_reads_back_from_its_yaml(tmp_path):
-    loaded = config.load()
+    loaded = config.load_classifier_config()
     assert loaded == load("digits_32")
     (tmp_path / "saved.yaml").write_text(to_yaml(loaded))
-    assert config.load(tmp_path / "saved.yaml") == loaded
+    assert config.load_classifier_config(tmp_path / "saved.yaml") == loaded
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -111,4 +111,4 @@ def test_digits_at_64_change_the_input_size_and_the_window_alone():
 )
 def test_configurations_that_cannot_be_are_named(override, message):
     with pytest.raises(ValueError, match=message):
-        config.load(None, [override])
+        config.load_classifier_config(None, [override])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from flashdit.shared.runs import list_checkpoints
 from flashdit.training.meter import TIMINGS
 from iwin_core import load_official_checkpoint
-from iwin_tasks.classification.config import load
+from iwin_tasks.classification.config import load_classifier_config
 from iwin_tasks.classification.task import ClassifierTrainer, evaluate_only
 from iwin_tasks.commands import classify as train_classifier
 
@@ -32,7 +32,7 @@ TINY = [
 
 
 def train(run_dir, *more):
-    trainer = ClassifierTrainer(load(None, [*TINY, f"run.dir={run_dir}", *more]))
+    trainer = ClassifierTrainer(load_classifier_config(None, [*TINY, f"run.dir={run_dir}", *more]))
     trainer.fit()
     return trainer
 
@@ -48,7 +48,7 @@ def records(run_dir):
 
 def test_a_paused_run_with_drop_path_ends_as_an_uninterrupted_one(tmp_path):
     train(tmp_path / "whole")
-    paused = ClassifierTrainer(load(None, [*TINY, f"run.dir={tmp_path / 'paused'}"]))
+    paused = ClassifierTrainer(load_classifier_config(None, [*TINY, f"run.dir={tmp_path / 'paused'}"]))
     update = paused.ema.update
 
     def update_and_terminate(model):
@@ -78,7 +78,7 @@ def test_accumulation_changes_no_update(tmp_path):
 
 
 def test_biases_and_norms_do_not_decay(tmp_path):
-    trainer = ClassifierTrainer(load(None, [*TINY, f"run.dir={tmp_path}"]))
+    trainer = ClassifierTrainer(load_classifier_config(None, [*TINY, f"run.dir={tmp_path}"]))
     decayed, others = trainer.optimizer.param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (trainer.config.optimizer.weight_decay, 0)
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
@@ -105,7 +105,7 @@ def test_training_learns_and_eval_only_finds_the_same_accuracy(tmp_path, capsys)
     assert trainer.task.accuracy.top1 > 0.25, "a guess is right in one of ten"
     assert records(tmp_path / "run")[-1]["ema_top1"] == trainer.task.accuracy.top1
     overrides = [*TINY, f"run.dir={tmp_path / 'run'}", *more]
-    source, accuracy = evaluate_only(load(None, overrides))
+    source, accuracy = evaluate_only(load_classifier_config(None, overrides))
     assert source == str(tmp_path / "run")
     assert (accuracy.top1, accuracy.top5) == (trainer.task.accuracy.top1, trainer.task.accuracy.top5)
     train_classifier.main(["--eval-only", *overrides])
@@ -115,7 +115,7 @@ def test_training_learns_and_eval_only_finds_the_same_accuracy(tmp_path, capsys)
 def test_a_checkpoint_is_what_the_authors_loader_takes(tmp_path):
     trainer = train(tmp_path / "run")
     folder = list_checkpoints(tmp_path / "run")[-1]
-    again = ClassifierTrainer(load(None, [*TINY, f"run.dir={tmp_path / 'other'}"])).model
+    again = ClassifierTrainer(load_classifier_config(None, [*TINY, f"run.dir={tmp_path / 'other'}"])).model
     report = load_official_checkpoint(again, folder / "model" / "model.safetensors")
     assert not report.new + report.reinitialised + report.left_out
     mine, theirs = trainer.model.state_dict(), again.state_dict()
@@ -126,10 +126,12 @@ def test_a_checkpoint_is_what_the_authors_loader_takes(tmp_path):
 def test_a_run_starts_from_another_at_another_size_by_its_window_alone(tmp_path):
     train(tmp_path / "small")
     more = (f"weights={tmp_path / 'small'}", "model.img_size=64", "model.window_size=8")
-    source, accuracy = evaluate_only(load(None, [*TINY, f"run.dir={tmp_path / 'large'}", *more]))
+    source, accuracy = evaluate_only(
+        load_classifier_config(None, [*TINY, f"run.dir={tmp_path / 'large'}", *more])
+    )
     assert source == str(tmp_path / "small")
     assert accuracy.num_images == 360
-    trainer = ClassifierTrainer(load(None, [*TINY, f"run.dir={tmp_path / 'large'}", *more]))
+    trainer = ClassifierTrainer(load_classifier_config(None, [*TINY, f"run.dir={tmp_path / 'large'}", *more]))
     started, average = trainer.model.state_dict(), weights(tmp_path / "small")
     assert [name for name in average if not average[name].equal(started[name])] == []
 

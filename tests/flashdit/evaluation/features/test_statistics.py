@@ -13,7 +13,7 @@ from flashdit.evaluation.features.statistics import (
     Share,
     collect,
     extract,
-    forward,
+    forward_padded,
     regrouped,
 )
 from flashdit.evaluation.images.sources import open_source
@@ -44,7 +44,7 @@ class PoolOnly(Extractor):
     name = "mean"
     pool_dimensions = 3
 
-    def forward(self, images):
+    def forward_padded(self, images):
         return {"pool": images.float().mean((2, 3))}
 
 
@@ -70,7 +70,7 @@ def test_shares_of_processes_make_the_whole(world):
                 share = Share(PARTS, "cpu")
                 ids = Ranks(rank, world).share(source.count)
                 for images in source.batches(2, ids):
-                    share.add(forward(EXTRACTOR, images, "cpu"))
+                    share.add(forward_padded(EXTRACTOR, images, "cpu"))
                 yield (
                     share.moments.get(self.part)
                     if self.part in ("moments", "spatial")
@@ -145,7 +145,7 @@ def test_a_forward_always_has_the_same_number_of_images():
     seen = []
 
     class Watching(PoolOnly):
-        def forward(self, images):
+        def forward_padded(self, images):
             seen.append(len(images))
             return super().forward(images)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from flashdit.digits.images import CLASS_NAMES
+from flashdit.digits.images import DIGIT_NAMES
 from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
@@ -89,7 +89,7 @@ def test_scores_on_a_gpu_equal_those_on_the_cpu(held_out):
 
 
 def test_default_metrics_are_all_that_apply_but_kid():
-    assert default_metrics(EXTRACTOR, CLASS_NAMES) == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
+    assert default_metrics(EXTRACTOR, DIGIT_NAMES) == ["fid", "sfid", "is", "precision", "recall", "accuracy"]
     assert default_metrics(EXTRACTOR, None) == ["fid", "sfid", "is", "precision", "recall"]
 
 
@@ -107,7 +107,7 @@ def test_unknown_metric_names_the_nearest():
 
 
 def test_accuracy_by_an_extractor_of_other_classes_is_refused():
-    check_classes(["accuracy"], EXTRACTOR, CLASS_NAMES)
+    check_classes(["accuracy"], EXTRACTOR, DIGIT_NAMES)
     for classes in (["cat", "dog"], None):
         with pytest.raises(ValueError, match="accuracy needs an extractor of the samples' own classes"):
             check_classes(["accuracy"], EXTRACTOR, classes)

@@ -5,7 +5,7 @@ import pytest
 
 from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.metrics.scoring import Scores
-from flashdit.evaluation.reports.csv import COLUMNS, append_csv, read_columns
+from flashdit.evaluation.reports.csv import CSV_COLUMNS, append_csv, read_columns
 
 
 def rows(path) -> list[dict]:
@@ -18,7 +18,7 @@ def test_rows_are_appended_under_one_header(tmp_path, result_of):
     for fid in (3.5, None):
         append_csv(result_of(Scores(count=360, values={"fid": fid, "precision": 0.25})), path)
     first, second = rows(path)
-    assert tuple(first) == COLUMNS
+    assert tuple(first) == CSV_COLUMNS
     assert (first["frechet"], first["precision"], first["recall"]) == ("3.5", "0.25", "")
     assert second["frechet"] == ""
     assert first["extractor"] == "digits"
@@ -45,7 +45,7 @@ def test_a_table_of_other_columns_is_refused_and_left_as_it_was(tmp_path, result
 
 def test_an_empty_file_is_a_new_one(tmp_path, result_of):
     (tmp_path / "scores.csv").touch()
-    assert read_columns(tmp_path / "scores.csv", []) == list(COLUMNS)
+    assert read_columns(tmp_path / "scores.csv", []) == list(CSV_COLUMNS)
     append_csv(result_of(Scores(count=360, values={"fid": 1.0})), tmp_path / "scores.csv")
     assert len(rows(tmp_path / "scores.csv")) == 1
 
@@ -61,7 +61,7 @@ def test_a_score_of_another_column_adds_it_to_a_new_table_and_is_refused_by_one_
     append_csv(other, tmp_path / "new.csv")
     append_csv(result, tmp_path / "new.csv")
     first, second = rows(tmp_path / "new.csv")
-    assert tuple(first) == (*COLUMNS, "delta")
+    assert tuple(first) == (*CSV_COLUMNS, "delta")
     assert (first["delta"], second["delta"], second["frechet"]) == ("2.0", "", "1.0")
     append_csv(result, tmp_path / "old.csv")
     before = (tmp_path / "old.csv").read_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashdit.digits.images import CLASS_NAMES, digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.evaluate import Plan
 from flashdit.evaluation.features.extractor import EXTRACTORS
@@ -15,7 +15,12 @@ from flashdit.evaluation.features.statistics import collect
 from flashdit.evaluation.images.sources import NpzSource
 from flashdit.evaluation.metrics import precision_recall
 from flashdit.evaluation.reference import Reference
-from flashdit.evaluation.reports.gallery import PARTS, GalleryOptions, make_gallery, rows_by_class
+from flashdit.evaluation.reports.gallery import (
+    GALLERY_PARTS,
+    GalleryOptions,
+    first_rows_by_class,
+    make_gallery,
+)
 
 SAMPLES, COPY, WRONG = 60, 7, 2  # sample number 7 is a copy of the reference's number 123
 
@@ -40,7 +45,8 @@ def plan(samples) -> Plan:
 @pytest.fixture(scope="module")
 def statistics(plan):
     return [
-        collect(source, plan.extractor, set(PARTS), 50) for source in (plan.samples, DigitsSource("held-out"))
+        collect(source, plan.extractor, set(GALLERY_PARTS), 50)
+        for source in (plan.samples, DigitsSource("held-out"))
     ]
 
 
@@ -66,7 +72,7 @@ def test_every_picture_is_the_image_of_its_number(gallery, samples):
 def test_grid_has_a_row_for_each_class_and_only_its_samples(gallery, samples):
     labels = np.load(samples)["arr_1"]
     (grid,) = [section for section in gallery.sections if section.heading == "Samples"]
-    assert [label for label, _ in grid.rows] == CLASS_NAMES
+    assert [label for label, _ in grid.rows] == DIGIT_NAMES
     for number, (_, pictures) in enumerate(grid.rows):
         expected = np.flatnonzero(labels == number)[:10].tolist()
         assert [picture.row for picture in pictures] == expected
@@ -136,7 +142,7 @@ def test_what_the_extractor_takes_for_another_class_is_marked(gallery, statistic
 
 
 def test_classes_come_with_accuracy_and_distance(gallery, plan):
-    assert [score.name for score in gallery.classes] == CLASS_NAMES
+    assert [score.name for score in gallery.classes] == DIGIT_NAMES
     assert sum(score.num_samples for score in gallery.classes) == SAMPLES
     assert sum(score.num_real for score in gallery.classes) == 360
     assert all(score.distance > 0 for score in gallery.classes)
@@ -147,7 +153,7 @@ def test_a_reference_of_statistics_alone_is_said_to_have_no_images(plan, statist
     d = plan.extractor.pool_dimensions
     np.savez(tmp_path / "adm.npz", mu=np.zeros(d), sigma=np.eye(d))
     reference = Reference(str(tmp_path / "adm.npz"), plan.extractor)
-    bare = reference.statistics(set(PARTS), 50, "cpu")
+    bare = reference.statistics(set(GALLERY_PARTS), 50, "cpu")
     gallery = make_gallery(plan._replace(reference=reference), statistics[0], bare)
     assert rows_of(gallery, "Samples")
     for section in gallery.sections[1:]:
@@ -160,7 +166,7 @@ def test_a_reference_of_statistics_alone_is_said_to_have_no_images(plan, statist
 def test_three_samples_have_neighbours_but_no_outliers(plan, statistics, tmp_path):
     np.savez(tmp_path / "three.npz", digits("train")[0][:3].permute(0, 2, 3, 1).numpy())
     source = NpzSource(tmp_path / "three.npz")
-    ours = collect(source, plan.extractor, set(PARTS), 50)
+    ours = collect(source, plan.extractor, set(GALLERY_PARTS), 50)
     gallery = make_gallery(plan._replace(samples=source), ours, statistics[1])
     assert len(rows_of(gallery, "Nearest real images")) == 3
     for section in gallery.sections[2:]:
@@ -171,7 +177,7 @@ def test_three_samples_have_neighbours_but_no_outliers(plan, statistics, tmp_pat
 def test_samples_without_labels_fill_the_grid_in_their_order(plan, statistics, tmp_path):
     np.savez(tmp_path / "bare.npz", digits("train")[0][:13].permute(0, 2, 3, 1).numpy())
     source = NpzSource(tmp_path / "bare.npz")
-    ours = collect(source, plan.extractor, set(PARTS), 50)
+    ours = collect(source, plan.extractor, set(GALLERY_PARTS), 50)
     gallery = make_gallery(plan._replace(samples=source), ours, statistics[1])
     rows = rows_of(gallery, "Samples")
     assert [[picture.row for picture in row] for row in rows] == [list(range(10)), [10, 11, 12]]
@@ -182,7 +188,7 @@ def test_samples_without_labels_fill_the_grid_in_their_order(plan, statistics, t
 
 def test_of_many_classes_those_shown_are_spread_evenly():
     labels = torch.arange(1000).repeat(2)
-    rows = rows_by_class(labels, 2000, classes=3, per_class=5)
+    rows = first_rows_by_class(labels, 2000, classes=3, per_class=5)
     assert rows == [(0, [0, 1000]), (500, [500, 1500]), (999, [999, 1999])]
 
 

@@ -16,7 +16,7 @@ from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.images.sources import NpzSource
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reports.by_class import ClassScore
-from flashdit.evaluation.reports.gallery import PARTS, make_gallery
+from flashdit.evaluation.reports.gallery import GALLERY_PARTS, make_gallery
 from flashdit.evaluation.reports.html import (
     MAX_CLASSES,
     flatten,
@@ -101,7 +101,7 @@ def evaluation(tmp_path_factory):
         Reference(str(save(folder / "real.npz", "held-out", 120)), extractor),
         ["fid", "precision", "recall", "accuracy"],
     )
-    result, samples, reference = evaluate_fully(plan, extra_parts=set(PARTS))
+    result, samples, reference = evaluate_fully(plan, extra_parts=set(GALLERY_PARTS))
     gallery = make_gallery(plan, samples, reference)
     gallery.classes[6].name = NASTY
     result.warnings.append(f"beware of {NASTY}")

@@ -7,10 +7,10 @@ from PIL import Image
 
 from flashdit.evaluation.reports.sweeps import (
     Sweep,
-    draw,
+    draw_sweep,
     read_sweeps,
-    table_rows,
-    to_markdown,
+    sweep_markdown,
+    sweep_rows,
     write_sweep,
 )
 
@@ -47,12 +47,12 @@ def test_a_score_that_could_not_be_had_is_no_point_of_its_curve(sweep):
     sweep.add(point(2.5, None, 9.5, 0.8, reasons={"fid": "it came out as nan"}))
     assert sweep.curve("fid") == ([1.0, 1.5, 2.0], [4.0, 2.0, 3.0])
     assert sweep.best()["is_mean"] == 2.5
-    assert table_rows(sweep)[4][2] == "n/a"
-    assert "- FD[digits]: it came out as nan" in to_markdown(sweep)
+    assert sweep_rows(sweep)[4][2] == "n/a"
+    assert "- FD[digits]: it came out as nan" in sweep_markdown(sweep)
 
 
 def test_table_marks_the_best_and_ends_with_the_real_images(sweep):
-    rows = table_rows(sweep)
+    rows = sweep_rows(sweep)
     assert rows[0] == ["guidance", "NFE", "FD[digits]", "IS[digits]", "precision"]
     assert rows[1] == ["1", "8", "4.0000", "8.0000", "0.5000"]
     assert rows[2] == ["1.5", "8", "**2.0000**", "**9.0000**", "**0.9000**"]
@@ -91,7 +91,7 @@ def test_a_file_that_no_sweep_wrote_is_refused(tmp_path, text, message):
 
 
 def test_plot_is_a_picture_and_nothing_else_is_left(sweep, tmp_path):
-    draw(sweep, tmp_path / "sweep.png")
+    draw_sweep(sweep, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.format == "PNG"
         width, height = picture.size
@@ -101,5 +101,5 @@ def test_plot_is_a_picture_and_nothing_else_is_left(sweep, tmp_path):
 
 
 def test_a_sweep_without_scores_draws_nothing(tmp_path):
-    draw(Sweep(recipe={}), tmp_path / "sweep.png")
+    draw_sweep(Sweep(recipe={}), tmp_path / "sweep.png")
     assert list(tmp_path.iterdir()) == []
