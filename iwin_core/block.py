@@ -83,9 +83,7 @@ class IwinBlock(nn.Module):
     ):
         super().__init__()
         if attention not in BLOCK_ATTENTIONS or structure not in STRUCTURES:
-            rule = (
-                f"attention must be one of {', '.join(ATTENTIONS)}, structure one of {', '.join(STRUCTURES)}"
-            )
+            rule = f"attention must be one of {', '.join(BLOCK_ATTENTIONS)}, structure one of {', '.join(STRUCTURES)}"
             raise ValueError(f"{rule}, got {attention=}, {structure=}")
         self.structure = structure
         self.norm1 = nn.LayerNorm(dim)

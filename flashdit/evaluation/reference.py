@@ -160,7 +160,8 @@ def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None
     if missing or about["schema"] != REFERENCE_SCHEMA:
         got = f"no {missing}" if missing else f"schema {about['schema']}"
         raise ValueError(
-            f"a file of make-reference must have all of {list(REFERENCE_KEYS)} in schema {REFERENCE_SCHEMA}, got {got} in {path}"
+            f"a file of make-reference must have all of {list(REFERENCE_KEYS)} in schema {REFERENCE_SCHEMA}, "
+            f"got {got} in {path}"
         )
     if about["fingerprint"] != extractor.fingerprint:
         raise ValueError(

@@ -47,7 +47,7 @@ def find_config(name: Path | str) -> Path:
     known = shipped_configs()
     if shipped not in known:
         raise ValueError(
-            f"--config must be a YAML file or a shipped configuration, got {name}{nearest(shipped, known)} "
+            f"--config must be a YAML file or a shipped configuration, got {name}{nearest_name(shipped, known)} "
             f"(shipped: {', '.join(known)})"
         )
     return SHIPPED_CONFIGS / f"{shipped}.yaml"

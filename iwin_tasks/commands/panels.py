@@ -74,7 +74,9 @@ def read_photographs(folder: Path, size: tuple[int, int], at_most: int) -> Tenso
         :at_most
     ]
     if not paths:
-        raise ValueError(f"images must be a folder that holds {', '.join(sorted(SUFFIXES))}, got {folder}")
+        raise ValueError(
+            f"images must be a folder that holds {', '.join(sorted(PHOTOGRAPH_SUFFIXES))}, got {folder}"
+        )
     height, width = size
     images = []
     for path in paths:

@@ -136,7 +136,7 @@ def test_what_the_extractor_takes_for_another_class_is_marked(gallery, statistic
     assert int(ours.logits[WRONG].argmax()) != int(ours.labels[WRONG])
     shown = {p.row: p for section in gallery.sections for _, row in section.rows for p in row if not p.real}
     assert shown[WRONG].doubtful
-    assert shown[WRONG].caption[1] == f"taken for {CLASS_NAMES[ours.logits[WRONG].argmax()]}"
+    assert shown[WRONG].caption[1] == f"taken for {DIGIT_NAMES[ours.logits[WRONG].argmax()]}"
     wrong = (ours.logits.argmax(1) != ours.labels).nonzero()[:, 0].tolist()
     assert {picture.row for picture in shown.values() if picture.doubtful} == set(wrong) & shown.keys()
 
