@@ -83,8 +83,10 @@ class IwinBlock(nn.Module):
     ):
         super().__init__()
         if attention not in BLOCK_ATTENTIONS or structure not in STRUCTURES:
-            rule = f"attention must be one of {', '.join(BLOCK_ATTENTIONS)}, structure one of {', '.join(STRUCTURES)}"
-            raise ValueError(f"{rule}, got {attention=}, {structure=}")
+            raise ValueError(
+                f"attention must be one of {', '.join(BLOCK_ATTENTIONS)}, structure one of "
+                f"{', '.join(STRUCTURES)}, got {attention=}, {structure=}"
+            )
         self.structure = structure
         self.norm1 = nn.LayerNorm(dim)
         self.attn = None

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flashdit.shared.registry import check_type, unknown
+from flashdit.shared.registry import check_type, nearest_name, unknown
 
 Config = TypeVar("Config")
 CHECKOUT, PACKAGE = (Path(__file__).parents[up] / "configs" for up in (2, 1))
@@ -47,8 +47,8 @@ def find_config(name: Path | str) -> Path:
     known = shipped_configs()
     if shipped not in known:
         raise ValueError(
-            f"--config must be a YAML file or a shipped configuration, got {name}{nearest_name(shipped, known)} "
-            f"(shipped: {', '.join(known)})"
+            f"--config must be a YAML file or a shipped configuration, got {name}"
+            f"{nearest_name(shipped, known)} (shipped: {', '.join(known)})"
         )
     return SHIPPED_CONFIGS / f"{shipped}.yaml"
 

@@ -134,7 +134,8 @@ def check_same_classes(train: LabelledImages, held_out: LabelledImages) -> None:
     if different:
         raise ValueError(
             f"train and val must have images of the same classes, got {len(different)} that only one of them "
-            f"has: {', '.join(different[:NAMED_IN_ERRORS])}{', …' if len(different) > NAMED_IN_ERRORS else ''}"
+            f"has: {', '.join(different[:NAMED_IN_ERRORS])}"
+            f"{', …' if len(different) > NAMED_IN_ERRORS else ''}"
         )
 
 

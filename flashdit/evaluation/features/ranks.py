@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Shared = TypeVar("Value")
+Shared = TypeVar("Shared")
 
 RANKS_TIMEOUT = timedelta(
     hours=24

@@ -12,7 +12,7 @@ from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.shared.registry import Registry
 
-ScoreValue = TypeVar("Value")
+ScoreValue = TypeVar("ScoreValue")
 Compute = Callable[[ImageStatistics, ImageStatistics], tuple[float, ...]]
 """(samples, reference) → a number for each score."""
 
