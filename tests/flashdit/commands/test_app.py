@@ -275,7 +275,7 @@ def test_without_a_run_the_command_says_to_train_one_first(tmp_path, monkeypatch
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "flashdit.web.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"app must be installed for this: pip install 'flashdit\[app\]'"):
+    with pytest.raises(ValueError, match=r"this requires the extra 'app': pip install 'flashdit\[app\]'"):
         serve.launch(Studio({}, tmp_path), "127.0.0.1", 7860)
 
 
