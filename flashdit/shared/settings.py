@@ -24,7 +24,7 @@ SHIPPED = CHECKOUT if CHECKOUT.is_dir() else PACKAGE
 
 
 def shipped_configs() -> list[str]:
-    """Returns the names of the shipped run configurations, such as `digits` and `iwin/tiny_224`."""
+    """Returns the names of the shipped run configurations, such as `flashdit_xl` and `iwin/tiny_224`."""
     found = (path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
     return sorted(name for name in found if not name.startswith("accelerate/"))
 
