@@ -53,3 +53,11 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     write_json(folder / "state.json", {"format": 99})
     with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '99'"):
         read_state(folder)
+
+
+def test_a_run_whose_latest_checkpoint_lacks_the_file_is_passed_over(tmp_path):
+    make_checkpoint(tmp_path / "run", 5, **{LATENTS: ""})
+    make_checkpoint(tmp_path / "run", 6)
+    assert newest_run(tmp_path).name == "run"
+    with pytest.raises(ValueError, match="no run with a checkpoint"):
+        newest_run(tmp_path, LATENTS)
