@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from flashdit.shared.files import write_json
-from flashdit.shared.runs import find_checkpoint, list_checkpoints, newest_run, read_state, step_folder
+from flashdit.shared.runs import (
+    LATENTS,
+    find_checkpoint,
+    list_checkpoints,
+    newest_run,
+    read_state,
+    step_folder,
+)
 
 
 def test_a_run_is_found_without_torch():
