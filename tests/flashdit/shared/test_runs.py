@@ -63,8 +63,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 
 def test_a_run_whose_latest_checkpoint_lacks_the_file_is_passed_over(tmp_path):
-    make_checkpoint(tmp_path / "run", 5, **{LATENTS: ""})
-    make_checkpoint(tmp_path / "run", 6)
+    for step in (5, 6):
+        make_checkpoint(tmp_path / "run", step)
+    (step_folder(tmp_path / "run", 5) / LATENTS).write_text("")
     assert newest_run(tmp_path).name == "run"
     with pytest.raises(ValueError, match="no run with a checkpoint"):
         newest_run(tmp_path, LATENTS)
