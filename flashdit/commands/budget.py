@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from rich.table import Column, Table
 
-from flashdit.config import RunConfig, check_run_config
+from flashdit.config import DEFAULT_CONFIG, RunConfig, check_run_config
 from flashdit.data.sources import DATASETS, companions_of
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
@@ -118,9 +118,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1 else "under a second"
 
 
-def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """Returns the checked configuration; the data need not be there."""
-    config = read_settings(path, overrides, RunConfig)
+def read_config(path: Path | str | None, overrides: Sequence[str]) -> RunConfig:
+    """Returns the checked configuration, None as for training; the data need not be there."""
+    config = read_settings(path or DEFAULT_CONFIG, overrides, RunConfig)
     if "name" in config.data:
         options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
         if "path" in {option.name for option in fields(options_type)}:

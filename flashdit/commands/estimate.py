@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", default="digits", metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
+    add("--config", metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
     add("overrides", nargs="*", metavar="key=value", help="as for training; data.path may stay open")
     add("--gpus", type=int, default=8, help="how many share the batch (default: 8)")
     add("--images", type=int, help="of an epoch (default: those that the data set brings, or ImageNet's)")
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config = read_config(arguments.config, arguments.overrides)
     counts, multiply_adds = count_parameters(config), forward_flops(config.model) / 2
-    about = Table(show_header=False, title=str(arguments.config))
+    about = Table(show_header=False, title=arguments.config or "the default run")
     for name, text in facts(config, counts, multiply_adds, arguments).items():
         about.add_row(name, text)
     console = Console()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from iwin_core import IwinAttention, kernels
-from iwin_core.kernels.dispatch import checked
+from iwin_core.kernels.dispatch import checked, device_runs_kernels
 
 ROOT = Path(__file__).parents[2]
 CHECKS = Path(__file__).with_name("kernel_checks.py")
@@ -135,3 +135,8 @@ def test_iwin_core_runs_without_triton():
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "torch.Size([1, 7, 9, 16])"
+
+
+def test_the_compiler_takes_the_choice_of_kernels_for_a_constant():
+    marks = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert vars(device_runs_kernels) == marks != {}

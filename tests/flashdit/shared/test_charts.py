@@ -16,6 +16,7 @@ def test_every_title_has_its_panel_row_by_row(count, columns, shape):
     assert [axes.get_title(loc="left") for axes in panels] == titles
     assert {axes.get_xlabel() for axes in panels} == {"step"}
     assert panels[-1].get_gridspec().get_geometry() == shape
+    assert [axes.get_subplotspec().num1 for axes in panels] == list(range(count))
 
 
 def test_a_figure_is_written_in_the_format_of_its_name(tmp_path):

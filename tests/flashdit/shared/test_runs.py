@@ -64,3 +64,12 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     (folder / "state.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '9'.*\(known: 1\)"):
         read_state(folder)
+
+
+def test_a_run_whose_latest_checkpoint_lacks_the_file_is_passed_over(tmp_path):
+    for step in (5, 6):
+        make_checkpoint(tmp_path / "run", step)
+    (step_folder(tmp_path / "run", 5) / LATENTS).write_text("")
+    assert newest_run(tmp_path).name == "run"
+    with pytest.raises(ValueError, match="no run with a checkpoint"):
+        newest_run(tmp_path, LATENTS)
