@@ -39,8 +39,7 @@ Times = dict[str, list[tuple[float, float]]]  # wall and processor seconds of ea
 def make_features(seed: int, count: int, scale: float) -> np.ndarray:
     """Returns (count, 2048) float32, none negative: variance that falls as 1 / rank, and noise.
 
-    They stand in for Inception's: the range of norms and the nearness of neighbours decide how many pairs
-    precision and recall must look at twice.
+    They stand in for Inception's in the range of norms and the nearness of neighbours.
     """
     falling = np.arange(1, 257)[:, None] ** -0.5 * 0.3
     mixing = np.random.default_rng(99).standard_normal((256, DIMENSIONS)) * falling * scale

@@ -55,7 +55,7 @@ class Moments:
         """Adds all rows that `other` has seen; `other` stays as it is."""
         count, mean, scatter = other._flush()
         if count:
-            self._sums = join(self._flush(), (count, mean.to(self._sums[1]), scatter.to(self._sums[2])))
+            self._sums = join(self._sums, (count, mean.to(self._sums[1]), scatter.to(self._sums[2])))
 
     def to(self, device: torch.device | str) -> Moments:
         """Moves the sums to a device and returns the moments."""

@@ -24,10 +24,10 @@ def random_rows(n: int, d: int = 6) -> torch.Tensor:
 def test_moments_equal_numpy_for_any_batch_size(batch_size):
     rows = random_rows(2 * BLOCK_ROWS + 5)
     moments = moments_of(rows, batch_size)
+    assert moments.count == len(rows)
     expected = rows.double().numpy()
     assert_close(moments.mean, torch.from_numpy(expected.mean(axis=0)), rtol=RTOL, atol=ATOL)
     assert_close(moments.covariance, torch.from_numpy(np.cov(expected, rowvar=False)), rtol=RTOL, atol=ATOL)
-    assert moments.count == len(rows)
 
 
 def test_merged_moments_equal_those_of_all_rows():
@@ -50,6 +50,27 @@ def test_merging_leaves_the_other_as_it_was():
     assert_close(second.covariance, before, rtol=0, atol=0)
 
 
+def test_no_rows_change_nothing_whichever_side_has_none():
+    empty, moments = Moments(6), moments_of(random_rows(20), 7)
+    empty.merge(Moments(6))
+    assert empty.count == 0
+    mean, covariance = moments.mean, moments.covariance
+    moments.merge(empty)
+    empty.merge(moments)
+    for each in (moments, empty):
+        assert each.count == 20
+        assert_close(each.mean, mean, rtol=0, atol=0)
+        assert_close(each.covariance, covariance, rtol=0, atol=0)
+
+
+def test_rows_are_not_kept_past_a_block():
+    rows = random_rows(BLOCK_ROWS).double()
+    expected = rows.mean(0)
+    moments = moments_of(rows, BLOCK_ROWS)
+    rows.zero_()
+    assert_close(moments.mean, expected, rtol=RTOL, atol=ATOL)
+
+
 def test_a_mean_far_from_zero_costs_no_digits():
     rows = 1000 + 0.01 * random_rows(500).double()
     expected = torch.from_numpy(np.cov(rows.numpy(), rowvar=False))
@@ -61,10 +82,11 @@ def test_covariance_of_one_image_is_refused():
         _ = moments_of(random_rows(1), 1).covariance
 
 
-@pytest.mark.parametrize("sizes", [(7,), (3, 0, 5, 1), (BLOCK_LATENTS + 3, 2)])
+@pytest.mark.parametrize("sizes", [(7,), (3, 0, 5, 1), (0, 0, 3), (BLOCK_LATENTS + 3, 2)])
 def test_joined_channel_moments_are_those_of_all_rows(sizes):
     torch.manual_seed(0)
     parts = [1000 + torch.arange(1, 4).reshape(3, 1, 1) * torch.randn(size, 3, 4, 6) for size in sizes]
+    assert ChannelMoments.of(parts[0][:0]) == ChannelMoments(0, [0.0] * 3, [0.0] * 3)
     joined = ChannelMoments.joined(ChannelMoments.of(part) for part in parts)
     values = torch.cat(parts).double().numpy()
     assert joined.count == sum(sizes) * 24

@@ -44,6 +44,11 @@ def test_inception_score_equals_slow_sums_however_unlikely_a_class(scale):
     assert_allclose(inception_score(logits, 25), (np.mean(scores), np.std(scores)), rtol=1e-9, atol=1e-12)
 
 
+def test_inception_score_takes_chunks_of_5000_rows_unless_asked_otherwise():
+    logits = np.random.default_rng(4).standard_normal((5200, 3))
+    assert inception_score(logits) == inception_score(logits, 5000) != inception_score(logits, 5200)
+
+
 def test_inception_score_names_what_it_was_given():
     with pytest.raises(ValueError, match="logits must be finite, got 1 entries"):
         inception_score(np.array([[0.0, np.inf]]))

@@ -13,6 +13,7 @@ def layouts(values: np.ndarray) -> dict[str, object]:
     read_only.setflags(write=False)
     return {
         "float64": values.astype(np.float64),
+        "long double": values.astype(np.longdouble),
         "read-only": read_only,
         "Fortran": np.asfortranarray(values),
         "strided": np.repeat(values, 2, axis=0)[::2],
@@ -53,9 +54,12 @@ def test_scores_of_two_sets_name_what_they_cannot_read(score):
         ),
         (np.zeros(9), r"with one d, got shapes \(\(9, 2\), \(9,\)\)"),
         (np.full((9, 2), np.nan), "fake features must be finite, got 18 entries that are not"),
+        (np.diag([np.inf] * 9)[:, :2], "fake features must be finite, got 2 entries that are not"),
         (np.zeros((9, 2), int), "fake features must be real floats, got int64"),
         (torch.zeros(9, 2, dtype=torch.uint8), "fake features must be real floats, got torch.uint8"),
         (np.zeros((0, 2)), "fake=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             score(good, bad)
+    with pytest.raises(ValueError, match=r"got shapes \(\(9, 0\), \(9, 0\)\)"):
+        score(good[:, :0], good[:, :0])

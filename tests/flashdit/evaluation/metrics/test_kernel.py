@@ -36,8 +36,15 @@ def test_kernel_distance_leaves_the_global_generators_alone():
     assert first == kernel_distance(x, y, 5, 10) != kernel_distance(x, y, 5, 10, seed=1)
 
 
+def test_kernel_distance_is_of_100_subsets_and_seed_2020_unless_asked_otherwise():
+    x, y = rows(33, 30, 6), rows(34, 25, 6)
+    assert kernel_distance(x, y, subset_size=10) == kernel_distance(x, y, 100, 10, 2020)
+
+
 def test_kernel_distance_of_fewer_images_than_a_subset_names_both():
     with pytest.raises(ValueError, match="subset_size=1000, real=30, fake=1200"):
         kernel_distance(np.zeros((30, 2)), np.zeros((1200, 2)))
     with pytest.raises(ValueError, match="got subsets=0"):
         kernel_distance(np.zeros((30, 2)), np.zeros((30, 2)), subsets=0, subset_size=10)
+    with pytest.raises(ValueError, match="got subsets=9, subset_size=1, real=30"):
+        kernel_distance(np.zeros((30, 2)), np.zeros((30, 2)), subsets=9, subset_size=1)

@@ -163,3 +163,9 @@ def test_realism_of_a_row_is_the_radius_over_the_distance():
     origin = centres.mean(dim=0, dtype=torch.float64)
     scores = realism(torch.tensor([[9.0], [-6.0]]), centres, squared_radii(centres, origin, 3), origin)
     assert scores.tolist() == pytest.approx([3 / 6, 3 / 6])
+
+
+def test_realism_of_a_row_on_the_centre_of_a_ball_without_radius_is_one():
+    rows_at_origin = torch.zeros(5, 2)
+    origin = torch.zeros(2, dtype=torch.float64)
+    assert realism(rows_at_origin[:2], rows_at_origin, torch.zeros(5).double(), origin).tolist() == [1, 1]
