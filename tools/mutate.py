@@ -25,11 +25,42 @@ ROOT = Path(__file__).parents[1]
 FAULTS = Path(__file__).with_name("mutations.toml")
 COPIED = ("flashdit", "iwin_core", "iwin_tasks", "tests", "configs", "tools", "benchmarks", "docs")
 PRELOADED = ("torch", "torchvision", "diffusers.models.modeling_utils", "accelerate", "timm", "scipy.linalg")
-TESTS = {  # folders whose faults other folders' tests are meant to notice
-    "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training"],
-    "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/training", "tests/flashdit/commands"],
-    "flashdit/trainer.py": ["tests/flashdit/training", "tests/flashdit/test_trainer.py"],
-    "flashdit/config.py": ["tests/flashdit/test_config.py", "tests/flashdit/commands"],
+COMMANDS = ["tests/flashdit/commands", "tests/test_commands.py", "tests/test_scripts.py"]
+TESTS = {  # folders whose faults other folders' tests are meant to notice too, in the order they are run
+    "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
+    "flashdit/models": [
+        "tests/flashdit/models",
+        "tests/flashdit/training",
+        "tests/flashdit/commands/test_estimate.py",
+    ],
+    "flashdit/data": ["tests/flashdit/data", "tests/flashdit/training", "tests/flashdit/test_trainer.py"],
+    "flashdit/training": [
+        "tests/flashdit/training",
+        "tests/flashdit/test_trainer.py",
+        "tests/flashdit/commands/test_posthoc.py",
+    ],
+    "flashdit/sampling": ["tests/flashdit/sampling", "tests/flashdit/commands", "tests/test_made_before.py"],
+    "flashdit/evaluation": [
+        "tests/flashdit/evaluation",
+        "tests/flashdit/commands",
+        "tests/flashdit/test_outside_package.py",
+    ],
+    "flashdit/digits": [
+        "tests/flashdit/digits",
+        "tests/flashdit/evaluation",
+        "tests/flashdit/commands/test_evaluate.py",
+    ],
+    "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
+    "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
+    "flashdit/commands": COMMANDS,
+    "flashdit/trainer.py": [
+        "tests/flashdit/training",
+        "tests/flashdit/test_trainer.py",
+        "tests/test_scripts.py",
+    ],
+    "flashdit/config.py": ["tests/flashdit/test_config.py", *COMMANDS],
+    "iwin_core": ["tests/iwin_core"],
+    "iwin_tasks": ["tests/iwin_tasks"],
 }
 TIMEOUT_S = 600
 
@@ -74,14 +105,8 @@ def read_faults(path: Path, folder: str = "") -> list[Fault]:
 
 
 def tests_of(file: str) -> Sequence[str]:
-    """Returns the tests of a file: those its folder is listed with, or the folder that mirrors it."""
-    for part in (file, str(Path(file).parent)):
-        if part in TESTS:
-            return TESTS[part]
-    folder = Path("tests") / Path(file).parent
-    while not (ROOT / folder).is_dir():
-        folder = folder.parent
-    return [str(folder)]
+    """Returns the tests of a file: those of its nearest part that has some."""
+    return next(TESTS[str(part)] for part in (Path(file), *Path(file).parents) if str(part) in TESTS)
 
 
 def run_tests(copy: str, tests: Sequence[str], log: str) -> None:
