@@ -22,7 +22,6 @@ from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.flow.samplers import SAMPLERS
 from flashdit.shared.settings import describe
 from iwin_core import IwinConfig
-from iwin_tasks.classification import config as classifier_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -196,7 +196,7 @@ def sweep(argv: Sequence[str]) -> None:
     """Scores a range of guidance scales."""
     from flashdit.commands.sweep import main
 
-    main(argv)
+    main(argv, f"{Path(sys.argv[0]).name} sweep")
 
 
 SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}

@@ -4,12 +4,12 @@ from torch import nn
 
 from iwin_core.backbone.backbone import initialise
 from iwin_core.backbone.resize import resize_bicubic
-from iwin_core.backbone.stage import PatchEmbed
+from iwin_core.backbone.stage import ImagePatchEmbed
 
 
 def test_an_image_that_no_patch_divides_is_padded_at_its_own_far_ends():
     torch.manual_seed(0)
-    embed = PatchEmbed(3, 8, 4)
+    embed = ImagePatchEmbed(3, 8, 4)
     image = torch.randn(1, 3, 5, 10)
     assert embed(image).shape == (1, 2, 3, 8)
     torch.testing.assert_close(embed(image), embed(F.pad(image, (0, 2, 0, 3))))

@@ -44,7 +44,7 @@ class PoolOnly(Extractor):
     name = "mean"
     pool_dimensions = 3
 
-    def forward_padded(self, images):
+    def forward(self, images):
         return {"pool": images.float().mean((2, 3))}
 
 
@@ -145,7 +145,7 @@ def test_a_forward_always_has_the_same_number_of_images():
     seen = []
 
     class Watching(PoolOnly):
-        def forward_padded(self, images):
+        def forward(self, images):
             seen.append(len(images))
             return super().forward(images)
 
