@@ -22,6 +22,7 @@ from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.flow.samplers import SAMPLERS
 from flashdit.shared.settings import describe
 from iwin_core import IwinConfig
+from iwin_tasks.classification.config import ClassifierConfig, load_classifier_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -128,7 +129,7 @@ def invalid_configurations(path):
         if shipped and "digits" not in shipped and not any(key.startswith("data.path=") for key in keys):
             keys.append("data.path=not-read")
         try:
-            (classifier_config if words[1] == "classify" else config).load(shipped, keys)
+            (load_classifier_config if words[1] == "classify" else config.load)(shipped, keys)
         except ValueError as error:
             found.append(str(error))
     return found
@@ -200,7 +201,7 @@ def test_every_command_has_its_section_and_help(program):
 def test_every_configuration_key_says_what_it_means():
     keys = [
         *config.configuration_keys(),
-        *describe(classifier_config.ClassifierConfig),
+        *describe(ClassifierConfig),
         *describe(IwinConfig),
     ]
     assert sorted({key.name for key in keys if not key.doc}) == []
