@@ -1,8 +1,8 @@
 """Digits trained on 16×16 latents, sampled at other sizes without retraining.
 
 `python -m benchmarks.any_size iwin=runs/digits global=RUN`: each checkpoint draws digits at each size. How
-many of them a classifier takes for what they were meant as is told of the whole image, resized to its 32×32,
-of the central 32×32 crop, and of the crop in which it is surest. How far inward the border is felt is told by
+many of them a classifier takes for what they were meant as is reported of the whole image, resized to 32×32,
+of the central 32×32 crop, and of the crop in which it is surest. How far inward the border acts is shown by
 how much the velocity changes where the depthwise convolution's padding is no longer zero.
 """
 

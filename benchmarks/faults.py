@@ -122,7 +122,7 @@ def started(overrides: list[str]) -> Iterator[int]:
             os.waitpid(process, 0)
 
 
-class Room:
+class Trials:
     """Where the faults happen: a folder, good shards, and the run that nothing happens to."""
 
     def __init__(self, folder: Path):
@@ -144,56 +144,56 @@ class Room:
         return wait(start([*self.overrides, f"run.dir={run_dir}"])) == 0 and same_end(run_dir, self.reference)
 
 
-def kill_at_random(room: Room, draw: random.Random, number: int) -> bool:
+def kill_at_random(trials: Trials, draw: random.Random, number: int) -> bool:
     """Kills a run once at a random moment between its first checkpoint and its end."""
-    run_dir = room.run_dir()
-    process = start([*room.overrides, f"run.dir={run_dir}"])
+    run_dir = trials.run_dir()
+    process = start([*trials.overrides, f"run.dir={run_dir}"])
     while not list_checkpoints(run_dir):
         time.sleep(0.001)
-    time.sleep(draw.random() * 0.6 * room.duration_s)
+    time.sleep(draw.random() * 0.6 * trials.duration_s)
     os.kill(process, number)
     status = wait(process)
     if number == signal.SIGTERM and status != 0:
         return False
-    return room.ends_equal(run_dir)
+    return trials.ends_equal(run_dir)
 
 
-def sigkill(room: Room, draw: random.Random) -> bool:
+def sigkill(trials: Trials, draw: random.Random) -> bool:
     """SIGKILL at a random moment."""
-    return kill_at_random(room, draw, signal.SIGKILL)
+    return kill_at_random(trials, draw, signal.SIGKILL)
 
 
-def sigterm(room: Room, draw: random.Random) -> bool:
+def sigterm(trials: Trials, draw: random.Random) -> bool:
     """SIGTERM at a random moment: it must save and exit 0."""
-    return kill_at_random(room, draw, signal.SIGTERM)
+    return kill_at_random(trials, draw, signal.SIGTERM)
 
 
-def kill_in_save(room: Room, draw: random.Random) -> bool:
+def kill_in_save(trials: Trials, draw: random.Random) -> bool:
     """SIGKILL while a checkpoint is half written."""
-    run_dir = room.run_dir()
+    run_dir = trials.run_dir()
     step = draw.randrange(2, STEPS)
     half = run_dir / "checkpoints" / f".step_{step:08d}.tmp"
-    with started([*room.overrides, f"run.dir={run_dir}"]) as process:
+    with started([*trials.overrides, f"run.dir={run_dir}"]) as process:
         while not half.exists():
             if os.waitpid(process, os.WNOHANG)[0]:
                 return False  # it was too fast to be caught
-    return half.exists() and room.ends_equal(run_dir)
+    return half.exists() and trials.ends_equal(run_dir)
 
 
-def full_disk(room: Room, draw: random.Random) -> bool:
+def full_disk(trials: Trials, draw: random.Random) -> bool:
     """A disk that refuses the optimiser's file of the fourth step: exit 2, nothing lost."""
-    run_dir = room.run_dir()
-    assert wait(start([*room.overrides, f"run.dir={run_dir}", "training.steps=3"])) == 0
+    run_dir = trials.run_dir()
+    assert wait(start([*trials.overrides, f"run.dir={run_dir}", "training.steps=3"])) == 0
     size = (list_checkpoints(run_dir)[-1] / "optimizer.pt").stat().st_size
-    refused = wait(start([*room.overrides, f"run.dir={run_dir}"], limit_bytes=size // 2)) == 2
+    refused = wait(start([*trials.overrides, f"run.dir={run_dir}"], limit_bytes=size // 2)) == 2
     left = list_checkpoints(run_dir)[-1].name == "step_00000003"
-    return refused and left and room.ends_equal(run_dir)
+    return refused and left and trials.ends_equal(run_dir)
 
 
-def nan_in_data(room: Room, draw: random.Random) -> bool:
+def nan_in_data(trials: Trials, draw: random.Random) -> bool:
     """A latent that is not a number: its steps are skipped, the weights stay finite."""
-    run_dir = room.run_dir()
-    shards = make_shards(room.folder / f"poisoned_{room.count}", poisoned=True)
+    run_dir = trials.run_dir()
+    shards = make_shards(trials.folder / f"poisoned_{trials.count}", poisoned=True)
     done = wait(start([*TINY, f"data.path={shards}", f"run.dir={run_dir}"])) == 0
     state = json.loads((list_checkpoints(run_dir)[-1] / "state.json").read_text())
     tensors, _ = content(run_dir)
@@ -201,28 +201,28 @@ def nan_in_data(room: Room, draw: random.Random) -> bool:
     return done and finite and 0 < state["skipped"] < STEPS / 2
 
 
-def truncated_shard(room: Room, draw: random.Random) -> bool:
+def truncated_shard(trials: Trials, draw: random.Random) -> bool:
     """A shard that ends early: the next start names it and exits 2; mended, the run goes on."""
-    run_dir = room.run_dir()
-    assert wait(start([*room.overrides, f"run.dir={run_dir}", "training.steps=6"])) == 0
-    shard = max((room.folder / "shards").glob("*shard*.safetensors"))
+    run_dir = trials.run_dir()
+    assert wait(start([*trials.overrides, f"run.dir={run_dir}", "training.steps=6"])) == 0
+    shard = max((trials.folder / "shards").glob("*shard*.safetensors"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[: draw.randrange(1, len(whole) - 1)])
-    refused = wait(start([*room.overrides, f"run.dir={run_dir}"])) == 2
+    refused = wait(start([*trials.overrides, f"run.dir={run_dir}"])) == 2
     shard.write_bytes(whole)
-    return refused and room.ends_equal(run_dir)
+    return refused and trials.ends_equal(run_dir)
 
 
-def rank_killed(room: Room, draw: random.Random) -> bool:
+def rank_killed(trials: Trials, draw: random.Random) -> bool:
     """One of two processes is killed: the job ends with an error; resumed, it ends as if nothing had been."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def launch(run_dir: Path) -> subprocess.Popen:
-        arguments = [*command, *room.overrides, f"run.dir={run_dir}", "training.timeout_s=60"]
+        arguments = [*command, *trials.overrides, f"run.dir={run_dir}", "training.timeout_s=60"]
         return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=-3, stderr=-3)
 
-    reference, run_dir = room.run_dir(), room.run_dir()
+    reference, run_dir = trials.run_dir(), trials.run_dir()
     assert launch(reference).wait() == 0
     job = launch(run_dir)
     while not list_checkpoints(run_dir):
@@ -234,7 +234,7 @@ def rank_killed(room: Room, draw: random.Random) -> bool:
     return ended_badly and launch(run_dir).wait() == 0 and same_end(run_dir, reference)
 
 
-FAULTS: dict[str, tuple[Callable[[Room, random.Random], bool], int]] = {
+FAULTS: dict[str, tuple[Callable[[Trials, random.Random], bool], int]] = {
     "SIGKILL at a random moment": (sigkill, 20),
     "SIGTERM at a random moment": (sigterm, 5),
     "SIGKILL while a checkpoint is being written": (kill_in_save, 5),
@@ -256,11 +256,11 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     tried = survived = 0
     with tempfile.TemporaryDirectory() as folder:
-        room = Room(Path(folder))
+        trials = Trials(Path(folder))
         for name, (fault, times) in FAULTS.items():
             if arguments.only not in name:
                 continue
-            results = [fault(room, draw) for _ in tqdm(range(times), desc=name)]
+            results = [fault(trials, draw) for _ in tqdm(range(times), desc=name)]
             tried, survived = tried + times, survived + sum(results)
             print(f"{name}: {sum(results)} of {times} survived")
     print(f"faults tried {tried}, survived {survived}")

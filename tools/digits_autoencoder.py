@@ -60,7 +60,7 @@ def autoencoder_loss(autoencoder: AutoencoderKL, images: Tensor, generator: torc
     reconstruction = decode(autoencoder, posterior.sample(generator))
     kl = posterior.kl().mean() / posterior.mean[0].numel()
     # The anchor holds the posterior mean to the grey picture at half size: it fixes the sign and scale of the
-    # latents, and they can be looked at. It is not what makes them learnable: without it (one seed, the same
+    # latents, and they can be viewed. It is not what makes them learnable: without it (one seed, the same
     # recipe) the flow scored about the same, and the PSNR was 1.2 dB higher.
     anchor = F.mse_loss(posterior.mean, F.avg_pool2d(images.mean(1, keepdim=True), 2))
     return F.mse_loss(reconstruction, images) + KL_WEIGHT * kl + ANCHOR_WEIGHT * anchor

@@ -16,6 +16,7 @@ from flashdit.models.attention import AttentionShape
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
 from flashdit.models.layers import RMSNorm
+from flashdit.models.lightningdit import load_lightningdit
 from flashdit.models.sizes import IWIN, SIZES
 from flashdit.shared.registry import unknown
 
@@ -112,8 +113,6 @@ class FlashDiT(ModelMixin, ConfigMixin):
     @classmethod
     def from_lightningdit(cls, source: str | Path | Mapping[str, Tensor], **overrides: Any) -> FlashDiT:
         """Returns a model with a LightningDiT checkpoint's weights; see `flashdit.models.lightningdit`."""
-        from flashdit.models.lightningdit import load_lightningdit
-
         return load_lightningdit(cls, source, overrides)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, drop: Tensor | None = None) -> Tensor:

@@ -6,17 +6,16 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from flashdit.models.sizes import SIZES
 from flashdit.models.weights import ROPE_KEYS, fit_weights
 from flashdit.shared.weights import read_tensors, unwrap
 
-if TYPE_CHECKING:
-    from flashdit.models.dit import FlashDiT
-
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, i
 
     Args:
         state: Official keys and tensors.
-        sizes: Known sizes, to look the head count up in.
+        sizes: Known sizes, from which the head count is taken.
 
     Raises:
         ValueError: If it is not a LightningDiT state dict.
@@ -63,8 +62,8 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, i
 
 
 def load_lightningdit(
-    model_type: type[FlashDiT], source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
-) -> FlashDiT:
+    model_type: type[Model], source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Model:
     """Returns a FlashDiT with the weights of a LightningDiT checkpoint, in evaluation mode.
 
     Without overrides it is LightningDiT: global attention with RoPE and the sin-cos table. With
@@ -78,8 +77,6 @@ def load_lightningdit(
     Raises:
         ValueError: If weights are missing, left over or of another shape, or `num_heads` cannot be inferred.
     """
-    from flashdit.models.sizes import SIZES
-
     state = unwrap(source) if isinstance(source, Mapping) else read_tensors(source)
     config = infer_config(state, SIZES) | dict(overrides)
     if "num_heads" not in config:

@@ -6,16 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashdit.shared.runs import find_checkpoint
 from flashdit.shared.weights import read_tensors
-
-if TYPE_CHECKING:
-    from flashdit.models.dit import FlashDiT
 
 logger = logging.getLogger(__name__)
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -65,7 +62,7 @@ def fit_weights(model: nn.Module, given: Mapping[str, Tensor], new_classes: bool
     return new
 
 
-def check_unseen(model: FlashDiT, folder: Path) -> None:
+def check_unseen(model: Any, folder: Path) -> None:
     """Raises ValueError if a model folder's weights were trained with other such options."""
     theirs = json.loads((folder / "config.json").read_text())
     own = model.config
@@ -75,11 +72,11 @@ def check_unseen(model: FlashDiT, folder: Path) -> None:
         raise ValueError(f"{rule}, got {', '.join(other)}")
 
 
-def start_from(model: FlashDiT, source: Path | str) -> list[str]:
+def start_from(model: Any, source: Path | str) -> list[str]:
     """Loads weights to start from, for the same or another set of classes, resolution or kind of attention.
 
     Args:
-        model: Freshly built; changed in place.
+        model: A fresh FlashDiT; changed in place.
         source: A run or a checkpoint, whose average is meant; a folder of `save_pretrained`; or a file of
             weights in LightningDiT's or FlashDiT's layout.
 

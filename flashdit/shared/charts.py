@@ -1,4 +1,4 @@
-"""Line plots of one look: axes to draw on, and files that are there whole or not at all."""
+"""Line plots in one style: axes to draw on, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from flashdit.shared.files import write_atomically
 
-COLOURS = ("#2f5d9b", "#d9822b", "#3a8f5c", "#9b3f7a")  # told apart by the colour-blind too
+COLOURS = ("#2f5d9b", "#d9822b", "#3a8f5c", "#9b3f7a")  # distinct for the colour-blind too
 PANEL_INCHES = (4.0, 2.9)  # inches
 DPI = 150
 

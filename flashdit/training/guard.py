@@ -39,7 +39,7 @@ class SkipGuard:
         if self.in_a_row >= self.most_in_a_row:
             raise FloatingPointError(
                 f"the gradient must be finite, got {self.in_a_row} steps in a row up to step {step} where it "
-                "was not; the last checkpoint is kept: lower optimizer.lr or look at the data"
+                "was not; the last checkpoint is kept: lower optimizer.lr or check the data"
             )
 
 

@@ -1,1 +1,1 @@
-"""What a model mixes and looks at: functions on models and tensors."""
+"""Which tokens a model mixes and which pixels it responds to: functions on models and tensors."""

@@ -169,7 +169,7 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
             for one of torch-fidelity's the file cached by torch hub.
 
     Raises:
-        ValueError: If the name is unknown or its weights cannot be had.
+        ValueError: If the name is unknown or its weights are missing.
     """
     name = "inception" if name == "inception-v3-compat" else name  # torch-fidelity's name of the same network
     if name in EXTRACTORS.names():

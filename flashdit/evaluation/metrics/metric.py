@@ -20,7 +20,7 @@ METRICS: Registry[Metric] = Registry("metric", "flashdit.metrics")
 
 
 class Unavailable(Exception):
-    """Says why a score cannot be had from these statistics."""
+    """Says why these statistics give no such score."""
 
 
 class ScoreName(NamedTuple):
@@ -77,7 +77,7 @@ class Metric:
     """A metric of `METRICS`: `METRICS.add(name, Metric(...))` is all that a new one takes.
 
     Attributes:
-        compute: (samples, reference) → a number for each score; raises `Unavailable` where one cannot be had.
+        compute: (samples, reference) → a number for each score; raises `Unavailable` where there is none.
         needs: The parts of `collect` that it reads: `moments`, `spatial`, `pool` or `logits`.
         scores: What it reports.
         order: Where it stands in tables and plots; of equal ones the names decide.

@@ -13,7 +13,7 @@ from flashdit.evaluation.metrics.frechet import distance_of_rows
 
 @dataclass(kw_only=True)
 class ClassScore:
-    """One class by itself; None is what cannot be had.
+    """One class by itself; None is what is unknown.
 
     Attributes:
         name: The class.
