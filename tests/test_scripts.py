@@ -19,7 +19,7 @@ from flashdit.commands import sample, train
 from flashdit.training.meter import TIMINGS
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CPU_2 = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
 LAUNCH_2 = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_2)]
 NANO = [  # a nano model on the embedded digits: the smallest run of the real default

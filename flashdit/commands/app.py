@@ -17,7 +17,9 @@ HOST, PORT = "127.0.0.1", 7860
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(description="A web page that samples from trained models.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="A web page that samples from trained models."
+    )
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -17,6 +17,7 @@ ENCODE_TIMEOUT = timedelta(days=7)  # between the first process that is done and
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked; an option that is not given is None."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Encodes a folder of images (class = sub-folder) and their mirrors into latent shards.",
         epilog="A second run writes only what is missing. Example: accelerate launch -m flashdit encode "
         "--images imagenet/train --vae vavae.pt --out latents",

@@ -24,6 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ValueError: If options do not go together.
     """
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Scores images: Fréchet distances, inception score, precision, recall, accuracy.",
         epilog="Also: flashdit eval make-reference | compare and flashdit sweep, with --help. One or many "
         "processes (accelerate launch, torchrun) give the same numbers.",
@@ -124,6 +125,7 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
 def make_reference(argv: Sequence[str]) -> None:
     """Writes the reference file of an image set."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=f"{Path(sys.argv[0]).name} make-reference",
         description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
     )
@@ -169,6 +171,7 @@ def make_reference(argv: Sequence[str]) -> None:
 def compare(argv: Sequence[str]) -> None:
     """Prints results side by side and says which are not comparable."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=f"{Path(sys.argv[0]).name} compare",
         description="Puts results side by side; says which are not comparable, and why.",
     )

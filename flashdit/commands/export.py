@@ -11,7 +11,7 @@ from flashdit.commands.arguments import add_weights
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("run", help="a run, or one of its checkpoint folders")
     add("out", type=Path, help="folder of the pipeline: new, or an earlier export")

@@ -24,7 +24,7 @@ MAKERS = ("integrate", "compute", "build")  # attributes of a registered piece t
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("kind", metavar="KIND", help=", ".join(LISTED_KINDS))
     arguments = parser.parse_args(argv)
     if arguments.kind not in LISTED_KINDS:

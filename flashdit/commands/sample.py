@@ -20,7 +20,7 @@ SAMPLE_TIMEOUT = timedelta(days=1)  # between the first process that is done and
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder or run (default: the newest run)")

@@ -53,6 +53,7 @@ def parse_scales(text: str) -> list[float]:
 def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=prog,
         description="Scores one checkpoint over guidance scales.",
         epilog="Writes sweep.json, sweep.md and sweep.png; called again, computes only the new scales.",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: digits)")
     add("--help-config", action="store_true", help="print every configuration key and exit")

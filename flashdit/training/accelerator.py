@@ -48,6 +48,7 @@ def start_run(config: LoopConfig, fixed: tuple[str, ...]) -> Accelerator:
 def make_accelerator(training: TrainingOptions) -> Accelerator:
     """Returns the Accelerator of the run; what it is launched with decides on processes and sharding."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise each of several CPU processes trains alone
         mixed_precision=precision_name(training.precision),
         gradient_accumulation_steps=training.accumulation,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.timeout_s))],

@@ -12,7 +12,7 @@ MAX_TOKENS = 9_216  # all pairs are held in memory
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument(
         "--size", type=int, nargs="+", default=[56], metavar="TOKENS", help="H and W, or one side"
     )

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def path_or_none(text: str) -> Path | None:
         return None if text == "none" else Path(text)
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--model", required=True, help="timm name; Iwin's are registered too")
     parser.add_argument(
         "--checkpoint", type=path_or_none, metavar="PATH|none", help="default: none, as initialised"
