@@ -46,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, _, name = LISTED_KINDS[arguments.kind].partition(":")
     registry = getattr(import_module(module), name)
     for name in registry.names():
-        piece = registry[name]
+        try:
+            piece = registry[name]
+        except ValueError as error:
+            print(f"{name}: unusable: {error}")
+            continue
         print(f"{name}: {about(piece)}")
         for key in describe(piece.options_type) if hasattr(piece, "options_type") else ():
             given = f" = {key.default}" if key.default else " (required)"

@@ -14,7 +14,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: digits)")
     add("--help-config", action="store_true", help="print every configuration key and exit")
     add("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def print_keys() -> None:

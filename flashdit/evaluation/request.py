@@ -14,7 +14,7 @@ from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.extractors import build_extractor
 from flashdit.evaluation.features.ranks import Ranks
-from flashdit.evaluation.images.sources import GeneratedSource, Source, open_source
+from flashdit.evaluation.images.sources import GeneratedSource, Source, check_reference, open_source
 from flashdit.evaluation.metrics.scoring import check_classes, default_metrics, in_order
 from flashdit.evaluation.reference import Reference
 from flashdit.sampling.classes import balanced_labels, random_labels
@@ -114,6 +114,7 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
     """
     with ranks.agree():
         spec = request.reference_spec
+        check_reference(spec)
         extractor = build_extractor(request.extractor_name, request.extractor_weights).to(request.device)
         generator = request.generator
         classes = extractor.class_names if generator is None else generator.class_names

@@ -50,15 +50,16 @@ def run_command(entry: str, commands: Mapping[str, Command], argv: Sequence[str]
         argv: Words after the entry's name; None means those of this process.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        width = max(map(len, commands))
-        print(f"usage: {entry} COMMAND [options]; {entry} COMMAND --help says which\n")
-        print("\n".join(f"  {name:{width}}  {command.about}" for name, command in commands.items()))
-        return
-    name, *rest = words
-    sys.argv = [entry, *words] if name not in commands else [f"{entry} {name}", *rest]
+    name, *rest = words or ["--help"]
+    sys.argv = [f"{entry} {name}", *rest] if name in commands else [entry, *words]
 
     def main() -> None:
+        if name in ("-h", "--help"):
+            width = max(map(len, commands))
+            print(f"usage: {entry} COMMAND [options]; {entry} COMMAND --help says which\n")
+            print("\n".join(f"  {key:{width}}  {command.about}" for key, command in commands.items()))
+            sys.stdout.flush()
+            return
         if name not in commands:
             raise unknown("command", name, commands)
         import_module(commands[name].module).main(rest)

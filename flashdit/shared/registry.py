@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -148,9 +148,10 @@ class Registry(Generic[Piece]):
         if name not in self.entries and self.group and name in (known := announced(self.group)):
             try:
                 import_module(known[name])
-            except ImportError as error:
+            except (Exception, SystemExit) as error:  # a package from outside may fail in any way
+                what = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"{self.kind} '{name}' must import, {known[name]} does not: {error}"
+                    f"{self.kind} '{name}' must import, {known[name]} does not: {what}"
                 ) from error
             if name not in self.entries:
                 raise ValueError(
@@ -177,14 +178,21 @@ class Registry(Generic[Piece]):
         return cast(Any, self[name]).build(options, *context)
 
 
+def _is_ours(point: EntryPoint) -> bool:
+    """Returns whether this package announces an entry point."""
+    return point.dist is not None and point.dist.name == "flashdit"
+
+
 @cache
 def announced(group: str) -> dict[str, str]:
     """Returns name → module of the pieces that installed packages announce in an entry-point group.
 
     In a checkout the pieces of this package are those of its pyproject.toml, whatever is installed: it may be
-    older, or nothing at all.
+    older, or nothing at all. They keep their names where an outside package announces one of them too.
     """
-    names = {point.name: point.module for point in entry_points(group=group)}
+    points = entry_points(group=group)
+    names = {point.name: point.module for point in points}
+    names |= {point.name: point.module for point in points if _is_ours(point)}
     path = Path(__file__).parents[2] / "pyproject.toml"
     project = tomllib.loads(path.read_text()).get("project", {}) if path.is_file() else {}
     return names | (

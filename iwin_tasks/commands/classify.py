@@ -14,7 +14,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: iwin/digits_32)")
     add("--eval-only", action="store_true", help="print accuracy and throughput, train nothing")
     add("overrides", nargs="*", metavar="key=value", help="such as data.path=IMAGENET")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -154,11 +154,16 @@ def open_reference(spec: str) -> ReferenceSource:
     brought = companions_of(spec).reference
     if brought is not None:
         return brought()
-    if not Path(spec).exists():
+    check_reference(spec)
+    return open_source(Path(spec))
+
+
+def check_reference(spec: str) -> None:
+    """Raises ValueError unless a reference is a data set that brings one, or exists."""
+    if companions_of(spec).reference is None and not Path(spec).exists():
         raise ValueError(
             f"a reference must be a data set that brings one, an existing npz or a folder, got {spec}"
         )
-    return open_source(Path(spec))
 
 
 def digest_of(tensors: Sequence[Tensor]) -> str:

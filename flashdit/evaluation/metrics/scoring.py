@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.metrics.metric import METRICS, Compute, Score, ScoreName, Unavailable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -51,11 +54,21 @@ def knows_classes(extractor: Extractor, classes: Sequence[str] | None) -> bool:
 
 
 def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list[str]:
-    """Returns every default metric that applies to the extractor and the classes of the samples."""
-    knows = knows_classes(extractor, classes)
+    """Returns every default metric that applies to the extractor and the classes of the samples.
+
+    One that an outside package announces and does not import is left out, with a warning.
+    """
+    knows, usable = knows_classes(extractor, classes), []
+    for name in METRICS.names():
+        try:
+            METRICS[name]
+        except ValueError as error:
+            logger.warning("left out: %s", error)
+        else:
+            usable.append(name)
     return [
         name
-        for name in in_order(METRICS.names())
+        for name in in_order(usable)
         if METRICS[name].by_default and (knows or not METRICS[name].needs_classes)
     ]
 

@@ -135,3 +135,9 @@ def test_a_reference_and_its_floor_are_read_once(tmp_path, monkeypatch):
     assert second.floor == first.floor
     assert first.floor.count == 1437
     assert first.reference["num_images"] == 360
+
+
+def test_a_reference_that_is_not_there_is_named_before_its_extractor_is_asked_for(tmp_path):
+    request = drawn(reference=str(tmp_path / "absent.npz"), extractor="inception", data=None)
+    with pytest.raises(ValueError, match=r"an existing npz or a folder, got .*absent\.npz"):
+        open_plan(request, Ranks())

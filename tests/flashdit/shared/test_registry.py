@@ -99,7 +99,8 @@ def announcing(monkeypatch, tmp_path):
     )
     (tmp_path / "late_nothing.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    pieces = {"pie": "late_pie", "tart": "late_nothing", "gone": "late_absent"}
+    (tmp_path / "late_broken.py").write_text("raise SystemExit(3)")
+    pieces = {"pie": "late_pie", "tart": "late_nothing", "gone": "late_absent", "burnt": "late_broken"}
     monkeypatch.setattr(registry, "announced", lambda group: pieces)
     made = Registry("cake", "cakes")
     monkeypatch.setitem(sys.modules, "__late_registry__", made)
@@ -109,7 +110,7 @@ def announcing(monkeypatch, tmp_path):
 
 
 def test_announced_pieces_are_listed_without_importing_and_imported_when_named(announcing):
-    assert announcing.names() == ["gone", "pie", "tart"]
+    assert announcing.names() == ["burnt", "gone", "pie", "tart"]
     assert "late_pie" not in sys.modules
     assert announcing["pie"] == "a pie"
 
@@ -119,6 +120,7 @@ def test_announced_pieces_are_listed_without_importing_and_imported_when_named(a
     [
         ("tart", "announces cake 'tart' must register it on import, late_nothing does not"),
         ("gone", "cake 'gone' must import, late_absent does not: No module named"),
+        ("burnt", "cake 'burnt' must import, late_broken does not: SystemExit: 3"),
         ("pi", "unknown cake 'pi'; did you mean 'pie'"),
     ],
 )
@@ -130,3 +132,13 @@ def test_announcements_that_lead_nowhere_are_named(announcing, name, message):
 def test_a_checkout_announces_what_its_pyproject_says():
     assert registry.announced("console_scripts").keys() >= {"pytest"}
     assert registry.announced("flashdit.nothing") == {}
+
+
+def test_an_outside_package_cannot_take_a_name_of_ours(monkeypatch):
+    def point(module, package):
+        dist = type("Distribution", (), {"name": package})
+        return type("Point", (), {"name": "fid", "module": module, "dist": dist})
+
+    points = [point("flashdit.ours", "flashdit"), point("theirs", "other")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    assert registry.announced.__wrapped__("a.group")["fid"] == "flashdit.ours"

@@ -185,3 +185,14 @@ def test_samples_sorted_by_class_are_cautioned():
     for others in (labels.flip(0), labels[:5000], None):  # in another order, in one chunk, unknown
         shuffled = ImageStatistics(name="samples", count=5010, labels=others)
         assert not cautions(["is"], shuffled, shuffled)
+
+
+def test_a_default_metric_that_does_not_import_is_left_out_with_a_warning(monkeypatch, caplog):
+    from flashdit.shared import registry
+
+    known = registry.announced("flashdit.metrics") | {"absent": "no_such_module"}
+    monkeypatch.setattr(registry, "announced", lambda group: known)
+    names = default_metrics(EXTRACTORS.build("digits"), None)
+    assert "fid" in names
+    assert "absent" not in names
+    assert "left out: metric 'absent' must import" in caplog.text
