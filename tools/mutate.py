@@ -105,7 +105,7 @@ def read_faults(path: Path, folder: str = "") -> list[Fault]:
 
 
 def tests_of(file: str) -> Sequence[str]:
-    """Returns the tests of a file: its own and its folder's first, then those of its nearest part in TESTS."""
+    """Returns the tests of a file: its own and its folder's first, then those of its part in TESTS."""
     path = Path(file)
     own = Path("tests", *path.parts[:-1], f"test_{path.name}"), Path("tests", *path.parts[:-1])
     nearest = next(TESTS[str(part)] for part in (path, *path.parents) if str(part) in TESTS)
