@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": Command("flashdit.commands.sample", "draw images from a checkpoint"),
     "eval": Command("flashdit.commands.evaluate", "score images or a checkpoint; make-reference, compare"),
     "sweep": Command("flashdit.commands.sweep", "score a checkpoint over guidance scales"),
+    "autoencoder": Command("flashdit.commands.autoencoder", "train an autoencoder on one's own images"),
     "encode": Command("flashdit.commands.encode", "encode a folder of images into latent shards"),
     "export": Command("flashdit.commands.export", "write a checkpoint as a diffusers pipeline"),
     "estimate": Command(

@@ -12,7 +12,7 @@ LAYERS = """
 iwin_core
 flashdit/shared
 flashdit/models flashdit/flow flashdit/data flashdit/training
-flashdit/sampling
+flashdit/sampling flashdit/autoencoder
 flashdit/evaluation
 flashdit/digits
 flashdit/config.py

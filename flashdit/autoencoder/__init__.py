@@ -1,0 +1,1 @@
+"""Training an autoencoder of one's own, where no ready one fits the pictures."""

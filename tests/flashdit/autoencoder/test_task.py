@@ -1,0 +1,150 @@
+"""Does an autoencoder learn its images, resume exactly, and come out as diffusers' own?"""
+
+import json
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+
+from flashdit.autoencoder.config import AutoencoderOptions, load_autoencoder_config
+from flashdit.autoencoder.task import AutoencoderTrainer
+from flashdit.commands.autoencoder import main, overrides_of, parse
+from flashdit.shared.runs import list_checkpoints
+from flashdit.shared.weights import read_tensors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Returns a folder of 24 pictures of two colours in two classes."""
+    for number in range(24):
+        picture = Image.new("RGB", (16, 16), (10 * number, 80, 200 - 5 * number))
+        picture.paste((255, 255, 255), (number % 8, 2, number % 8 + 6, 12))
+        path = tmp_path / "pictures" / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def overrides(folder, tmp_path):
+    return [
+        "data.name=images",
+        f"data.path={folder}",
+        "data.image_size=16",
+        f"run.dir={tmp_path / 'run'}",
+        "autoencoder.factor=4",
+        "autoencoder.channels=2",
+        "autoencoder.width=8",
+        "held_out_images=2",
+        "optimizer.decay_steps=null",
+        "optimizer.warmup_steps=0",
+        "training.steps=4",
+        "training.save_every=2",
+        "training.preview_every=2",
+        "training.log_every=1",
+        "training.global_batch_size=4",
+    ]
+
+
+def test_a_digits_configuration_has_the_committed_autoencoders_sizes():
+    from flashdit.data.sources import companions_of
+
+    config = load_autoencoder_config("autoencoder/digits")
+    committed = AutoencoderKL.load_config(companions_of("digits").autoencoder)
+    arguments = config.autoencoder.arguments(32)
+    assert arguments == {name: committed[name] for name in arguments}
+
+
+def test_stable_diffusions_sizes_are_a_configuration():
+    arguments = AutoencoderOptions(
+        factor=8, channels=4, width=128, layers_per_block=2, attention=True
+    ).arguments(512)
+    assert arguments["block_out_channels"] == [128, 256, 512, 512]
+    assert arguments["norm_num_groups"] == 32
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AutoencoderKL(**arguments).parameters()) == 83_653_863
+
+
+def test_the_loss_is_that_of_a_posterior_sample(overrides):
+    torch.manual_seed(0)
+    model = AutoencoderTrainer(load_autoencoder_config(None, overrides)).task.model.eval()
+    images, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        reconstruction, mean, log_variance = model(images, noise)
+        posterior = model.encode(images).latent_dist
+        expected = model.decode(posterior.mean + posterior.std * noise).sample
+    torch.testing.assert_close(reconstruction, expected)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(log_variance, posterior.logvar)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(overrides, tmp_path):
+    AutoencoderTrainer(load_autoencoder_config(None, overrides)).fit()
+    other = [*overrides, f"run.dir={tmp_path / 'other'}"]
+    AutoencoderTrainer(load_autoencoder_config(None, [*other, "training.steps=2"])).fit()
+    AutoencoderTrainer(load_autoencoder_config(None, other)).fit()
+    whole, resumed = (list_checkpoints(tmp_path / name)[-1] for name in ("run", "other"))
+    for kind in ("model", "ema"):
+        first, second = read_tensors(whole / kind), read_tensors(resumed / kind)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_trained_autoencoder_is_diffusers_own_and_a_latent_space(overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(overrides)
+    assert "trained to step 4" in capsys.readouterr().out
+    checkpoint = list_checkpoints(tmp_path / "run")[-1]
+    plain = AutoencoderKL.from_pretrained(checkpoint / "ema")
+    assert json.loads((checkpoint / "ema" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+    assert plain.config["latent_channels"] == 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [record["psnr"] for record in records if "psnr" in record]
+    assert len(measured) == 2
+    assert all(3 < value < 60 for value in measured)
+    with Image.open(tmp_path / "run" / "samples" / "step_00000004.png") as picture:
+        assert picture.size[0] > 2 * 64
+
+
+def test_held_out_images_are_not_trained_on(overrides):
+    task = AutoencoderTrainer(load_autoencoder_config(None, overrides)).task
+    trained = [task.examples[position]["image"] for position in range(22)]
+    assert len(task.held_out) == 2
+    for image in task.held_out:
+        assert not any(torch.equal(image, other) or torch.equal(image.flip(-1), other) for other in trained)
+
+
+def test_the_psnr_grows_with_training(overrides):
+    steps = ["training.steps=40", "training.preview_every=8", "training.save_every=40", "optimizer.lr=3e-3"]
+    trainer = AutoencoderTrainer(load_autoencoder_config(None, [*overrides, *steps, "ema.decay=0.9"]))
+    trainer.fit()
+    lines = (trainer.run_dir / "metrics.jsonl").read_text().splitlines()
+    measured = [record["psnr"] for record in map(json.loads, lines) if "psnr" in record]
+    assert measured[-1] > measured[0] + 1
+
+
+def test_options_are_overrides():
+    arguments = parse(["--images", "pics", "--image-size", "64", "--factor", "8", "training.steps=7"])
+    assert overrides_of(arguments) == [
+        "data.name=images",
+        "data.path=pics",
+        "data.image_size=64",
+        "autoencoder.factor=8",
+        "training.steps=7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("autoencoder.factor=3", r"autoencoder\.factor must be one of 1, 2, 4, 8, 16, 32, got 3"),
+        ("autoencoder.width=6", r"autoencoder\.width must be a positive multiple of 4, got 6"),
+        ("loss.pixel=l3", r"loss\.pixel must be l1 or l2, got l3"),
+        ("loss.kl_weight=.nan", r"loss\.kl_weight must be finite and not negative, got nan"),
+        ("held_out_images=0", "held_out_images must be at least 1, got 0"),
+        ("data.image_size=18", r"multiple of autoencoder\.factor=4, got 18"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(overrides, change, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderTrainer(load_autoencoder_config(None, [*overrides, change]))
