@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.timm_models import ModelExtractor
 from flashdit.shared.files import file_sha256
 from flashdit.shared.runs import find_checkpoint, read_state
-from iwin_tasks.classification.model import load_weights, make_model
+from iwin_tasks.classification.model import input_format, load_weights, make_model, read_spec
 
 
 @dataclass(kw_only=True)
@@ -33,16 +32,9 @@ class ClassifierExtractor(ModelExtractor):
 
     def __init__(self, options: ClassifierExtractorOptions):
         checkpoint = find_checkpoint(options.weights)
-        config = checkpoint / "ema" / "config.json"
-        spec = json.loads(config.read_text()) if config.is_file() else {}
-        if not str(spec.get("name", "")).startswith("iwin"):
-            raise ValueError(
-                f"an extractor's run must be one of iwin classify, got {checkpoint} of "
-                f"{spec.get('_class_name', 'something else')}"
-            )
-        network = make_model(spec)
+        network, state = make_model(read_spec(checkpoint)), read_state(checkpoint)
         load_weights(network, checkpoint)
-        state = read_state(checkpoint)
-        super().__init__("classifier", network, list(state["class_names"]))
+        size = input_format(network).image_size
+        super().__init__("classifier", network, list(state["class_names"]), size)
         self.colours = state.get("colours")
         self.weights_sha256 = file_sha256(checkpoint / "ema" / "model.safetensors")

@@ -29,14 +29,21 @@ class ModelExtractor(Extractor):
         name: Of the extractor.
         network: A timm model with its weights.
         class_names: What its logits mean, where they are the data's own classes.
+        size: (h, w) that it takes, in pixels; None is its description's.
     """
 
-    def __init__(self, name: str, network: nn.Module, class_names: list[str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        class_names: list[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         self.name, self.class_names = name, class_names
         self.network = network.eval().requires_grad_(False)
         about = resolve_model_data_config(network)
-        self.size = tuple(about["input_size"][1:])
+        self.size = size or tuple(about["input_size"][1:])
         self.resize = f"bicubic, antialiased, to {self.size[0]}×{self.size[1]}"
         self.mean, self.std = (
             nn.Buffer(torch.tensor(about[key]).reshape(1, 3, 1, 1)) for key in ("mean", "std")

@@ -34,8 +34,9 @@ def test_a_run_is_an_extractor_of_its_own_classes(run):
     images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     features = extractor(images)
     assert features["pool"].shape == (2, extractor.pool_dimensions)
-    network, side = extractor.network, extractor.size[0]
-    pixels = F.interpolate(images / 255, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    assert extractor.size == (32, 32)
+    network = extractor.network
+    pixels = F.interpolate(images / 255, size=(32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         torch.testing.assert_close(features["logits"], network((pixels - mean) / std))
@@ -66,7 +67,7 @@ def test_a_run_of_another_kind_is_refused(tmp_path):
     (checkpoint / "ema").mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"format": 1}')
     (checkpoint / "ema" / "config.json").write_text('{"_class_name": "FlashDiT"}')
-    with pytest.raises(ValueError, match=r"must be one of iwin classify, got .*step_00000001 of FlashDiT"):
+    with pytest.raises(ValueError, match=r"must be a run of iwin classify, got .*step_00000001 of FlashDiT"):
         build_extractor(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="has its own weights"):
         build_extractor(str(tmp_path / "run"), "other.pth")
