@@ -75,7 +75,8 @@ def model_size(model: Any) -> tuple[int, int]:
     if hasattr(model, "config"):
         from iwin_core.windows import per_axis
 
-        return per_axis(model.config.img_size, 2, "img_size")
+        height, width = per_axis(model.config.img_size, 2, "img_size")
+        return height, width
     return model.pretrained_cfg["input_size"][1:]
 
 
@@ -143,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(arguments.model, arguments.checkpoint, arguments.size)
     name = arguments.model or arguments.checkpoint.name
     about = vars(model)["pretrained_cfg"]
-    size = tuple(arguments.size or model_size(model))
+    height, width = arguments.size or model_size(model)
+    size = (height, width)
     images = load_images(arguments.images, size, arguments.num_images)
     mean, std = (torch.tensor(about[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     normalised = (images - mean) / std
