@@ -105,8 +105,11 @@ def read_faults(path: Path, folder: str = "") -> list[Fault]:
 
 
 def tests_of(file: str) -> Sequence[str]:
-    """Returns the tests of a file: those of its nearest part that has some."""
-    return next(TESTS[str(part)] for part in (Path(file), *Path(file).parents) if str(part) in TESTS)
+    """Returns the tests of a file: its own and its folder's first, then those of its part in TESTS."""
+    path = Path(file)
+    own = Path("tests", *path.parts[:-1], f"test_{path.name}"), Path("tests", *path.parts[:-1])
+    nearest = next(TESTS[str(part)] for part in (path, *path.parents) if str(part) in TESTS)
+    return [*(str(test) for test in own if (ROOT / test).exists()), *nearest]
 
 
 def run_tests(copy: str, tests: Sequence[str], log: str) -> None:
