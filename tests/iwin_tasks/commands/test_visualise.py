@@ -62,7 +62,10 @@ def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp
         ),
         (["--layer", "layer9"], "layer must be a module of the model, nearest are layer"),
         (["--layer", "layer1", "--images", "nowhere"], "images must be a folder that holds .bmp"),
-        (["--layer", "layer1", "--checkpoint", "nowhere.pth"], "must be a file of weights or a run, got nowhere.pth"),
+        (
+            ["--layer", "layer1", "--checkpoint", "nowhere.pth"],
+            "must be a file of weights or a run, got nowhere.pth",
+        ),
         (["--layer", "layer1", "--checkpoint", __file__], "checkpoint must hold the weights of resnet10t"),
         (["--layer", "layer1", "--size", "0", "8"], "size and num_images must be positive"),
         (["--layer", "layer1", "--output", "nowhere/out.png"], "No such file or directory"),
