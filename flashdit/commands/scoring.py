@@ -52,9 +52,10 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add(
         "--extractor",
-        metavar="NAME",
-        help=f"{', '.join(sorted(announced('flashdit.extractors')))}, a name of torch-fidelity's, or "
-        "package.module:callable (default: the one that the reference's data set brings, or inception)",
+        metavar="NAME|RUN",
+        help=f"{', '.join(sorted(announced('flashdit.extractors')))}, a run of iwin classify, timm/MODEL, a "
+        "name of torch-fidelity's, or package.module:callable (default: the one that the reference's data "
+        "set brings, or inception)",
     )
     add("--extractor-weights", "--inception-weights", metavar="PATH", help="the extractor's weights file")
     add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")

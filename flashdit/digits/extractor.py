@@ -27,6 +27,7 @@ class DigitsExtractor(Extractor):
     spatial_dimensions = 4 * 4 * SPATIAL_CHANNELS
     resize = "bilinear, antialiased, to 32×32"
     class_names = DIGIT_NAMES
+    colours = "grey"
 
     def __init__(self, options: DigitsExtractorOptions):
         super().__init__()

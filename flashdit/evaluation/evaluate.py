@@ -6,8 +6,10 @@ import time
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
+
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.extractor import Extractor
+from flashdit.evaluation.features.extractor import Extractor, colours_of
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import GeneratedSource, Source
@@ -26,6 +28,9 @@ from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
+
+COLOURS_SEEN = 16
+"""Images of a set that are asked whether they are grey."""
 
 
 class Plan(NamedTuple):
@@ -86,6 +91,26 @@ def check_image_sizes(plan: Plan) -> None:
     known = {side: f"{size[0]}×{size[1]}" for side, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
         raise ValueError(f"samples and reference must be images of one size (h×w), got {known}")
+
+
+def colour_warnings(plan: Plan) -> list[str]:
+    """Returns a sentence for each set of existing images that is grey or coloured unlike the extractor's."""
+    sources = {"samples": plan.samples, "reference": plan.reference.source}
+    if isinstance(plan.samples, GeneratedSource):
+        del sources["samples"]
+    found = {
+        side: colours_of(
+            next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count)))))
+        )
+        for side, source in sources.items()
+        if source is not None
+    }
+    return [
+        f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on "
+        f"{plan.extractor.colours} ones"
+        for side, colours in found.items()
+        if plan.extractor.colours not in (None, colours)
+    ]
 
 
 def floor_scores(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
@@ -162,5 +187,5 @@ def make_result(
         device=plan.device,
         processes=ranks.world,
         timings_s=timings_s,
-        warnings=[*extractor.warnings, *plan.reference.warnings],
+        warnings=[*extractor.warnings, *plan.reference.warnings, *colour_warnings(plan)],
     )

@@ -18,7 +18,7 @@ from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
-from flashdit.evaluation.images.npz import NpzSource
+from flashdit.evaluation.images.npz import NpzSource, check_headers
 from flashdit.evaluation.images.sources import ReferenceSource, Source, open_reference
 from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
@@ -32,6 +32,7 @@ REFERENCE_KEYS = (
     "image_size",
 )  # what make-reference adds to ADM's keys
 REFERENCE_SCHEMA = 1
+COVARIANCE_TOLERANCE = 1e-5  # of its largest entry, above what float32 features round to
 
 
 class Reference:
@@ -132,13 +133,14 @@ def open_npz(
     if not zipfile.is_zipfile(path):
         raise ValueError(f"a reference must be a data set that brings one, an npz or a folder, got {path}")
     try:
+        check_headers(path)
         with np.load(path, allow_pickle=False) as arrays:
             keys = set(arrays.files)
             stored = {
                 key: torch.from_numpy(np.array(arrays[key], np.float64)) for key in STORED if key in keys
             }
             about = {key: arrays[key].tolist() for key in REFERENCE_KEYS if key in keys}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"a reference must be an npz of arrays, got {path}: {error}") from error
     check_about(about, path, extractor)
     check_stored(stored, path, extractor)
@@ -183,6 +185,8 @@ def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extract
     for key, value in stored.items():
         if not value.isfinite().all():
             raise ValueError(f"{key} of a reference must be finite, got NaN or infinity in {path}")
+        if value.ndim == 2:
+            check_covariance(value, key, path)
     if stored and "mu" not in stored:
         raise ValueError(f"a reference with mu_s must hold mu and sigma too, got {sorted(stored)} in {path}")
     expected = {"mu": extractor.pool_dimensions, "mu_s": extractor.spatial_dimensions}
@@ -192,6 +196,20 @@ def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extract
                 f"{mean} must have the {expected[mean]} dimensions of extractor '{extractor.name}', "
                 f"got {stored[mean].numel()} in {path}"
             )
+
+
+def check_covariance(sigma: torch.Tensor, key: str, path: Path) -> None:
+    """Raises ValueError unless a matrix is symmetric and has no negative variance, but for rounding."""
+    allowed = COVARIANCE_TOLERANCE * sigma.abs().max().item()
+    asymmetry = (sigma - sigma.T).abs().max().item()
+    if asymmetry > allowed:
+        raise ValueError(
+            f"{key} must be a covariance, which is symmetric, got entries {asymmetry:.2g} from their mirrors "
+            f"in {path}"
+        )
+    _, failed_at = torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(sigma), dtype=sigma.dtype))
+    if failed_at and allowed:
+        raise ValueError(f"{key} must be a covariance, which has no negative variance, got one in {path}")
 
 
 NUM_IMAGES = 10_000  # as many as ADM's files hold

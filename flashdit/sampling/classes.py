@@ -9,6 +9,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from flashdit.sampling.imagenet import imagenet_classes
 from flashdit.shared.registry import unknown
 from flashdit.shared.seeds import generator_for
 
@@ -24,7 +25,8 @@ def class_ids(names: Sequence[str | int], class_names: Sequence[str]) -> list[in
 
     Args:
         names: Ids as numbers or text, or names; capitals do not matter, and of several names with commas
-            between them one is enough. `all` alone stands for every class.
+            between them one is enough. `all` alone stands for every class. ImageNet's classes go by WordNet
+            id and by words too.
         class_names: The model's, one per class.
 
     Raises:
@@ -33,8 +35,10 @@ def class_ids(names: Sequence[str | int], class_names: Sequence[str]) -> list[in
     if list(names) == [ALL]:
         return list(range(len(class_names)))
     known: dict[str, list[int]] = {}
+    imagenet = imagenet_classes(class_names)
     for i, name in enumerate(class_names):
-        for word in {name.strip().lower(), *(part.strip().lower() for part in name.split(","))}:
+        texts = [name, *imagenet.get(i, ())]
+        for word in {part.strip().lower() for text in texts for part in (text, *text.split(","))}:
             known.setdefault(word, []).append(i)
     return [_class_id(name, class_names, known) for name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,23 @@ def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
     check_model(spec)
     options = {key: value for key, value in spec.items() if key != "name"}
     return cast(IwinTransformer, timm.create_model(spec["name"], **options))
+
+
+def read_spec(run: Path | str) -> dict[str, Any]:
+    """Returns the spec of the model that a run or a checkpoint of a classifier holds.
+
+    Raises:
+        ValueError: If it is no run of a classifier.
+    """
+    checkpoint = find_checkpoint(run)
+    config = checkpoint / "ema" / "config.json"
+    spec = json.loads(config.read_text()) if config.is_file() else {}
+    if not timm.is_model(str(spec.get("name"))):
+        raise ValueError(
+            f"a classifier must be a run of iwin classify, got {checkpoint} of "
+            f"{spec.get('_class_name', 'something else')}"
+        )
+    return spec
 
 
 def load_weights(model: IwinTransformer, source: Path | str) -> None:

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import pil_to_tensor
 
+from flashdit.evaluation.features.extractor import colours_of
 from flashdit.shared.process import float32_products
 from flashdit.shared.runs import list_checkpoints
 from flashdit.training.accelerator import precision_name, start_run
@@ -78,6 +80,8 @@ class ClassifierTask(Task):
         self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes)
         self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
+        shown = [pil_to_tensor(self.images.picture(row)) for row in range(min(16, len(self.images.labels)))]
+        self.colours = "colour" if any(colours_of(image[None]) == "colour" for image in shown) else "grey"
         self.criterion = SoftTargetCrossEntropy()
         self.examples = TrainExamples(self.images, config.augmentation, self.form, config.seed)
         self.images_per_epoch = self.examples.size
@@ -134,7 +138,11 @@ class ClassifierTask(Task):
 
     def state(self) -> dict[str, Any]:
         """Returns what a reader of the checkpoint needs to know of the run."""
-        return {"class_names": self.images.class_names, "data_name": self.config.data["name"]}
+        return {
+            "class_names": self.images.class_names,
+            "data_name": self.config.data["name"],
+            "colours": self.colours,
+        }
 
 
 def ClassifierTrainer(config: ClassifierConfig) -> TrainingLoop[ClassifierTask]:

@@ -1,6 +1,7 @@
 """Which pixels does a model use? Effective receptive fields and Grad-CAM (paper Fig. 4) of any timm model.
 
 `iwin visualise --model iwin_tiny_patch4_window7_224 --layer layers.0 layers.2 --kind erf`
+`iwin visualise --checkpoint runs/iwin_digits_32 --layer layers.1 --kind gradcam --images DIR`
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) -> nn.Module:
+def build_model(name: str | None, checkpoint: Path | None, size: Sequence[int] | None) -> nn.Module:
     """Returns a timm model in evaluation mode, on the CPU.
 
     Args:
-        name: Of timm, or of Iwin, whose names register on import.
-        checkpoint: Weights to load; None leaves them as initialised under seed 0.
+        name: Of timm, or of Iwin, whose names register on import; None where the checkpoint is a run.
+        checkpoint: A file of weights, or a run of `iwin classify`, whose average is meant; None leaves the
+            weights as initialised under seed 0.
         size: H and W to set the model to, where it has a fixed size; None keeps its own.
 
     Raises:
@@ -32,11 +34,15 @@ def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) 
 
     import iwin_core  # noqa: F401 - registers its models with timm
 
+    if checkpoint and checkpoint.is_dir():
+        return trained_model(name, checkpoint, size)
+    if name is None:
+        raise ValueError("a picture requires --model NAME, or --checkpoint with a run of iwin classify")
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.3))
         raise ValueError(f"model must be a name that timm knows, nearest are {near}, got {name!r}")
     if checkpoint and not checkpoint.is_file():
-        raise ValueError(f"checkpoint must be a file, got {checkpoint}")
+        raise ValueError(f"checkpoint must be a file of weights or a run, got {checkpoint}")
     torch.manual_seed(0)
     try:
         model = timm.create_model(name, checkpoint_path=str(checkpoint or ""))
@@ -48,6 +54,30 @@ def build_model(name: str, checkpoint: Path | None, size: Sequence[int] | None) 
     if size and hasattr(model, "set_input_size"):
         set_size(model, name, size)
     return model.eval()
+
+
+def trained_model(name: str | None, run: Path, size: Sequence[int] | None) -> nn.Module:
+    """Returns the averaged model of a run of `iwin classify`, in evaluation mode."""
+    from iwin_tasks.classification.model import load_weights, make_model, read_spec
+
+    spec = read_spec(run)
+    if name is not None and name != spec["name"]:
+        raise ValueError(f"--model must be that of the run, {spec['name']}, or be left out, got {name}")
+    model = make_model(spec)
+    load_weights(model, run)
+    if size:
+        set_size(model, spec["name"], size)
+    return model.eval()
+
+
+def model_size(model: Any) -> tuple[int, int]:
+    """Returns (H, W) of the images that a model was made for, in pixels."""
+    if hasattr(model, "config"):
+        from iwin_core.windows import per_axis
+
+        height, width = per_axis(model.config.img_size, 2, "img_size")
+        return height, width
+    return model.pretrained_cfg["input_size"][1:]
 
 
 def set_size(model: Any, name: str, size: Sequence[int]) -> None:
@@ -78,9 +108,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return None if text == "none" else Path(text)
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.add_argument("--model", required=True, help="timm name; Iwin's are registered too")
+    parser.add_argument("--model", help="timm name; Iwin's are registered too (a run knows its own)")
     parser.add_argument(
-        "--checkpoint", type=path_or_none, metavar="PATH|none", help="default: none, as initialised"
+        "--checkpoint",
+        type=path_or_none,
+        metavar="PATH|none",
+        help="weights, or a run of iwin classify (default: none, as initialised)",
     )
     parser.add_argument("--images", type=path_or_none, metavar="FOLDER|none", help="default: none, noise")
     parser.add_argument("--num-images", type=int, default=4, help="images used at most (default: 4)")
@@ -109,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from iwin_tasks.commands.drawing import draw_cams, draw_fields
 
     model = build_model(arguments.model, arguments.checkpoint, arguments.size)
+    name = arguments.model or arguments.checkpoint.name
     about = vars(model)["pretrained_cfg"]
-    size = tuple(arguments.size or about["input_size"][1:])
+    height, width = arguments.size or model_size(model)
+    size = (height, width)
     images = load_images(arguments.images, size, arguments.num_images)
     mean, std = (torch.tensor(about[name]).reshape(3, 1, 1) for name in ("mean", "std"))
     normalised = (images - mean) / std
@@ -126,11 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print(f"{name}: of the gradient {shares} of the pixels")
         picture = draw_fields(
-            f"Gradient of one position of {arguments.model} by pixel (effective receptive field)", fields
+            f"Gradient of one position of {name} by pixel (effective receptive field)", fields
         )
     else:
         options["class_index"] = arguments.class_index
         cams = [[grad_cam(model, name, image, **options) for name in arguments.layer] for image in normalised]
-        picture = draw_cams(f"Grad-CAM of {arguments.model}", arguments.layer, images, cams)
+        picture = draw_cams(f"Grad-CAM of {name}", arguments.layer, images, cams)
     picture.save(arguments.output)
     print(f"wrote {arguments.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from torch import Tensor, nn
 
 from flashdit.shared.registry import Registry
 
@@ -25,6 +25,7 @@ class Extractor(nn.Module):
         class_names: What its logits mean, where they are the data's own classes; otherwise None.
         weights_sha256: Of the weights file; None where there is none.
         warnings: What a report must say of its weights.
+        colours: What it was trained on, `grey` or `colour` images; None where that is unknown.
         is_inception: Whether its scores may be called FID, KID and IS; those of another carry its name.
     """
 
@@ -35,6 +36,7 @@ class Extractor(nn.Module):
     class_names: list[str] | None = None
     weights_sha256: str | None = None
     warnings: tuple[str, ...] = ()
+    colours: str | None = None
     is_inception: bool = False
 
     @property
@@ -45,3 +47,8 @@ class Extractor(nn.Module):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
         return f"{type(self).__name__}:sha256={digest.hexdigest()}"
+
+
+def colours_of(images: Tensor) -> str:
+    """Returns `grey` where the three channels of all images (n, 3, h, w) are equal, else `colour`."""
+    return "grey" if bool((images == images[:, :1]).all()) else "colour"

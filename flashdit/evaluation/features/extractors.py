@@ -1,4 +1,4 @@
-"""Any extractor by its name: a registered one, torch-fidelity's, or yours as `package.module:callable`."""
+"""Any extractor by its name: a registered one, a trained run's, timm's, torch-fidelity's, or yours."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdit.evaluation.features.extractor import EXTRACTORS, Extractor
+from flashdit.evaluation.features.extractor import EXTRACTORS, FORWARD_ROWS, Extractor
+from flashdit.evaluation.features.timm_models import TIMM_PREFIX, timm_extractor
 from flashdit.shared.files import file_sha256
 from flashdit.shared.registry import unknown
 from flashdit.shared.weights import read_content
 
+OF_RUNS = "classifier"  # the registered extractor that reads the folder of a trained run
 DINO_CODE = "facebookresearch_dinov2_main"  # torch hub's folder of the code that torch-fidelity runs
 
 
@@ -33,6 +35,7 @@ class TorchFidelityExtractor(Extractor):
     """
 
     resize = "torch-fidelity's own"
+    colours = "colour"
 
     def __init__(self, name: str, weights: str | None = None):
         super().__init__()
@@ -52,20 +55,13 @@ class TorchFidelityExtractor(Extractor):
             raise ValueError(
                 f"weights must be those of extractor '{name}', got {path}: {mismatch}"
             ) from error
-        self.pool_dimensions = widths(self)["pool"]
+        self.pool_dimensions = checked_widths(self)["pool"]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
         """Returns the features."""
         pool, *logits = self.network(images)
         return {"pool": pool, "spatial": None, "logits": logits[0] if logits else None}
-
-
-def widths(extractor: Extractor) -> dict[str, int]:
-    """Returns how wide each kind of features is, 0 where there is none: asked of one black image."""
-    with torch.no_grad():
-        features = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    return {kind: 0 if values is None else values.shape[1] for kind, values in features.items()}
 
 
 def torch_fidelity_extractors() -> Mapping[str, Any]:
@@ -130,23 +126,29 @@ def imported_extractor(name: str) -> Any:
     """Returns what a callable, given as `package.module:callable`, returns.
 
     Raises:
-        ValueError: If there is no such callable.
+        ValueError: If there is no such callable, or it fails without arguments.
     """
     module_name, _, attribute = name.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"an extractor 'package.module:callable' must import, got {name}: {error}"
         ) from error
-    return build()
+    try:
+        return build()
+    except Exception as error:  # code from outside may fail in any way
+        raise ValueError(
+            f"an extractor 'package.module:callable' must be made without arguments, {name} is not: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def completed(extractor: Any, name: str) -> Extractor:
     """Returns an extractor in eval mode with the name and the dimensions that it does not state itself.
 
     Raises:
-        ValueError: If it is no extractor.
+        ValueError: If it is no extractor, or its features are not what an extractor returns.
     """
     if not isinstance(extractor, Extractor):
         raise ValueError(
@@ -154,17 +156,56 @@ def completed(extractor: Any, name: str) -> Extractor:
         )
     extractor.eval()
     extractor.name = getattr(extractor, "name", name)
-    if not hasattr(extractor, "pool_dimensions"):
-        found = widths(extractor)
-        extractor.pool_dimensions, extractor.spatial_dimensions = found["pool"], found.get("spatial", 0)
+    stated = hasattr(extractor, "pool_dimensions")
+    if not stated or ":" in name:
+        found = checked_widths(extractor)
+        if stated and extractor.pool_dimensions != found["pool"]:
+            raise ValueError(
+                f"extractor '{name}' must have its pool_dimensions={extractor.pool_dimensions}, got "
+                f"{found['pool']}"
+            )
+        extractor.pool_dimensions, extractor.spatial_dimensions = found["pool"], found["spatial"]
     return extractor
+
+
+def checked_widths(extractor: Extractor) -> dict[str, int]:
+    """Returns how wide each kind of features is, 0 where there is none: asked of black images.
+
+    Raises:
+        ValueError: If features are missing, of another type or shape, or not finite.
+    """
+    rule = f"extractor '{extractor.name}' must map uint8 (n, 3, h, w) to"
+    images = torch.zeros(FORWARD_ROWS, 3, 32, 32, dtype=torch.uint8)
+    try:
+        with torch.no_grad():
+            features = extractor(images)
+    except Exception as error:  # code from outside may fail in any way
+        raise ValueError(f"{rule} features, it fails: {type(error).__name__}: {error}") from error
+    if not isinstance(features, Mapping) or features.get("pool") is None:
+        got = sorted(features) if isinstance(features, Mapping) else type(features).__name__
+        raise ValueError(f"{rule} a mapping with 'pool', got {got}")
+    for kind, values in features.items():
+        if values is None:
+            continue
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(images):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{rule} {kind} (n, width), got {got} for n = {len(images)}")
+        if values.dtype != torch.float32 or not values.isfinite().all():
+            raise ValueError(f"{rule} finite float32 {kind}, got {values.dtype} of black images")
+    logits, names = features.get("logits"), extractor.class_names
+    if names is not None and (logits is None or logits.shape[1] != len(names)):
+        got = None if logits is None else logits.shape[1]
+        raise ValueError(f"{rule} one logit for each of its {len(names)} class_names, got {got}")
+    found = {kind: 0 if values is None else values.shape[1] for kind, values in features.items()}
+    return {"spatial": 0, **found}
 
 
 def build_extractor(name: str, weights: str | None = None) -> Extractor:
     """Returns the extractor of a name, in eval mode.
 
     Args:
-        name: One of `EXTRACTORS`, a name of torch-fidelity's registry, or `package.module:callable`.
+        name: One of `EXTRACTORS`, the folder of a trained classifier's run, `timm/MODEL`, a name of
+            torch-fidelity's registry, or `package.module:callable`.
         weights: Weights file, the option `weights` of an extractor of `EXTRACTORS`; None means its default,
             for one of torch-fidelity's the file cached by torch hub.
 
@@ -174,10 +215,17 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
     name = "inception" if name == "inception-v3-compat" else name  # torch-fidelity's name of the same network
     if name in EXTRACTORS.names():
         extractor = EXTRACTORS.build({"name": name, **({"weights": weights} if weights else {})})
+    elif Path(name).is_dir():
+        if weights:
+            raise ValueError(f"an extractor's run has its own weights, got {name} and {weights}")
+        extractor = EXTRACTORS.build({"name": OF_RUNS, "weights": name})
+    elif name.startswith(TIMM_PREFIX):
+        extractor = timm_extractor(name, weights)
     elif ":" in name:
         extractor = imported_extractor(name)
     elif name in (others := torch_fidelity_extractors()):
         extractor = TorchFidelityExtractor(name, weights)
     else:
-        raise unknown("extractor", name, {*EXTRACTORS.names(), *others, "package.module:callable"})
+        kinds = {*EXTRACTORS.names(), *others, "timm/MODEL", "RUN", "package.module:callable"}
+        raise unknown("extractor", name, kinds)
     return completed(extractor, name)

@@ -71,6 +71,7 @@ class InceptionExtractor(Extractor):
     spatial_dimensions = 17 * 17 * SPATIAL_CHANNELS
     resize = "bilinear to 299×299 as TensorFlow 1 does"
     is_inception = True
+    colours = "colour"
 
     def __init__(self, path: Path):
         super().__init__()

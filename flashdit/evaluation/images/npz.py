@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -33,6 +34,7 @@ class NpzSource:
     def __init__(self, path: Path, limit: int | None = None):
         self.path, self.name = path, path.name
         try:
+            check_headers(path)
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
                 self.shape, fortran_order, dtype = read_npy_header(member)
                 about = archive.getinfo("arr_0.npy")
@@ -110,6 +112,25 @@ class NpzSource:
         }
         beside = self.path.with_name(RECIPE_FILE)
         return recipe | ({"recipe": json.loads(beside.read_text())} if beside.is_file() else {})
+
+
+def check_headers(path: Path) -> None:
+    """Raises ValueError for an npz with an array whose header claims another size than its bytes have.
+
+    numpy would allocate what the header claims before it reads.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for about in archive.infolist():
+            if not about.filename.endswith(".npy"):
+                continue
+            with archive.open(about) as member:
+                shape, _, dtype = read_npy_header(member)
+                claimed = math.prod(shape) * dtype.itemsize
+                if claimed != about.file_size - member.tell() and not dtype.hasobject:
+                    raise ValueError(
+                        f"an array of an npz must have the {claimed:,} bytes of its header, {about.filename} "
+                        f"has {about.file_size - member.tell():,} in {path}"
+                    )
 
 
 def read_npy_header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

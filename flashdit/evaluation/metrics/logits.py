@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.metrics import SPLIT_SIZE, inception_score
-from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, known
+from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, Unavailable, known
 
 
-def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
-    """Returns mean and standard deviation of the inception score of the samples."""
-    return inception_score(known(samples.logits, samples, "logits"))
+def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float | Unavailable, ...]:
+    """Returns mean and standard deviation over chunks of the inception score of the samples."""
+    logits = known(samples.logits, samples, "logits")
+    mean, deviation = inception_score(logits)
+    if len(logits) <= SPLIT_SIZE:
+        return mean, Unavailable(
+            f"{len(logits):,} images are one chunk of {SPLIT_SIZE:,}, which has no spread"
+        )
+    return mean, deviation
 
 
 def order_cautions(samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
     """Returns a sentence where the samples are sorted by class."""
-    labels = samples.labels
-    if labels is None or len(labels) <= SPLIT_SIZE or bool((labels.diff() < 0).any()):
+    if samples.labels is not None:
+        classes = samples.labels
+    elif samples.logits is not None:  # as the extractor sees them
+        classes = samples.logits.argmax(1)
+    else:
+        return []
+    if len(classes) <= SPLIT_SIZE or not mostly_sorted(classes):
         return []
     return [
         f"the samples are sorted by class: over chunks of {SPLIT_SIZE:,} their inception score is far "
         "below that of the same samples in random order"
     ]
+
+
+def mostly_sorted(classes: Tensor) -> bool:
+    """Returns whether neighbours (n,) are of one class far more often than in random order."""
+    shares = classes.unique(return_counts=True)[1].double() / len(classes)
+    chance = shares.square().sum()
+    return len(shares) > 1 and bool((classes.diff() == 0).double().mean() > (1 + chance) / 2)
 
 
 def class_accuracy(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:

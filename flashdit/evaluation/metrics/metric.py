@@ -13,14 +13,16 @@ from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.shared.registry import Registry
 
 ScoreValue = TypeVar("ScoreValue")
-Compute = Callable[[ImageStatistics, ImageStatistics], tuple[float, ...]]
-"""(samples, reference) → a number for each score."""
-
-METRICS: Registry[Metric] = Registry("metric", "flashdit.metrics")
 
 
 class Unavailable(Exception):
     """Says why these statistics give no such score."""
+
+
+Compute = Callable[[ImageStatistics, ImageStatistics], tuple[float | Unavailable, ...]]
+"""(samples, reference) → a number for each score, or why there is none."""
+
+METRICS: Registry[Metric] = Registry("metric", "flashdit.metrics")
 
 
 class ScoreName(NamedTuple):
@@ -77,7 +79,8 @@ class Metric:
     """A metric of `METRICS`: `METRICS.add(name, Metric(...))` is all that a new one takes.
 
     Attributes:
-        compute: (samples, reference) → a number for each score; raises `Unavailable` where there is none.
+        compute: (samples, reference) → a number for each score, or an `Unavailable` in its place; raises it
+            where there is none at all.
         needs: The parts of `collect` that it reads: `moments`, `spatial`, `pool` or `logits`.
         scores: What it reports.
         order: Where it stands in tables and plots; of equal ones the names decide.

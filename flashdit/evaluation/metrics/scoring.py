@@ -125,13 +125,14 @@ def compute_scores(
     for reported, compute in computations(names):
         keys = [score.key for score in reported]
         try:
-            values: tuple[float | None, ...] = compute(samples, reference)
+            values = compute(samples, reference)
         except Unavailable as reason:
-            values = (None,) * len(keys)
-            scores.reasons |= dict.fromkeys(keys, str(reason))
+            values = (reason,) * len(keys)
         for key, value in zip(keys, values, strict=True):
-            if value is not None and not math.isfinite(value):
-                value, scores.reasons[key] = None, f"it came out as {value}"
+            if not isinstance(value, Unavailable) and not math.isfinite(value):
+                value = Unavailable(f"it came out as {value}")
+            if isinstance(value, Unavailable):
+                value, scores.reasons[key] = None, str(value)
             scores.values[key] = value
     return scores
 

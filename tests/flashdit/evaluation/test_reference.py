@@ -165,3 +165,45 @@ def test_statistics_of_a_written_reference_are_over_as_many_images_as_it_says(tm
     assert reference.count == statistics.count == 360
     assert statistics.pool is not None
     assert len(statistics.pool) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((0, 1, 0.5), r"sigma must be a covariance, which is symmetric, got entries 0\.5 from their mirrors"),
+        ((2, 2, -0.5), "sigma must be a covariance, which has no negative variance"),
+    ],
+)
+def test_a_matrix_that_is_no_covariance_is_refused(tmp_path, change, message):
+    row, column, value = change
+    stored = {key: array.copy() for key, array in ADM.items()}
+    stored["sigma"][row, column] = value
+    np.savez(tmp_path / "wrong.npz", **stored)
+    with pytest.raises(ValueError, match=message):
+        Reference(str(tmp_path / "wrong.npz"), EXTRACTOR)
+
+
+def test_covariances_of_few_images_in_single_precision_are_taken(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(10, POOL)).astype(np.float32)
+    sigma = np.cov(rows, rowvar=False).astype(np.float32)  # of rank 9 in 64 dimensions
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0), sigma=sigma)
+    assert Reference(str(tmp_path / "few.npz"), EXTRACTOR).stored["sigma"].shape == (POOL, POOL)
+
+
+@pytest.mark.parametrize("key", ["mu", "arr_0", "arr_1"])
+def test_a_header_that_claims_terabytes_is_one_sentence(tmp_path, key):
+    arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.zeros(3), "arr_1": np.zeros(2, np.int64)}
+    np.savez(tmp_path / "honest.npz", **arrays)
+    path = tmp_path / "lying.npz"
+    with zipfile.ZipFile(tmp_path / "honest.npz") as honest, zipfile.ZipFile(path, "w") as lying:
+        for name in honest.namelist():
+            if name != f"{key}.npy":
+                lying.writestr(name, honest.read(name))
+        with lying.open(f"{key}.npy", "w") as member:
+            about = {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
+            np.lib.format.write_array_header_1_0(member, about)
+            member.write(b"12345678")
+    message = rf"must have the 8,000,000,000,000 bytes of its header, {key}\.npy has 8 in .*lying\.npz"
+    for opened in (lambda: Reference(str(path), EXTRACTOR), lambda: NpzSource(path)):
+        with pytest.raises(ValueError, match=message):
+            opened()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from flashdit.sampling.classes import balanced_labels, choose_labels, class_ids, equal_shares, random_labels
+from flashdit.sampling.imagenet import shown_names
 
 NAMES = ["cat", "golden retriever", "hen"]
 BIRDS = ["crane", "white stork, Ciconia ciconia", "crane", "7"]
@@ -70,3 +71,29 @@ def test_labels_are_ten_of_the_first_ten_classes_unless_others_are_chosen():
         choose_labels(names, None, -1)
     with pytest.raises(ValueError, match="unknown labels 'radnom'; did you mean 'random'"):
         choose_labels(names, None, 2, order="radnom")
+
+
+def test_imagenets_classes_go_by_number_wordnet_id_and_words_where_latents_have_no_names():
+    numbers = [str(i) for i in range(1000)]
+    asked = ["207", "n02099601", "golden retriever", "Golden Retriever"]
+    assert class_ids(asked, numbers) == [207] * 4
+    assert class_ids(["tench", "Tinca tinca", "toilet tissue"], numbers) == [0, 0, 999]
+    assert shown_names(numbers)[207] == "golden retriever"
+    with pytest.raises(ValueError, match=r"class 'crane' must name one class, got 134 and 517: give the id"):
+        class_ids(["crane"], numbers)
+    with pytest.raises(ValueError, match="unknown class 'golden retreiver'; did you mean 'golden retriever'"):
+        class_ids(["golden retreiver"], numbers)
+
+
+def test_folders_named_by_wordnet_ids_go_by_words_in_any_number_and_order():
+    names = ["n02099601", "cat", "n01440764"]
+    assert class_ids(["tench", "golden retriever", "n02099601", "1"], names) == [2, 0, 0, 1]
+    assert shown_names(names) == ["golden retriever", "cat", "tench"]
+
+
+def test_a_thousand_classes_with_names_of_their_own_are_not_imagenets():
+    names = [f"kind {i}" for i in range(1000)]
+    assert shown_names(names) == names
+    with pytest.raises(ValueError, match="unknown class 'golden retriever'"):
+        class_ids(["golden retriever"], names)
+    assert shown_names(["0", "1"]) == ["0", "1"]

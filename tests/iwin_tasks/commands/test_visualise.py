@@ -3,6 +3,10 @@ import torch
 from PIL import Image
 
 from flashdit.shared.command import run_script
+from flashdit.shared.runs import find_checkpoint
+from flashdit.shared.weights import read_tensors
+from iwin_tasks.classification.config import load_classifier_config
+from iwin_tasks.classification.task import ClassifierTrainer
 from iwin_tasks.commands import visualise
 from iwin_tasks.commands.panels import colours, read_photographs
 
@@ -58,7 +62,10 @@ def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp
         ),
         (["--layer", "layer9"], "layer must be a module of the model, nearest are layer"),
         (["--layer", "layer1", "--images", "nowhere"], "images must be a folder that holds .bmp"),
-        (["--layer", "layer1", "--checkpoint", "nowhere.pth"], "checkpoint must be a file, got nowhere.pth"),
+        (
+            ["--layer", "layer1", "--checkpoint", "nowhere.pth"],
+            "must be a file of weights or a run, got nowhere.pth",
+        ),
         (["--layer", "layer1", "--checkpoint", __file__], "checkpoint must hold the weights of resnet10t"),
         (["--layer", "layer1", "--size", "0", "8"], "size and num_images must be positive"),
         (["--layer", "layer1", "--output", "nowhere/out.png"], "No such file or directory"),
@@ -90,3 +97,36 @@ def test_checkpoint_is_loaded_and_one_of_another_model_refused(tmp_path):
     torch.testing.assert_close(loaded.fc.weight, trained.fc.weight)
     with pytest.raises(ValueError, match="checkpoint must hold the weights of resnet18, got "):
         visualise.build_model("resnet18", tmp_path / "weights.pth", None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Returns the run of a classifier of the digits after two steps."""
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    overrides = [f"run.dir={folder}", "training.steps=2", "optimizer.decay_steps=null"]
+    overrides += ["training.preview_every=0", "training.global_batch_size=4"]
+    ClassifierTrainer(load_classifier_config(None, overrides)).fit()
+    return folder
+
+
+def test_a_trained_run_is_drawn_with_its_own_model_and_size(run, photographs, tmp_path, capsys):
+    words = ["--checkpoint", str(run), "--layer", "layers.1", "--kind", "gradcam"]
+    visualise.main([*words, "--images", str(photographs), "--output", str(tmp_path / "cams.png")])
+    assert "wrote" in capsys.readouterr().out
+    average = read_tensors(find_checkpoint(run) / "ema")
+    model = visualise.build_model(None, run, None)
+    assert visualise.model_size(model) == (32, 32)
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_of_another_model_or_kind_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"--model must be that of the run, iwin_\w+, or be left out, got"):
+        visualise.build_model("resnet10t", run, None)
+    with pytest.raises(ValueError, match="a picture requires --model NAME, or --checkpoint with a run"):
+        visualise.build_model(None, None, None)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (checkpoint / "ema").mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"format": 1}')
+    (checkpoint / "ema" / "config.json").write_text('{"_class_name": "FlashDiT"}')
+    with pytest.raises(ValueError, match=r"must be a run of iwin classify, got .* of FlashDiT"):
+        visualise.build_model(None, tmp_path / "run", None)

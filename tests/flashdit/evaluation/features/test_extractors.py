@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -141,3 +142,55 @@ def test_what_cannot_be_had_is_refused_and_never_downloaded(name, message, own, 
 def test_weights_for_the_digits_are_refused():
     with pytest.raises(ValueError, match="unknown option of extractor 'digits' 'weights'"):
         build_extractor("digits", "some.pth")
+
+
+BLACK = torch.zeros(32, 4)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, "must map uint8 .* to a mapping with 'pool', got NoneType"),
+        ({"logits": BLACK}, r"to a mapping with 'pool', got \['logits'\]"),
+        ({"pool": BLACK[0]}, r"to pool \(n, width\), got \(4,\) for n = 32"),
+        ({"pool": BLACK[:3]}, r"to pool \(n, width\), got \(3, 4\) for n = 32"),
+        ({"pool": [1]}, r"to pool \(n, width\), got list"),
+        ({"pool": BLACK.double()}, r"to finite float32 pool, got torch\.float64"),
+        ({"pool": BLACK / 0}, r"to finite float32 pool"),
+        ({"pool": BLACK, "spatial": BLACK[0]}, r"to spatial \(n, width\)"),
+    ],
+)
+def test_features_that_are_none_are_one_sentence(own, features, message):
+    class Wrong(Extractor):
+        def forward(self, images):
+            return features
+
+    own.wrong = Wrong
+    with pytest.raises(ValueError, match=message):
+        build_extractor("my_features:wrong")
+
+
+def test_an_extractor_that_fails_is_one_sentence(own):
+    class Fails(Extractor):
+        def forward(self, images):
+            raise KeyError("weights")
+
+    own.fails, own.needs = Fails, lambda path: path
+    with pytest.raises(ValueError, match=r"extractor 'my_features:fails' .* it fails: KeyError: 'weights'"):
+        build_extractor("my_features:fails")
+    with pytest.raises(ValueError, match="must be made without arguments, my_features:needs is not: TypeErr"):
+        build_extractor("my_features:needs")
+
+
+def test_an_extractors_statements_must_be_true(own):
+    class Wide(Mean):
+        pool_dimensions = 7
+
+    class Named(Mean):
+        class_names: ClassVar = ["one", "two"]
+
+    own.wide, own.named = Wide, Named
+    with pytest.raises(ValueError, match="must have its pool_dimensions=7, got 3"):
+        build_extractor("my_features:wide")
+    with pytest.raises(ValueError, match="one logit for each of its 2 class_names, got None"):
+        build_extractor("my_features:named")

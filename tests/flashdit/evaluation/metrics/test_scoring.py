@@ -52,7 +52,7 @@ class OneClass(DigitsSource):
 def test_every_metric_gives_a_number_for_each_of_its_keys(name, held_out):
     scores = compute_scores([name], held_out, held_out)
     assert list(scores.values) == [score.key for score in METRICS[name].scores]
-    assert not scores.reasons
+    assert scores.reasons.keys() <= {"is_std"}  # of one chunk
     assert list(score_names([name], EXTRACTOR)) == list(scores.values)
 
 
@@ -182,7 +182,10 @@ def test_samples_sorted_by_class_are_cautioned():
     labels = torch.arange(10).repeat_interleave(501)
     in_order = ImageStatistics(name="samples", count=5010, labels=labels)
     assert "sorted by class" in cautions(["is"], in_order, in_order)[0]
-    for others in (labels.flip(0), labels[:5000], None):  # in another order, in one chunk, unknown
+    by_logits = ImageStatistics(name="samples", count=5010, logits=torch.eye(10)[labels.flip(0)])
+    assert "sorted by class" in cautions(["is"], by_logits, by_logits)[0]
+    shuffled_labels = labels[torch.randperm(5010, generator=torch.Generator().manual_seed(0))]
+    for others in (shuffled_labels, labels[:5000], None):  # in another order, in one chunk, unknown
         shuffled = ImageStatistics(name="samples", count=5010, labels=others)
         assert not cautions(["is"], shuffled, shuffled)
 
@@ -196,3 +199,15 @@ def test_a_default_metric_that_does_not_import_is_left_out_with_a_warning(monkey
     assert "fid" in names
     assert "absent" not in names
     assert "left out: metric 'absent' must import" in caplog.text
+
+
+def test_one_chunk_has_an_inception_score_and_no_spread():
+    logits = torch.randn(5001, 3, generator=torch.Generator().manual_seed(0))
+    one, two = (ImageStatistics(name="samples", count=n, logits=logits[:n]) for n in (60, 5001))
+    scores = compute_scores(["is"], one, one)
+    p = logits[:60].double().softmax(1)
+    expected = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
+    assert scores.values["is_mean"] == pytest.approx(expected)
+    assert scores.values["is_std"] is None
+    assert scores.reasons["is_std"] == "60 images are one chunk of 5,000, which has no spread"
+    assert compute_scores(["is"], two, two).values["is_std"] > 0
