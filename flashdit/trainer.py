@@ -112,7 +112,7 @@ class FlashDiTTask(Task):
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         self.run_dir = Path(config.run.dir)
-        self.model = FlashDiT(**config.model)
+        self.model = FlashDiT(**config.model_arguments)
         self.data, self.space = open_latents(config.data, config.latents, self.device, self.main)
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
@@ -162,13 +162,13 @@ class FlashDiTTask(Task):
 
     def forward_flops(self) -> float:
         """Returns the FLOPs of one forward pass."""
-        return forward_flops(self.config.model)
+        return forward_flops(self.config.model_arguments)
 
     @cached_property
     def copy(self) -> FlashDiT:
         """The one copy of the model, on the CPU, frozen and in evaluation mode."""
         with torch.random.fork_rng(devices=[]):
-            return FlashDiT(**self.config.model).eval().requires_grad_(False)
+            return FlashDiT(**self.config.model_arguments).eval().requires_grad_(False)
 
     def _holding(self, weights: Tensors) -> FlashDiT:
         """Returns the copy with these weights."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashdit.data.autoencoders import load_vae, vae_factor, vae_identity
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.registry import check_finite
 
 DECODED_AT_ONCE = 32
 """Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
@@ -29,6 +30,12 @@ class LatentOptions:
     such as LightningDiT's; None leaves pixels out of reach."""
     multiplier: float = 1.0
     """Factor on normalised latents."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_finite(self, "latents.")
+        if self.multiplier == 0:
+            raise ValueError("latents.multiplier must not be 0, which leaves nothing of a latent, got 0")
 
 
 def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -73,6 +74,20 @@ def _type_name(expected: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping of keys"
     return TYPE_NAMES.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def check_finite(options: Any, section: str = "") -> None:
+    """Raises ValueError for a number among an options dataclass's fields that is not finite.
+
+    Args:
+        options: The dataclass, whose `__post_init__` calls this.
+        section: Put before the field's name in the message.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{section}{field.name} must be finite, got {value}")
 
 
 def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any:
