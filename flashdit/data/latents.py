@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flashdit.data.autoencoders import load_vae, vae_factor, vae_identity
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.pictures import to_uint8
 from flashdit.shared.registry import check_finite
 
 DECODED_AT_ONCE = 32
@@ -112,9 +114,17 @@ class LatentSpace:
         parts = self.denormalise(latents).to(vae.dtype).split(DECODED_AT_ONCE)
         return torch.cat([vae.decode(part).sample for part in parts]).float()  # type: ignore[union-attr]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns the images of the model's latents, rounded: (B, C, H, W) → uint8 (B, 3, H·f, W·f)."""
-        return (self.pixels(latents) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    def decode(self, latents: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """Returns the images of the model's latents, rounded: (B, C, H, W) → uint8 (B, 3, H·f, W·f).
+
+        Args:
+            latents: Normalised.
+            ids: The samples' numbers, for messages; None counts them from 0.
+
+        Raises:
+            ValueError: If the space has no VAE, or a pixel is not finite.
+        """
+        return to_uint8(self.pixels(latents), ids)
 
     def need_vae(self) -> AutoencoderKL:
         """Returns the VAE, or says how to give one."""

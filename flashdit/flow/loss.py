@@ -36,9 +36,9 @@ def velocity_mse(v_t: Tensor, u_t: Tensor) -> Tensor:
 def velocity_cosine(v_t: Tensor, u_t: Tensor) -> Tensor:
     """Returns the mean over positions of 1 − cosine over channels: (B, C, H, W) twice → (B,), in float32.
 
-    The gradient of a cosine is 1 / |v_t|, and a new model's v_t is zero. So |v_t| counts as at least 0.1 of the
-    root mean square of |u_t| in the sample: there the gradient is about that of the squared error, and where
-    |v_t| is larger the cosine is exact. A trained model of several channels seldom comes below it.
+    The gradient of a cosine is of size 1 / |v_t|, and a new model's v_t is zero. So |v_t| counts as at least
+    0.1 of the root mean square of |u_t| in the sample: there the gradient is about as large as that of the
+    squared error. Where |v_t| is larger, as with several channels it nearly always is, the cosine is exact.
     """
     # Differs from LightningDiT, whose bound of 1e-8 gives a first gradient norm of 1e8.
     v_t, u_t = v_t.float(), u_t.float()

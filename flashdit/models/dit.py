@@ -154,7 +154,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         tokens = self.x_embedder(x)  # (b, h, w, c)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(tokens)
-        cond = self.t_embedder(t) + self.y_embedder(y, drop)  # (b, c)
+        cond = self.t_embedder(t, x.dtype) + self.y_embedder(y, drop)  # (b, c)
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
         for block in self.blocks:
             if self.gradient_checkpointing and checkpoint is not None:

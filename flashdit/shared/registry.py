@@ -44,7 +44,7 @@ LISTS = (list, tuple, Sequence)
 def check_type(key: str, value: Any, expected: Any) -> None:
     """Raises ValueError unless a value from YAML or the command line is of the annotated type."""
     if not _is_of(value, expected):
-        raise ValueError(f"{key} must be {_type_name(expected)}, got {value!r}")
+        raise ValueError(f"{key} must be {type_name(expected)}, got {value!r}")
 
 
 def _is_of(value: Any, expected: Any) -> bool:
@@ -62,15 +62,15 @@ def _is_of(value: Any, expected: Any) -> bool:
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
-def _type_name(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     """Returns what a type is called in a message."""
     if isinstance(expected, UnionType) or get_origin(expected) is Union:
-        return " or ".join(map(_type_name, get_args(expected)))
+        return " or ".join(map(type_name, get_args(expected)))
     origin, inner = get_origin(expected) or expected, get_args(expected)
     if origin is tuple and ... not in inner:
-        return f"[{', '.join(map(_type_name, inner))}]"
+        return f"[{', '.join(map(type_name, inner))}]"
     if origin in LISTS:
-        return f"a list, each {_type_name(inner[0])}" if inner else "a list"
+        return f"a list, each {type_name(inner[0])}" if inner else "a list"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping of keys"
     return TYPE_NAMES.get(origin, getattr(origin, "__name__", str(origin)))
