@@ -16,13 +16,13 @@ from flashdit.shared.weights import read_tensors
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITION_TABLE = "pos_embed"
-CONVOLUTION = ".dwconv."
+DEPTHWISE = ".dwconv."
 ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
 PATCHES = ("x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias")
 UNSEEN = {"num_heads": None, "time_scale": None, "prediction": VELOCITY}
 """Options that no tensor's shape shows: with others, the weights load and mean nothing. With the value of a
 folder that does not say; None means the model's own."""
-NAMED = 3  # tensors that a message names
+NAMED_TENSORS = 3  # tensors that a message names
 
 
 def fit_weights(
@@ -63,7 +63,9 @@ def fit_weights(
 
 def _named(keys: Sequence[str]) -> str:
     """Returns the first few names, and how many more there are."""
-    return ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+    return ", ".join(keys[:NAMED_TENSORS]) + (
+        f" and {len(keys) - NAMED_TENSORS} more" if len(keys) > NAMED_TENSORS else ""
+    )
 
 
 def _fit_positions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -78,13 +80,13 @@ def _fit_positions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[
 
 def _fit_convolutions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
     """Adds zero depthwise convolutions where only the model has them, and drops those that it has not."""
-    new = [key for key in own if CONVOLUTION in key and key not in state]
-    old = [key for key in state if CONVOLUTION in key and key not in own]
+    new = [key for key in own if DEPTHWISE in key and key not in state]
+    old = [key for key in state if DEPTHWISE in key and key not in own]
     for key in new:
         state[key] = torch.zeros_like(own[key])
     for key in old:
         del state[key]
-    blocks = len({key.partition(CONVOLUTION)[0] for key in new or old})
+    blocks = len({key.partition(DEPTHWISE)[0] for key in new or old})
     if not blocks:
         return []
     count = f"the depthwise convolutions of {blocks} blocks"

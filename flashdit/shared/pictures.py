@@ -13,7 +13,7 @@ from torch import Tensor, uint8
 MIN_CELL = 64
 GAP = 6
 FONT_SIZE = 15
-NAMED = 5  # samples that a message names
+NAMED_SAMPLES = 5  # samples that a message names
 
 
 class InvalidPixels(ValueError):
@@ -27,8 +27,8 @@ class InvalidPixels(ValueError):
     """
 
     def __init__(self, rule: str, rows: Sequence[int], ids: Sequence[int] | None, hint: str):
-        names = [str(row if ids is None else ids[row]) for row in rows[:NAMED]]
-        others = f" and {len(rows) - NAMED:,} more" if len(rows) > NAMED else ""
+        names = [str(row if ids is None else ids[row]) for row in rows[:NAMED_SAMPLES]]
+        others = f" and {len(rows) - NAMED_SAMPLES:,} more" if len(rows) > NAMED_SAMPLES else ""
         samples = "sample" if len(rows) == 1 else "samples"
         super().__init__(f"{rule}, got others in {samples} {', '.join(names)}{others}: {hint}")
 

@@ -34,7 +34,7 @@ def resize_block(block: IwinBlock, window: int, kernel: int) -> None:
         block.dwconv = DepthwiseConv(len(weight), (kernel, kernel)).to(weight)
         for parameter in block.dwconv.parameters():
             nn.init.zeros_(parameter)
-        new = [block.dwconv]
+        new: list[nn.Module] = [block.dwconv]
         if block.structure == "S3":
             block.norm0 = nn.LayerNorm(len(weight)).to(weight)
             new.append(block.norm0)
