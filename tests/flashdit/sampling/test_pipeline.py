@@ -334,7 +334,7 @@ def pipe_shape(pipe):
 
 def test_a_scheduler_that_does_not_know_flow_is_refused_though_its_config_says_so(pipe):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="one that takes use_flow_sigmas=True .* got DDIMScheduler"):
+    with pytest.raises(ValueError, match=r"one that takes use_flow_sigmas=True .* got DDIMScheduler"):
         pipe(1)
 
 
