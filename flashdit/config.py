@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
 from flashdit.flow.loss import LossOptions
+from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.flow.times import TIMES
 from flashdit.models.attention import ATTENTIONS
 from flashdit.models.dit import FlashDiT
@@ -32,6 +33,13 @@ class FlowOptions:
     times: dict[str, Any] = field(default_factory=lambda: {"name": "logit_normal"})
     """Distribution of training times, `{name, **options}`."""
     loss: LossOptions = field(default_factory=LossOptions)
+    prediction: str | None = None
+    """What the network predicts: `velocity`, or the `data`, which pays where a patch has many numbers; null
+    means velocity."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        PREDICTIONS[self.prediction or VELOCITY]
 
 
 @dataclass(kw_only=True)
@@ -77,12 +85,19 @@ class RunConfig:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of FlashDiT: `model`, and what it predicts where `flow.prediction` says so."""
+        predicted = self.flow.prediction
+        return dict(self.model) if predicted is None else {**self.model, "prediction": predicted}
+
 
 def configuration_keys() -> list[Key]:
     """Returns every key of a run's configuration, the model's arguments in place of `model`."""
     keys = describe(RunConfig)
     position = next(place for place, key in enumerate(keys) if key.name == "model")
-    return [*keys[:position], *describe(FlashDiT, "model."), *keys[position + 1 :]]
+    arguments = [key for key in describe(FlashDiT, "model.") if key.name != "model.prediction"]
+    return [*keys[:position], *arguments, *keys[position + 1 :]]
 
 
 def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -111,5 +126,11 @@ def check_run_config(config: RunConfig) -> None:
             check_type(f"model.{key}", value, arguments[key])
     if "attention" in config.model:
         ATTENTIONS.options(config.model["attention"])
+    predicted = config.flow.prediction or VELOCITY
+    if config.model.get("prediction", predicted) != predicted:
+        raise ValueError(
+            "model.prediction must be what flow.prediction says, which alone needs to be given, "
+            f"got {config.model['prediction']} and {predicted}"
+        )
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)

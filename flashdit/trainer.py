@@ -30,7 +30,7 @@ from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.shared.files import write_atomically
-from flashdit.shared.pictures import labelled_grid, rows_by_class
+from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
 from flashdit.shared.runs import LATENTS, list_checkpoints
 from flashdit.training.accelerator import start_run
@@ -112,10 +112,15 @@ class FlashDiTTask(Task):
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         self.run_dir = Path(config.run.dir)
-        self.model = FlashDiT(**config.model)
+        self.model = FlashDiT(**config.model_arguments)
         self.data, self.space = open_latents(config.data, config.latents, self.device, self.main)
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
+        if not self.model.num_classes:
+            self.class_names = []
+            if self.main:
+                count = len(self.data.class_names or []) or int(self.data.labels.max()) + 1
+                logger.info("model.num_classes=0: the data's classes, %d, are left out", count)
         preview_every = config.training.preview_every if self.space.vae is not None else 0
         self.actions = [PeriodicAction(every=preview_every, run=self._write_preview)]
         if config.evaluation.every:
@@ -123,12 +128,13 @@ class FlashDiTTask(Task):
             self.evaluation = InTrainingEvaluation(config, generator, self.device)
             self.actions.append(PeriodicAction(every=config.evaluation.every, run=self._score))
         if config.weights is not None and not list_checkpoints(self.run_dir):
-            new = start_from(self.model, config.weights)
+            new = start_from(self.model, config.weights, self.class_names)
             if self.main:
-                logger.info("starts from %s; new: %s", config.weights, ", ".join(new) or "nothing")
+                logger.info("starts from %s; new: %s", config.weights, "; ".join(new) or "nothing")
         self.space.to(self.device)
         times = TIMES.build(config.flow.times)
-        self.examples = Examples(self.data, times, config.seed, self.model.class_dropout_prob)
+        dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
+        self.examples = Examples(self.data, times, config.seed, dropped)
         self.images_per_epoch = len(self.data.labels)
 
     def _check_fit(self) -> None:
@@ -141,6 +147,8 @@ class FlashDiTTask(Task):
                 f"model.sample_size={side}, got {' × '.join(map(str, shape))}"
             )
         lowest, highest = int(labels.min()), int(labels.max())
+        if not num_classes:  # every label is null
+            return
         if lowest < 0 or highest >= num_classes:
             raise ValueError(
                 f"labels must be from 0 to below model.num_classes={num_classes}, got {lowest} to {highest}"
@@ -162,13 +170,13 @@ class FlashDiTTask(Task):
 
     def forward_flops(self) -> float:
         """Returns the FLOPs of one forward pass."""
-        return forward_flops(self.config.model)
+        return forward_flops(self.config.model_arguments)
 
     @cached_property
     def copy(self) -> FlashDiT:
         """The one copy of the model, on the CPU, frozen and in evaluation mode."""
         with torch.random.fork_rng(devices=[]):
-            return FlashDiT(**self.config.model).eval().requires_grad_(False)
+            return FlashDiT(**self.config.model_arguments).eval().requires_grad_(False)
 
     def _holding(self, weights: Tensors) -> FlashDiT:
         """Returns the copy with these weights."""
@@ -180,19 +188,28 @@ class FlashDiTTask(Task):
         """Gives the generator of the averaged weights, on the device while it is used."""
         model = self._holding(average)
         model.to(self.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        yield TrainedGenerator(model, self.space, self.class_names, step)
-        model.to("cpu")  # pyright: ignore[reportCallIssue, reportArgumentType]
+        try:
+            yield TrainedGenerator(model, self.space, self.class_names, step)
+        finally:
+            model.to("cpu")  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def _write_preview(self, step: int, average: Tensors) -> dict[str, float]:
         """Writes a grid of samples with fixed seeds, on the main process alone."""
         if not self.main:
             return {}
-        classes = torch.arange(min(PREVIEW_CLASSES, len(self.class_names)))
+        classes = torch.arange(max(1, min(PREVIEW_CLASSES, len(self.class_names))))
         labels = classes.repeat_interleave(PREVIEW_PER_CLASS)
-        with self._generator(step, average) as generator:
-            images = torch.cat([batch.images for batch in generator.generate(labels, self.config.sampling)])
+        try:
+            with self._generator(step, average) as generator:
+                batches = list(generator.generate(labels, self.config.sampling))
+        except InvalidPixels as error:  # a picture tells of the run, whose own numbers the guard watches
+            logger.warning("step %d: no preview: %s", step, error)
+            return {}
+        images = torch.cat([batch.images for batch in batches])
         title = f"step {step}, EMA, {self.config.sampling}"
-        grid = labelled_grid(rows_by_class(images, labels, self.class_names, PREVIEW_PER_CLASS), title)
+        grid = labelled_grid(
+            rows_by_class(images, labels, self.class_names or [""], PREVIEW_PER_CLASS), title
+        )
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
         return {}
@@ -200,7 +217,12 @@ class FlashDiTTask(Task):
     def _score(self, step: int, average: Tensors) -> dict[str, float]:
         """Returns the scores of the averaged model's samples."""
         with self._generator(step, average) as generator:
-            return self.evaluation(generator)
+            try:
+                return self.evaluation(generator)
+            except ValueError as error:  # on all processes, of which one has an InvalidPixels
+                if self.main:
+                    logger.warning("step %d: no scores: %s", step, error)
+                return {}
 
     def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
         """Writes the model and its average as diffusers folders, and the latent space."""

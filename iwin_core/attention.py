@@ -110,6 +110,9 @@ class IwinAttention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Returns the window attention of x alone, of the shape of x."""
         grid = x.shape[1:-1]
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            # Sides are tensors then; a trace is of one size in any case.
+            grid = [int(side) for side in grid]
         # No min() and no -(-a // b): torch.compile can then follow a second size without fixing it.
         window = [m if m <= side else side for m, side in zip(self.window, grid, strict=True)]
         padded = [(side + m - 1) // m * m for side, m in zip(grid, window, strict=True)]

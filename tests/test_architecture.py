@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 iwin_core
 flashdit/shared
-flashdit/models flashdit/flow flashdit/data flashdit/training
+flashdit/flow
+flashdit/models flashdit/data flashdit/training
 flashdit/sampling flashdit/autoencoder
 flashdit/evaluation
 flashdit/digits

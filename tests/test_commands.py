@@ -137,6 +137,7 @@ def test_help_config_prints_every_key_with_type_default_and_meaning(python):
         ("extractors", "inception: "),
         ("attention", "    window: int = 4  Window side M in tokens."),
         ("times", "    mean: float = 0.0  Below 0, more noise."),
+        ("predictions", "data: The output is x̂_1; v = (x̂_1 − x_t) / max(1 − t, 0.05), computed in float32."),
     ],
 )
 def test_the_parts_of_each_kind_are_listed_with_their_options(python, kind, line):

@@ -37,7 +37,7 @@ class Counts:
 def count_parameters(config: RunConfig) -> Counts:
     """Returns the parameters of the configured model."""
     with torch.device("meta"):
-        model = FlashDiT(**config.model)
+        model = FlashDiT(**config.model_arguments)
     total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
     return Counts(
         all=total,

@@ -77,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.models.costs import activations, forward_flops
 
     config = read_config(arguments.config, arguments.overrides)
-    counts, multiply_adds = count_parameters(config), forward_flops(config.model) / 2
+    counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2
     about = Table(show_header=False, title=arguments.config or "the default run")
     for name, text in facts(config, counts, multiply_adds, arguments).items():
         about.add_row(name, text)
     console = Console()
     console.print(about)
-    ways = activations(config.model, config.training.precision != "fp32")
+    ways = activations(config.model_arguments, config.training.precision != "fp32")
     for sharded in (False, True) if arguments.gpus > 1 else (False,):
         console.print(memory_table(config, counts, ways, arguments.gpus, sharded))
     console.print(

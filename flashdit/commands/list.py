@@ -17,6 +17,7 @@ LISTED_KINDS = {
     "extractors": "flashdit.evaluation.features.extractor:EXTRACTORS",
     "attention": "flashdit.models.attention:ATTENTIONS",
     "times": "flashdit.flow.times:TIMES",
+    "predictions": "flashdit.flow.prediction:PREDICTIONS",
 }
 """Kind → module:registry."""
 MAKERS = ("integrate", "compute", "build")  # attributes of a registered piece that may hold what it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from flashdit.data.autoencoders import load_vae, vae_factor, vae_identity
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.pictures import to_uint8
+from flashdit.shared.registry import check_finite
 
 DECODED_AT_ONCE = 32
 """Latents that the VAE decodes together: at 256×256 each holds about 200 MB in its last layers."""
@@ -29,6 +32,12 @@ class LatentOptions:
     such as LightningDiT's; None leaves pixels out of reach."""
     multiplier: float = 1.0
     """Factor on normalised latents."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_finite(self, "latents.")
+        if self.multiplier == 0:
+            raise ValueError("latents.multiplier must not be 0, which leaves nothing of a latent, got 0")
 
 
 def channel_statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,9 +114,17 @@ class LatentSpace:
         parts = self.denormalise(latents).to(vae.dtype).split(DECODED_AT_ONCE)
         return torch.cat([vae.decode(part).sample for part in parts]).float()  # type: ignore[union-attr]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Returns the images of the model's latents, rounded: (B, C, H, W) → uint8 (B, 3, H·f, W·f)."""
-        return (self.pixels(latents) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    def decode(self, latents: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """Returns the images of the model's latents, rounded: (B, C, H, W) → uint8 (B, 3, H·f, W·f).
+
+        Args:
+            latents: Normalised.
+            ids: The samples' numbers, for messages; None counts them from 0.
+
+        Raises:
+            ValueError: If the space has no VAE, or a pixel is not finite.
+        """
+        return to_uint8(self.pixels(latents), ids)
 
     def need_vae(self) -> AutoencoderKL:
         """Returns the VAE, or says how to give one."""

@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 from flashdit.flow.guidance import Velocity
 from flashdit.flow.path import score
 from flashdit.flow.samplers import SAMPLERS, Draw
+from flashdit.shared.registry import check_finite
 
 
 @SAMPLERS.register("euler")
@@ -57,6 +58,7 @@ class Dopri5Options:
     """Relative tolerance of a step."""
 
     def __post_init__(self):
+        check_finite(self, "dopri5's ")
         if not (self.atol > 0 and self.rtol > 0):
             raise ValueError(f"atol and rtol must be positive, got {self.atol} and {self.rtol}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flashdit.shared.registry import Registry
+from flashdit.shared.registry import Registry, check_finite
 
 TIMES = Registry("time distribution")
 
@@ -25,6 +25,7 @@ class LogitNormalOptions:
     std: float = 1.0
 
     def __post_init__(self):
+        check_finite(self, "flow.times.")
         if self.std <= 0:
             raise ValueError(f"std of logit-normal times must be positive, got {self.std}")
 

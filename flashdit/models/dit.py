@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
+from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.models.attention import AttentionShape
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
@@ -42,6 +45,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
         mlp: `swiglu`, or DiT's `gelu`.
         time_scale: Factor on t before its sinusoids; 1 is LightningDiT's.
         label_init_std: Standard deviation of a new label table; 0.02 is DiT's.
+        prediction: What the last layer's output stands for, `velocity` or the `data`; v is returned under
+            either.
 
     Raises:
         ValueError: If an option is invalid.
@@ -72,9 +77,12 @@ class FlashDiT(ModelMixin, ConfigMixin):
         mlp: str = "swiglu",
         time_scale: float = 1.0,
         label_init_std: float = 0.02,
+        prediction: str = VELOCITY,
     ):
         super().__init__()
         _check(sample_size, patch_size, hidden_size, depth, num_heads, num_classes, class_dropout_prob)
+        _check_numbers(mlp_ratio=mlp_ratio, time_scale=time_scale, label_init_std=label_init_std)
+        self.velocity_from = PREDICTIONS[prediction]
         grid = (sample_size // patch_size, sample_size // patch_size)
         qk_norm_type = None if not qk_norm else RMSNorm if norm == "rmsnorm" else nn.LayerNorm
         shape = AttentionShape(dim=hidden_size, num_heads=num_heads, grid=grid, qk_norm=qk_norm_type)
@@ -115,17 +123,25 @@ class FlashDiT(ModelMixin, ConfigMixin):
         """Returns a model with a LightningDiT checkpoint's weights; see `flashdit.models.lightningdit`."""
         return load_lightningdit(cls, source, overrides)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        """Returns the velocity at x_t.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        drop: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> Tensor | Transformer2DModelOutput:
+        """Returns the velocity at x_t, whatever the last layer predicts.
 
         Args:
             x: Noisy latents (B, C, H, W).
             t: Times (B,) in [0, 1], 0 noise and 1 data.
             y: Labels (B,) int64; `num_classes` is the null label, None means null for all.
             drop: Which labels become null, bool (B,); None draws them in training mode, else none.
+            return_dict: Whether v comes as the `sample` of diffusers' output class.
 
         Returns:
-            v (B, C, H, W).
+            v (B, C, H, W), in the dtype that the last layer computes in: the weights', or autocast's.
 
         Raises:
             ValueError: If the channels or the size of x does not fit.
@@ -138,7 +154,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         tokens = self.x_embedder(x)  # (b, h, w, c)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(tokens)
-        cond = self.t_embedder(t) + self.y_embedder(y, drop)  # (b, c)
+        cond = self.t_embedder(t, x.dtype) + self.y_embedder(y, drop)  # (b, c)
         checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
         for block in self.blocks:
             if self.gradient_checkpointing and checkpoint is not None:
@@ -147,7 +163,9 @@ class FlashDiT(ModelMixin, ConfigMixin):
                 tokens = block(tokens, cond)
         patches = self.final_layer(tokens, cond)
         p = self.patch_size
-        return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
+        output = rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
+        v = self.velocity_from(output, x, t)
+        return Transformer2DModelOutput(sample=v) if return_dict else v
 
     def _check_input(self, x: Tensor) -> None:
         """Raises ValueError unless x has this model's channels and a size that patches divide."""
@@ -202,3 +220,12 @@ def _check(
         raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth=}, {num_classes=}")
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob=}")
+
+
+def _check_numbers(mlp_ratio: float, time_scale: float, label_init_std: float) -> None:
+    """Raises ValueError for a number that no model can be made with."""
+    if not 0 < mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must be positive and finite, got {mlp_ratio=}")
+    if not (math.isfinite(time_scale) and 0 <= label_init_std < math.inf):
+        rule = "time_scale must be finite and label_init_std finite and at least 0"
+        raise ValueError(f"{rule}, got {time_scale=}, {label_init_std=}")

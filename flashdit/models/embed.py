@@ -107,9 +107,10 @@ class TimestepEmbedder(nn.Module):
         self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Tensor) -> Tensor:
-        """Returns the embedding of each time."""
-        return self.mlp(timestep_embedding(t * self.scale).to(next(self.parameters()).dtype))
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the embedding of each time; `dtype` is what the layers compute in."""
+        # Not that of the weights, which layerwise casting stores in another one.
+        return self.mlp(timestep_embedding(t * self.scale).to(dtype))
 
 
 class LabelEmbedder(nn.Module):

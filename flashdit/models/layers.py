@@ -54,13 +54,19 @@ class GeluMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def mlp_width(dim: int, mlp_ratio: float, is_swiglu: bool) -> int:
+    """Returns the hidden width of an MLP: mlp_ratio · dim, of SwiGLU 2/3 of it."""
+    hidden_dim = int(mlp_ratio * dim)
+    return int(2 / 3 * hidden_dim) if is_swiglu else hidden_dim
+
+
 def make_mlp(name: str, dim: int, mlp_ratio: float) -> nn.Module:
     """Returns the MLP `swiglu` (hidden width 2/3 of mlp_ratio · dim, so both cost the same) or `gelu`."""
-    hidden_dim = int(mlp_ratio * dim)
+    width = mlp_width(dim, mlp_ratio, name == "swiglu")
     if name == "swiglu":
-        return SwiGLU(dim, int(2 / 3 * hidden_dim))
+        return SwiGLU(dim, width)
     if name == "gelu":
-        return GeluMlp(dim, hidden_dim)
+        return GeluMlp(dim, width)
     raise unknown("mlp", name, ("swiglu", "gelu"))
 
 

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from flashdit.models.layers import mlp_width
 from flashdit.models.sizes import SIZES
 from flashdit.models.weights import ROPE_KEYS, fit_weights
 from flashdit.shared.weights import read_tensors, unwrap
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
+MOST_MLP_RATIO = 16  # of those that are sought as a quarter
 
 
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, i
         "in_channels": in_channels,
         "patch_size": patch_size,
         "depth": depth,
+        "mlp_ratio": _mlp_ratio(state, hidden_size),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "norm": "rmsnorm" if "blocks.0.norm1.weight" in state else "layernorm",
@@ -61,6 +64,20 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Mapping[str, i
     return config
 
 
+def _mlp_ratio(state: Mapping[str, Tensor], hidden_size: int) -> float:
+    """Returns the least `mlp_ratio` in quarters, or else the exact one, that gives an MLP of this width."""
+    swiglu, gelu = "blocks.0.mlp.w3.weight", "blocks.0.mlp.fc2.weight"
+    is_swiglu = swiglu in state
+    if not is_swiglu and gelu not in state:
+        return 4.0  # the load names what is missing
+    width = state[swiglu if is_swiglu else gelu].shape[1]
+    for quarters in range(1, 4 * MOST_MLP_RATIO + 1):
+        if mlp_width(hidden_size, quarters / 4, is_swiglu) == width:
+            return quarters / 4
+    hidden = next(n for n in range(width, 2 * width + 2) if not is_swiglu or int(2 / 3 * n) == width)
+    return (hidden + 0.5) / hidden_size
+
+
 def load_lightningdit(
     model_type: type[Model], source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> Model:
@@ -80,9 +97,12 @@ def load_lightningdit(
     state = unwrap(source) if isinstance(source, Mapping) else read_tensors(source)
     config = infer_config(state, SIZES) | dict(overrides)
     if "num_heads" not in config:
-        raise ValueError("num_heads cannot be inferred from these weights: give num_heads=...")
+        size = f"hidden_size={config['hidden_size']} and depth={config['depth']}"
+        raise ValueError(
+            f"num_heads must be given: no tensor of these weights shows it, and no known size has {size}"
+        )
     model = model_type(**config)
     new = fit_weights(model, state)
     if new:
-        logger.warning("new and zero-initialised: %s", ", ".join(new))
+        logger.warning("not of these weights: %s", "; ".join(new))
     return model.eval()

@@ -139,4 +139,5 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
     changes["sampler"] = change_sampler(generator.sampling.sampler, name, texts)
     options = replace(generator.sampling, **changes)
     generator.image_size(options)
+    generator.warn_of_guidance(options)
     return options

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,8 +14,13 @@ from flashdit.data.latents import LatentSpace
 from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.process import computing_in
+from flashdit.shared.pictures import InvalidPixels, invalid_rows
+from flashdit.shared.process import computing_in, full_float32
 from flashdit.shared.seeds import generator_for
+
+logger = logging.getLogger(__name__)
+LARGEST_LATENT = 1e4
+"""In standard deviations. The data's latents have a few; such large ones decode to one colour, or to none."""
 
 
 @dataclass(kw_only=True)
@@ -54,6 +61,45 @@ def latent_shape(
     return model.config["in_channels"], sides[0], sides[1]
 
 
+@cache
+def warn_of_guidance(num_classes: int, class_dropout_prob: float, scale: float) -> None:
+    """Warns, once for each such model and scale, of guidance by a null label that was never trained."""
+    if scale == 1 or (num_classes and class_dropout_prob):
+        return
+    if num_classes:
+        rule = "guidance requires a model that trained on dropped labels: its null label is untrained noise"
+        logger.warning("%s, got cfg_scale=%g with class_dropout_prob=0", rule, scale)
+    else:
+        logger.warning("guidance changes nothing in a model without classes, got cfg_scale=%g", scale)
+
+
+def check_latents(
+    latents: Tensor, model: FlashDiT, space: LatentSpace, sampling: str, ids: Sequence[int] | None = None
+) -> None:
+    """Refuses sampled latents that no picture can be made of.
+
+    Args:
+        latents: Normalised (B, C, H, W).
+        model: What they were sampled from.
+        space: What they lie in.
+        sampling: Its options that may be to blame, for the message.
+        ids: The numbers of the samples; None counts them from 0.
+
+    Raises:
+        InvalidPixels: If a value is not finite, or far beyond what latents normalise to.
+    """
+    most = LARGEST_LATENT * abs(space.options.multiplier)
+    rows = invalid_rows(latents, most)
+    if not rows:
+        return
+    weights = [(name, weight) for name, weight in model.named_parameters() if not weight.is_meta]
+    bad = [name for name, weight in weights if not weight.isfinite().all()]
+    hint = f"the model's weights are finite, so look at {sampling}"
+    if bad:
+        hint = f"{len(bad)} of the model's {len(weights)} weight tensors are not finite, {bad[0]} first"
+    raise InvalidPixels(f"sampled latents must be finite and at most {most:g} in size", rows, ids, hint)
+
+
 class ImageGenerator:
     """A trained model with its latent space: labels in, uint8 images out.
 
@@ -77,6 +123,10 @@ class ImageGenerator:
         # A graph's next run overwrites its output, which a multistep sampler still needs.
         self.velocity = lambda x, t, y: compiled(x, t, y).clone()
         self.is_compiled = True
+
+    def warn_of_guidance(self, options: SamplingOptions) -> None:
+        """Warns, once, of guidance by a null label that was never trained."""
+        warn_of_guidance(self.num_classes, self.model.class_dropout_prob, options.cfg_scale)
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         """Returns (C, H, W) of the latents of images of the options' size."""
@@ -108,10 +158,14 @@ class ImageGenerator:
             ids: int64, which samples to make, in this order; None makes all N.
         """
         self.latent_shape(options)
+        self.warn_of_guidance(options)
         wanted = torch.arange(len(labels)) if ids is None else ids
         for batch in wanted.split(options.batch_size) if len(wanted) else ():
             latents, count = self.latents(batch, labels[batch], options)
-            images = self.space.decode(latents).cpu()
+            sampling = f"cfg_scale={options.cfg_scale:g} and precision={options.precision}"
+            check_latents(latents, self.model, self.space, sampling, batch.tolist())
+            with full_float32():  # as an evaluation computes: one seed, one picture
+                images = self.space.decode(latents, batch.tolist()).cpu()
             yield SampleBatch(ids=batch, labels=labels[batch], images=images, nfe=count)
 
     @torch.no_grad()

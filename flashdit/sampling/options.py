@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,7 +13,7 @@ from flashdit.flow.guidance import check_interval, evaluations
 from flashdit.flow.samplers import SAMPLERS, Draw, Sampler, check_grid, time_grid
 from flashdit.sampling.records import current_sampling, sampler_name
 from flashdit.shared.process import AUTOCAST
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import check_finite, unknown
 
 
 @dataclass(kw_only=True)
@@ -48,9 +47,8 @@ class SamplingOptions:
         self.sampler = {"name": name, **asdict(options)} if fields(options) else name
         low, high = self.cfg_interval
         self.cfg_interval = (low, high)  # JSON and YAML have lists
+        check_finite(self)
         check_interval(self.cfg_interval, "cfg_interval")
-        if not math.isfinite(self.cfg_scale):
-            raise ValueError(f"cfg_scale must be finite, got {self.cfg_scale}")
         if self.precision not in AUTOCAST:
             raise unknown("precision", self.precision, AUTOCAST)
         for key in ("batch_size", "height", "width"):

@@ -25,8 +25,10 @@ from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import model_card
 from flashdit.sampling.classes import class_ids
-from flashdit.sampling.generator import latent_shape
+from flashdit.sampling.generator import check_latents, latent_shape, warn_of_guidance
 from flashdit.shared.files import write_json
+from flashdit.shared.pictures import check_pixels
+from flashdit.shared.process import full_float32
 
 SIGMA_ROUNDING = 1e-6
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -50,7 +52,7 @@ class FlashDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _num_timesteps, _interrupt = 0, False
+    _num_timesteps, _interrupt, _guidance_scale = 0, False, 1.0
     _callback_tensor_inputs = ("latents",)
     transformer: FlashDiT
     vae: AutoencoderKL
@@ -129,6 +131,9 @@ class FlashDiTPipeline(DiffusionPipeline):
         """
         check_interval(guidance_interval)
         check_scheduler(self.scheduler)
+        model = self.transformer
+        warn_of_guidance(model.num_classes, model.class_dropout_prob, guidance_scale)
+        self._guidance_scale = guidance_scale
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -149,7 +154,6 @@ class FlashDiTPipeline(DiffusionPipeline):
             max(0, guidance_interval[0] - SIGMA_ROUNDING),
             min(1, guidance_interval[1] + SIGMA_ROUNDING),
         )
-        v = guide(self._velocity, labels, self.transformer.num_classes, guidance_scale, interval)
         set_timesteps(self.scheduler, num_inference_steps, device)
         times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
         takes = inspect.signature(self.scheduler.step).parameters
@@ -159,14 +163,19 @@ class FlashDiTPipeline(DiffusionPipeline):
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
+            v = guide(self._velocity, labels, model.num_classes, self._guidance_scale, interval)
             slope = -v(x, times[step])  # theirs is dx/dσ
             x = self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0]
             if callback_on_step_end is not None:
                 given = {"latents": x} if callback_on_step_end_tensor_inputs else {}
                 x = (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
+        check_latents(x, self.transformer, space, f"{guidance_scale=:g} and dtype={self.transformer.dtype}")
         images: Any = x
         if output_type != "latent":
-            images = self.image_processor.postprocess(space.pixels(x), output_type=output_type)
+            with full_float32():  # as the native sampler decodes
+                pixels = space.pixels(x)
+            check_pixels(pixels)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -176,21 +185,22 @@ class FlashDiTPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def guidance_scale(self) -> float:
+        """Of the call that a callback is in, which changes that of later steps by `pipe._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
     def interrupt(self) -> bool:
         """Whether a callback has ended the last call; it does so by `pipe._interrupt = True`."""
         return self._interrupt
 
-    def label_ids(self, class_labels: Label | Sequence[Label] | Tensor) -> list[int]:
-        """Returns the numbers of classes given by number or name.
+    def label_ids(self, class_labels: Label | Sequence[Any] | Tensor) -> list[int]:
+        """Returns the numbers of classes given by number or name, in nested lists too.
 
         Raises:
             ValueError: If a class is out of range or unknown.
         """
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, (str, int, np.integer)):
-            class_labels = [class_labels]
-        return class_ids(class_labels, self.class_names)
+        return class_ids(flattened(class_labels), self.class_names)
 
     def _noise(
         self,
@@ -241,6 +251,15 @@ class FlashDiTPipeline(DiffusionPipeline):
             write_json(path, kept)
 
 
+def flattened(labels: Any) -> list[Label]:
+    """Returns labels given as one, or in tensors, arrays or sequences of any depth, one after another."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        labels = labels.tolist()
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        return [labels]
+    return [label for item in labels for label in flattened(item)]
+
+
 def is_flow_matching(scheduler: Any) -> bool:
     """Returns whether a scheduler knows no other path than ours."""
     return type(scheduler).__name__.startswith("FlowMatch")
@@ -249,9 +268,11 @@ def is_flow_matching(scheduler: Any) -> bool:
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError unless the scheduler follows the linear path with velocity prediction."""
     config: Mapping[str, Any] = scheduler.config
-    if not (is_flow_matching(scheduler) or all(config.get(key) == FLOW[key] for key in FLOW)):
+    takes = inspect.signature(type(scheduler).__init__).parameters  # its config keeps what it does not take
+    follows = all(key in takes and config.get(key) == FLOW[key] for key in FLOW)
+    if not (is_flow_matching(scheduler) or follows):
         raise ValueError(
-            "the scheduler must be a FlowMatch… one, or have use_flow_sigmas=True and "
+            "the scheduler must be a FlowMatch… one, or one that takes use_flow_sigmas=True and "
             f"prediction_type='flow_prediction', got {type(scheduler).__name__}"
         )
 

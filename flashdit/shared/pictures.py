@@ -8,11 +8,57 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, uint8
 
 MIN_CELL = 64
 GAP = 6
 FONT_SIZE = 15
+NAMED_SAMPLES = 5  # samples that a message names
+
+
+class InvalidPixels(ValueError):
+    """Raised instead of making a picture of values that stand for none.
+
+    Args:
+        rule: What they must be.
+        rows: Which of a batch are not.
+        ids: The numbers of the batch's samples; None counts them from 0.
+        hint: Where the reader of the message should look.
+    """
+
+    def __init__(self, rule: str, rows: Sequence[int], ids: Sequence[int] | None, hint: str):
+        names = [str(row if ids is None else ids[row]) for row in rows[:NAMED_SAMPLES]]
+        others = f" and {len(rows) - NAMED_SAMPLES:,} more" if len(rows) > NAMED_SAMPLES else ""
+        samples = "sample" if len(rows) == 1 else "samples"
+        super().__init__(f"{rule}, got others in {samples} {', '.join(names)}{others}: {hint}")
+
+
+def invalid_rows(values: Tensor, most: float = math.inf) -> list[int]:
+    """Returns which rows of (B, …) hold a value that is not finite, or larger than `most` in size."""
+    wrong = ~values.isfinite() | (values.abs() > most)
+    return wrong.flatten(1).any(1).nonzero().flatten().tolist()
+
+
+def check_pixels(pixels: Tensor, ids: Sequence[int] | None = None) -> None:
+    """Raises InvalidPixels for decoded images (B, 3, H, W) that are not finite; `ids` are their numbers."""
+    rows = invalid_rows(pixels)
+    if rows:
+        hint = "their latents are finite, so look at the autoencoder's weights and dtype"
+        raise InvalidPixels("pixels must be finite", rows, ids, hint)
+
+
+def to_uint8(pixels: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+    """Returns images as bytes, clipped: (B, 3, H, W) from −1 to 1 → uint8.
+
+    Args:
+        pixels: Decoded images.
+        ids: The numbers of the samples, for the message; None counts them from 0.
+
+    Raises:
+        InvalidPixels: If a value is not finite.
+    """
+    check_pixels(pixels, ids)
+    return (pixels * 127.5 + 128).clamp(0, 255).to(uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -43,7 +44,7 @@ LISTS = (list, tuple, Sequence)
 def check_type(key: str, value: Any, expected: Any) -> None:
     """Raises ValueError unless a value from YAML or the command line is of the annotated type."""
     if not _is_of(value, expected):
-        raise ValueError(f"{key} must be {_type_name(expected)}, got {value!r}")
+        raise ValueError(f"{key} must be {type_name(expected)}, got {value!r}")
 
 
 def _is_of(value: Any, expected: Any) -> bool:
@@ -61,18 +62,32 @@ def _is_of(value: Any, expected: Any) -> bool:
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
-def _type_name(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     """Returns what a type is called in a message."""
     if isinstance(expected, UnionType) or get_origin(expected) is Union:
-        return " or ".join(map(_type_name, get_args(expected)))
+        return " or ".join(map(type_name, get_args(expected)))
     origin, inner = get_origin(expected) or expected, get_args(expected)
     if origin is tuple and ... not in inner:
-        return f"[{', '.join(map(_type_name, inner))}]"
+        return f"[{', '.join(map(type_name, inner))}]"
     if origin in LISTS:
-        return f"a list, each {_type_name(inner[0])}" if inner else "a list"
+        return f"a list, each {type_name(inner[0])}" if inner else "a list"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping of keys"
     return TYPE_NAMES.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def check_finite(options: Any, section: str = "") -> None:
+    """Raises ValueError for a number among an options dataclass's fields that is not finite.
+
+    Args:
+        options: The dataclass, whose `__post_init__` calls this.
+        section: Put before the field's name in the message.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{section}{field.name} must be finite, got {value}")
 
 
 def make_options(options_type: type, given: Mapping[str, Any], kind: str) -> Any:

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flashdit.shared.registry import check_type, nearest_name, unknown
+from flashdit.shared.registry import check_type, nearest_name, type_name, unknown
 
 Config = TypeVar("Config")
 CHECKOUT, PACKAGE = (Path(__file__).parents[up] / "configs" for up in (2, 1))
@@ -68,6 +68,7 @@ def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"an override must be key=value, got '{override}'")
+    merged: dict[str, Any] = {}
     try:
         stated = _plain(OmegaConf.load(path))
         merged = current(merge_settings(stated, _plain(OmegaConf.from_dotlist(list(overrides)))), config_type)
@@ -76,9 +77,20 @@ def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[
     except yaml.YAMLError as error:
         raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
-        sentence = str(error.msg or error).partition("\n")[0]
-        raise ValueError(f"{error.full_key}: {sentence}") from error
+        raise ValueError(_type_sentence(error, merged, config_type)) from error
     return build(values, config_type)
+
+
+def _type_sentence(error: OmegaConfBaseException, given: Mapping[str, Any], config_type: type) -> str:
+    """Returns what is wrong with a value, by its key, the type it must have and itself."""
+    value: Any = given
+    *parts, last = (error.full_key or "").split(".")
+    try:
+        for part in parts:
+            config_type, value = sections(config_type)[part], value[part]
+        return f"{error.full_key} must be {type_name(get_type_hints(config_type)[last])}, got {value[last]!r}"
+    except (KeyError, TypeError):  # no value of a key is to blame
+        return f"{error.full_key}: {str(error.msg or error).partition(chr(10))[0]}"
 
 
 def _plain(config: Any) -> dict[str, Any]:

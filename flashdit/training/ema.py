@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from flashdit.shared.registry import check_finite
 from flashdit.training.profiles import Profile, gamma_of_width, kept_share
 from flashdit.training.state import copy_whole, whole
 
@@ -32,6 +33,7 @@ class EmaOptions:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_finite(self, "ema.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay must be at least 0 and below 1, got {self.decay}")
         for width in self.power_widths:

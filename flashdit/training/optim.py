@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from flashdit.shared.registry import check_finite
+
 
 @dataclass(kw_only=True)
 class OptimizerOptions:
     """Options of AdamW and its schedule; the defaults are LightningDiT's recipe.
 
     Raises:
-        ValueError: If the learning rate or the clipping norm is not positive.
+        ValueError: If the learning rate or the clipping norm is not positive, a decay is not a share, or a
+            number is negative or not finite.
     """
 
     lr: float = 2e-4
@@ -36,10 +39,16 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_finite(self, "optimizer.")
         for name in ("lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"optimizer.{name} must be positive, got {value}")
+        for name in ("weight_decay", "min_lr", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be at least 0 and below 1, got {list(self.betas)}")
 
 
 def learning_rate(step: int, options: OptimizerOptions) -> float:

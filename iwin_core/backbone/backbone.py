@@ -174,7 +174,7 @@ class IwinTransformer(nn.Module):
         check_backbone(config)
         self.config, self.num_classes, self.global_pool = config, num_classes, pool
         self.head = make_head(self.num_features, num_classes).to(self.patch_embed.proj.weight)
-        self.head.apply(initialise)
+        self.head.apply(initialise).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Sets whether training keeps only each block's input and computes the block again backward."""
@@ -204,7 +204,7 @@ class IwinTransformer(nn.Module):
         check_backbone(config)
         if self.absolute_pos_embed is not None:
             table = self._positions(stage_grids(config)[0]).detach().flatten(1, 2)
-            self.absolute_pos_embed = nn.Parameter(table)
+            self.absolute_pos_embed = nn.Parameter(table, self.absolute_pos_embed.requires_grad)
         self.config = config
         known = set(self.state_dict())
         windows, kernels = stage_windows(config), stage_kernels(config)

@@ -25,12 +25,18 @@ def resize_block(block: IwinBlock, window: int, kernel: int) -> None:
         if table is not None:
             sides = [2 * m - 1 for m in block.attn.window]
             resized = resize_bicubic(table.detach().unflatten(0, sides)[None], (2 * window - 1,) * 2)
-            block.attn.relative_position_bias_table = nn.Parameter(resized[0].flatten(0, 1))
+            block.attn.relative_position_bias_table = nn.Parameter(
+                resized[0].flatten(0, 1), table.requires_grad
+            )
         block.attn.window = (window, window)
     if kernel and block.dwconv is None:
         weight = block.norm1.weight
         block.dwconv = DepthwiseConv(len(weight), (kernel, kernel)).to(weight)
         for parameter in block.dwconv.parameters():
             nn.init.zeros_(parameter)
+        new: list[nn.Module] = [block.dwconv]
         if block.structure == "S3":
             block.norm0 = nn.LayerNorm(len(weight)).to(weight)
+            new.append(block.norm0)
+        for module in new:  # as the block is: in training or not, frozen or not
+            module.train(block.training).requires_grad_(weight.requires_grad)

@@ -7,8 +7,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flashdit import FlashDiT, config
+from flashdit.data.autoencoders import load_vae
 from flashdit.digits.images import digits
 from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.classes import choose_labels
+from flashdit.sampling.generator import warn_of_guidance
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import to_pil
 from flashdit.trainer import Trainer
@@ -293,3 +296,30 @@ def test_a_run_on_digits_is_scored_by_what_the_digits_bring(tmp_path):
     assert plan.reference.spec == "digits"
     assert plan.metrics == ["fid"]
     assert plan.samples.count == 5000
+
+
+def test_a_model_without_classes_trains_on_any_data_and_samples(tiny_overrides, tmp_path, caplog):
+    overrides = [*tiny_overrides, f"run.dir={tmp_path / 'run'}", "model.num_classes=0", "training.steps=2"]
+    with caplog.at_level("INFO"):
+        trainer = Trainer(config.load(None, overrides))
+    assert "model.num_classes=0: the data's classes, " in caplog.text
+    assert trainer.task.examples.__getitems__([0, 1, 2])["drop"].all()
+    trainer.fit()
+    generator = load_generator(tmp_path / "run")
+    assert generator.class_names == []
+    assert len(generator.model.y_embedder.embedding_table.weight) == 1
+    assert choose_labels(generator.class_names, None, 3).tolist() == [0, 0, 0]
+    with caplog.at_level("WARNING"):
+        warn_of_guidance.cache_clear()
+        generator.warn_of_guidance(SamplingOptions(cfg_scale=2.0))
+    assert "guidance changes nothing in a model without classes, got cfg_scale=2" in caplog.text
+
+
+def test_a_preview_of_broken_weights_is_a_logged_line_and_no_end(tiny_overrides, tmp_path, caplog):
+    task = Trainer(config.load(None, [*tiny_overrides, f"run.dir={tmp_path / 'run'}"])).task
+    task.space.vae = load_vae("digits")  # never asked to decode
+    average = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    average["final_layer.linear.bias"][0] = float("nan")
+    assert task._write_preview(7, average) == {}
+    assert "step 7: no preview: sampled latents must be finite" in caplog.text
+    assert not list((tmp_path / "run").rglob("*.png"))

@@ -140,3 +140,13 @@ def test_a_block_attends_in_the_windows_of_its_kind(kind, reached):
     block(x)[0, 0, 0].sum().backward()
     assert x.grad is not None
     assert [tuple(place) for place in x.grad[0].abs().sum(-1).nonzero().tolist()] == reached
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
+@pytest.mark.parametrize("grid", [(2, 6), (8, 4), (5, 9)])
+def test_a_trace_takes_grids_smaller_than_the_window(grid):
+    attention = IwinAttention(8, 2, 4).eval()
+    x = torch.randn(2, *grid, 8)
+    traced = torch.jit.trace(attention, x)
+    other = torch.randn(2, *grid, 8)
+    torch.testing.assert_close(traced(other), attention(other))

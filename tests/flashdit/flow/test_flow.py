@@ -112,3 +112,38 @@ def test_time_distributions_that_cannot_be_are_named():
         TIMES.build("lognormal")
     with pytest.raises(ValueError, match="std of logit-normal times must be positive, got -1"):
         TIMES.build({"name": "logit_normal", "std": -1})
+
+
+@pytest.mark.parametrize("channels", [1, 4, 32])
+def test_the_first_gradient_of_the_cosine_is_as_large_as_later_ones(channels):
+    torch.manual_seed(0)
+    options = {"sample_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 2}
+    model = FlashDiT(**options, in_channels=channels)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    norms = []
+    for _ in range(8):
+        x_1, x_0, t = torch.randn(16, channels, 4, 4), torch.randn(16, channels, 4, 4), torch.rand(16)
+        v_t = model(interpolate(x_0, x_1, t), t, torch.zeros(16, dtype=torch.long))
+        optimizer.zero_grad()
+        flow_loss(v_t, velocity(x_0, x_1), LossOptions(cosine_weight=1.0))[0].mean().backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        optimizer.step()
+    assert 0 < norms[0] < 8 * max(norms[1:])
+
+
+def test_the_cosine_is_exact_above_its_bound_and_finite_at_zero():
+    torch.manual_seed(0)
+    u_t, direction = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    root = u_t.square().sum(1).mean((1, 2)).sqrt()[:, None, None, None]
+    v_t = direction / direction.norm(dim=1, keepdim=True) * root * 0.11
+    exact = torch.nn.functional.cosine_similarity(v_t.double(), u_t.double(), dim=1)
+    cosine = flow_loss(v_t, u_t, LossOptions())[1]["cosine"]
+    torch.testing.assert_close(cosine, (1 - exact).mean((1, 2)).float(), rtol=1e-5, atol=1e-6)
+    zero = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    flow_loss(zero, u_t, LossOptions())[1]["cosine"].sum().backward()
+    slope = (
+        -u_t / u_t.norm(dim=1, keepdim=True) / (0.1 * root) / 16
+    )  # of 1 − v·u / (0.1·root·|u|), mean of 16
+    torch.testing.assert_close(zero.grad, slope, rtol=1e-5, atol=1e-6)
+    nothing = torch.zeros(1, 3, 4, 4)
+    assert flow_loss(nothing, nothing, LossOptions())[1]["cosine"].item() == 1

@@ -253,7 +253,7 @@ def test_unknown_sampler_names_the_nearest():
         ({"name": "euler", "atol": 1e-3}, "unknown option of sampler 'euler' 'atol'"),
         ({"name": "dopri5", "atl": 1e-3}, "unknown option of sampler 'dopri5' 'atl'; did you mean 'atol'"),
         ({"name": "dopri5", "atol": 0.0}, "atol and rtol must be positive, got 0.0 and 1e-05"),
-        ({"name": "dopri5", "rtol": math.nan}, "atol and rtol must be positive, got 1e-05 and nan"),
+        ({"name": "dopri5", "rtol": math.nan}, "dopri5's rtol must be finite, got nan"),
         ({"name": "dopri5", "atol": "tight"}, "option 'atol' of sampler 'dopri5' must be a number"),
     ],
 )

@@ -229,3 +229,52 @@ def test_compiled_block_fuses_all_between_its_matrix_products():
     # SiLU; norm, modulation and windows; the convolution's input; sum, gate, norm, modulation; SwiGLU; gate
     calls = re.findall(r"^ +cpp_fused_\w+\(", code.partition("def call")[2], re.MULTILINE)
     assert 0 < len(calls) <= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive and finite, got mlp_ratio=inf"),
+        ({"time_scale": float("nan")}, "time_scale must be finite .* got time_scale=nan"),
+        ({"label_init_std": -1.0}, "label_init_std finite and at least 0, got .*label_init_std=-1.0"),
+        ({"prediction": "noise"}, r"unknown prediction 'noise' \(known: data, velocity\)"),
+    ],
+)
+def test_numbers_that_make_no_model_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlashDiT.from_size("nano", **options)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
+def test_layerwise_casting_stores_another_dtype_and_computes_the_same(storage):
+    model = tiny(qk_norm=True, position_embedding="sincos")
+    x, t, y = inputs()
+    with torch.no_grad():
+        expected = model(x, t, y)
+        model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+        v = model(x, t, y)
+    assert storage in {parameter.dtype for parameter in model.parameters()}
+    assert v.dtype == torch.float32
+    assert (v - expected).norm() / expected.norm() < 8 * torch.finfo(storage).eps
+
+
+def test_from_config_makes_the_same_model_of_the_same_seed():
+    model = tiny(attention={"name": "window", "window": 2, "kernel": 0}, prediction="data")
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        made.append(FlashDiT.from_config(model.config))
+    assert dict(made[0].config) == dict(model.config)
+    assert all(a.equal(b) for a, b in zip(*(m.state_dict().values() for m in made), strict=True))
+
+
+def test_variants_and_shards_of_a_saved_model_load(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    for again in (
+        FlashDiT.from_pretrained(tmp_path / "shards"),
+        FlashDiT.from_pretrained(tmp_path / "variant", variant="fp16"),
+    ):
+        assert all(again.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())

@@ -124,12 +124,12 @@ def test_new_convolutions_of_a_warm_start_are_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("final_layer.linear.bias"), "missing=.*final_layer.linear.bias"),
-        (lambda s: s.update(extra=torch.zeros(1)), "left_over=.*extra"),
+        (lambda s: s.pop("final_layer.linear.bias"), "they lack final_layer.linear.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "they have besides extra"),
         (lambda s: s.pop("x_embedder.proj.weight"), "no LightningDiT state dict: it lacks x_embedder"),
         (
             lambda s: s.update({"final_layer.linear.bias": torch.zeros(3)}),
-            "another shape .*final_layer.linear.bias",
+            "shapes that the configuration gives, not so final_layer.linear.bias",
         ),
     ],
 )
@@ -153,10 +153,26 @@ def test_the_size_of_a_model_of_patches_is_read_off_its_position_table():
 
 
 def test_head_count_that_weights_do_not_show_is_asked_for(tmp_path):
-    with pytest.raises(ValueError, match="num_heads cannot be inferred"):
+    with pytest.raises(
+        ValueError, match=r"num_heads must be given: .* no known size has hidden_size=.* and depth="
+    ):
         FlashDiT.from_lightningdit(golden_state(META["keys"]))
     with pytest.raises(ValueError, match="must be a file"):
         FlashDiT.from_lightningdit(tmp_path / "absent.pt")
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="weights_only"):
         FlashDiT.from_lightningdit(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize(
+    ("mlp", "mlp_ratio"), [("swiglu", 2.0), ("gelu", 2.5), ("swiglu", 8 / 3), ("gelu", 0.3)]
+)
+def test_the_width_of_the_mlp_is_read_off_its_tensors(mlp, mlp_ratio):
+    options = {"sample_size": 4, "in_channels": 3, "hidden_size": 40, "depth": 1, "num_classes": 5}
+    attention = {"name": "global", "rope": False}
+    source = FlashDiT(**options, num_heads=2, mlp=mlp, mlp_ratio=mlp_ratio, attention=attention)
+    model = FlashDiT.from_lightningdit(source.state_dict(), num_heads=2, position_embedding="none")
+    for name, tensor in source.state_dict().items():
+        assert model.state_dict()[name].equal(tensor)
+    if mlp_ratio * 4 % 1 == 0:
+        assert model.config.mlp_ratio == mlp_ratio

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,8 +8,9 @@ from flashdit import FlashDiT
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.flow.samplers import SAMPLERS
-from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.generator import ImageGenerator, warn_of_guidance
 from flashdit.sampling.options import SamplingOptions
+from flashdit.shared.pictures import InvalidPixels, to_uint8
 
 NAMES = ["cat", "golden retriever", "hen"]
 
@@ -246,3 +249,67 @@ def test_compiled_sampling_gives_the_same_images():
     generator.compile()
     made = images(generator, [0, 1, 2], cfg_interval=(0.4, 1.0))  # both sizes: guided and not
     assert (made.int() - expected.int()).abs().max() <= 1
+
+
+def broken(generator, change):
+    """Returns the generator with a changed copy of its model."""
+    other = copy.copy(generator)
+    other.model = other.velocity = copy.deepcopy(generator.model)
+    change(other.model)
+    return other
+
+
+def test_weights_that_are_not_finite_are_named_with_the_samples(generator):
+    def spoil(model):
+        model.blocks[0].mlp.w3.weight.data[0, 0] = torch.nan
+
+    other = broken(generator, spoil)
+    rule = r"sampled latents must be finite .* in samples 3, 5: 1 of .* not finite, blocks\.0\.mlp\.w3"
+    with pytest.raises(InvalidPixels, match=rule):
+        list(other.generate(torch.zeros(9).long(), SamplingOptions(steps=1), torch.tensor([3, 5])))
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e30])
+def test_guidance_beyond_all_latents_is_refused_and_not_one_grey(generator, scale):
+    options = SamplingOptions(steps=2, cfg_scale=scale)
+    with pytest.raises(InvalidPixels, match=r"weights are finite, so look at cfg_scale=1e\+"):
+        list(generator.generate(torch.tensor([0, 1]), options))
+
+
+def test_pixels_that_are_not_finite_name_the_autoencoder():
+    pixels = torch.zeros(8, 3, 2, 2)
+    pixels[1:7, 0, 0, 0] = torch.inf
+    with pytest.raises(InvalidPixels, match=r"in samples 11, 12, 13, 14, 15 and 1 more: .* autoencoder"):
+        to_uint8(pixels, range(10, 18))
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0]).reshape(4, 1, 1, 1)).flatten().tolist() == [
+        0,
+        0,
+        128,
+        255,
+    ]
+
+
+@pytest.mark.parametrize(("dropped", "scale", "warned"), [(0.0, 3.0, 1), (0.0, 1.0, 0), (0.1, 3.0, 0)])
+def test_guidance_by_a_label_that_was_never_trained_is_warned_of_once(
+    generator, caplog, dropped, scale, warned
+):
+    warn_of_guidance.cache_clear()
+    other = broken(generator, lambda model: setattr(model, "class_dropout_prob", dropped))
+    for _ in range(2):
+        list(other.generate(torch.tensor([0]), SamplingOptions(steps=1, cfg_scale=scale)))
+    found = [
+        record for record in caplog.records if "guidance requires a model that trained" in record.message
+    ]
+    assert len(found) == warned
+
+
+def test_pictures_are_decoded_without_tf32_whatever_the_process_allows(generator):
+    seen = []
+    hook = generator.space.vae.decoder.register_forward_pre_hook(
+        lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+    )
+    try:
+        list(generator.generate(torch.tensor([0]), SamplingOptions(steps=1, precision="tf32")))
+    finally:
+        hook.remove()
+    assert seen == [(False, "highest")]

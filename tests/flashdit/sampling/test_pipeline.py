@@ -1,3 +1,4 @@
+import copy
 import logging
 import shutil
 
@@ -298,3 +299,65 @@ def test_labels_that_are_none_are_refused(pipe, labels, message):
     with pytest.raises(ValueError, match=message):
         pipe(labels)
     assert len(pipe(np.int64(1), num_inference_steps=1).images) == 1
+
+
+def test_labels_may_be_nested_as_other_pipelines_take_them(pipe):
+    for given in ([[1], [2]], [(1, 2)], torch.tensor([[1], [2]]), [torch.tensor(1), "2"], np.array([[1, 2]])):
+        assert pipe.label_ids(given) == [1, 2]
+
+
+def test_a_callback_reads_and_changes_the_guidance_of_the_steps_to_come(pipe):
+    seen = []
+
+    def stop_guiding(pipe, step, timestep, given):
+        seen.append(pipe.guidance_scale)
+        pipe._guidance_scale = 1.0
+        return given
+
+    def sample(**given):
+        noise = torch.randn(1, *pipe_shape(pipe), generator=torch.Generator().manual_seed(0))
+        return pipe(1, num_inference_steps=2, latents=noise, output_type="latent", **given).images
+
+    guided, plain = sample(guidance_scale=4.0), sample()
+    once = sample(guidance_scale=4.0, callback_on_step_end=stop_guiding)
+    early = sample(guidance_scale=4.0, guidance_interval=(0.0, 0.25))
+    assert seen == [4.0, 1.0]
+    assert not once.equal(guided)
+    assert not once.equal(plain)
+    torch.testing.assert_close(once, early)
+
+
+def pipe_shape(pipe):
+    config = pipe.transformer.config
+    return config["in_channels"], config["sample_size"], config["sample_size"]
+
+
+def test_a_scheduler_that_does_not_know_flow_is_refused_though_its_config_says_so(pipe):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"one that takes use_flow_sigmas=True .* got DDIMScheduler"):
+        pipe(1)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
+def test_weights_that_are_not_finite_make_no_picture(generator, output_type):
+    broken = copy.copy(generator)
+    broken.model = copy.deepcopy(generator.model)
+    broken.model.final_layer.linear.bias.data[0] = torch.nan
+    pipeline = make_pipeline(broken)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"in samples 0, 1: 1 of .* not finite, final_layer\.linear\.bias"):
+        pipeline([0, 1], num_inference_steps=1, output_type=output_type)
+
+
+def test_layerwise_casting_of_the_model_keeps_the_pictures(generator):
+    before = copy.copy(generator)
+    before.model = copy.deepcopy(generator.model)
+    pipeline = make_pipeline(before)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, *pipe_shape(pipeline), generator=torch.Generator().manual_seed(0))
+    expected = pipeline(1, num_inference_steps=2, latents=noise, output_type="np").images
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    dtypes = {parameter.dtype for parameter in pipeline.transformer.parameters()}
+    assert torch.bfloat16 in dtypes
+    found = pipeline(1, num_inference_steps=2, latents=noise, output_type="np").images
+    np.testing.assert_allclose(found, expected, atol=0.05)

@@ -243,3 +243,19 @@ def test_pretrained_with_a_file_reads_it_as_our_loader_does(options, tmp_path):
         torch.testing.assert_close(stem, expected.sum(1, keepdim=True) if "in_chans" in options else expected)
     with pytest.raises(ValueError, match="weights must be exactly the model's, got missing: "):
         create(pretrained=True, pretrained_cfg_overlay=overlay, depths=(1, 1, 3, 1))
+
+
+def test_a_new_head_and_new_parts_are_as_the_model_is():
+    options = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "img_size": 64}
+    model = timm.create_model("iwin_tiny_patch4_window7_224", **options, window_size=2, position="absolute")
+    model.eval()
+    model.reset_classifier(3)
+    assert not model.head.training
+    model.requires_grad_(False)
+    assert model.set_input_size((256, 256), window_size=2)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == []
+    assert [name for name, module in model.named_modules() if module.training] == []
+    model.train().requires_grad_(True)
+    model.reset_classifier(2)
+    assert model.head.training
+    assert all(p.requires_grad for p in model.head.parameters())
