@@ -27,7 +27,9 @@ from flashdit.data.sources import companions_of
 logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 VARIANT = re.compile(r"diffusion_pytorch_model\.(?:safetensors\.index\.)?(\w+)(?:-\d+-of-\d+)?\.\w+")
-PLAIN_WEIGHTS = [f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "safetensors.index.json")]
+PLAIN_WEIGHTS = [
+    f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "safetensors.index.json")
+]
 PROBE_SIDES = 64, 256
 """Images of these sides measure an autoencoder's factor; the second one where the first is too small."""
 WITH_PIXELS_FROM_0_TO_1 = ("AutoencoderRAE",)
@@ -293,7 +295,11 @@ def _from_diffusers(place: Place) -> Any:
         raise ValueError(f"an autoencoder must be one of diffusers' classes, got {name} in {source}")
     if name == "AutoencoderRAE" and not is_transformers_available():
         raise ValueError(f"AutoencoderRAE requires the package transformers, {source} is one")
-    given: dict[str, Any] = {"subfolder": subfolder, "torch_dtype": torch.float32, "output_loading_info": True}
+    given: dict[str, Any] = {
+        "subfolder": subfolder,
+        "torch_dtype": torch.float32,
+        "output_loading_info": True,
+    }
     try:
         module, found = _load(kind, source, variant, given)
     except OSError:

@@ -30,7 +30,9 @@ class LatentOptions:
         ValueError: If the space is unknown, or pixels come with an autoencoder.
     """
 
-    space: str = field(default="vae", repr=False)  # the text of older options identifies features kept on disk
+    space: str = field(
+        default="vae", repr=False
+    )  # the text of older options identifies features kept on disk
     """What is trained on: `vae`, an autoencoder's latents, or `pixels`, the images themselves."""
     vae: str | None = None
     """A data set that brings one, a folder or hub name of an autoencoder of diffusers or of a pipeline, which

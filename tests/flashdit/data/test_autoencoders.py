@@ -39,7 +39,7 @@ TINY = {f"{side}_block_out_channels": (4, 4, 4) for side in ("encoder", "decoder
 FITTING = {  # arguments, then channels, factor and whether there is a posterior, worked out by hand
     "AutoencoderKL": (CONVOLUTIONS, 4, 2, True),
     "AutoencoderKLFlux2": (CONVOLUTIONS | {"latent_channels": 6, "sample_size": 32}, 6, 2, True),
-    "AutoencoderDC": (SIDES | {"latent_channels": 5, "attention_head_dim": 2}, 5, 2, False),
+    "AutoencoderDC": (SIDES | {"latent_channels": 4, "attention_head_dim": 2}, 4, 2, False),
     "AutoencoderTiny": (TINY | {"latent_channels": 3}, 3, 4, False),
     "VQModel": (CONVOLUTIONS | {"latent_channels": 2}, 2, 2, False),
 }
@@ -55,7 +55,9 @@ def make(name, **changes):
 def pictures(tmp_path_factory):
     """Returns a folder of eight coloured pictures of side 16 in two classes."""
     folder = tmp_path_factory.mktemp("pictures")
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)):
+    for number, pixels in enumerate(
+        np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    ):
         path = folder / ("cat" if number < 4 else "hen") / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -85,6 +87,7 @@ def test_a_run_goes_from_pictures_over_shards_to_samples(name, pictures, tmp_pat
     encode_latents.main(encode.split())
     sizes = [f"model.{key}=null" for key in ("in_channels", "sample_size", "num_classes")]
     model = ["model.patch_size=2", "model.hidden_size=8", "model.depth=1", "model.num_heads=1"]
+    model += ["model.attention.name=iwin", "model.attention.window=2"]
     loop = ["training.steps=2", "training.global_batch_size=4", "training.preview_every=2"]
     given = [f"run.dir={run}", "data.name=shards", f"data.path={shards}", f"latents.vae={tmp_path / 'vae'}"]
     train.main([*given, *sizes, *model, *loop])
@@ -116,13 +119,16 @@ class AutoencoderRAE(nn.Module):
 
 
 def test_pixels_from_0_to_1_are_given_and_taken_where_the_class_has_them():
-    vae, images = Autoencoder(AutoencoderRAE()), torch.tensor([0, 51, 255]).to(torch.uint8).reshape(1, 3, 1, 1)
+    vae, images = (
+        Autoencoder(AutoencoderRAE()),
+        torch.tensor([0, 51, 255]).to(torch.uint8).reshape(1, 3, 1, 1),
+    )
     latents = vae.encode(images)
     torch.testing.assert_close(latents.flatten(), torch.tensor([0, 0.2, 1]))
     torch.testing.assert_close(vae.decode(latents).flatten(), torch.tensor([-1, -0.6, 1]))
     space = LatentSpace(torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), LatentOptions(), vae)
     assert space.decode(latents).equal(images)
-    with pytest.raises(ValueError, match="AutoencoderRAE takes images of 8×8 alone, got 16×8"):
+    with pytest.raises(ValueError, match=r"AutoencoderRAE takes images of 8×8 alone, got 16×8"):
         latent_size(vae, 8, 16)
 
 
@@ -134,7 +140,9 @@ def test_an_autoencoder_is_found_in_every_layout(layout, tmp_path):
         module.half().save_pretrained(folder, variant="fp16")
     if layout == "named variant":
         make("AutoencoderTiny").bfloat16().save_pretrained(folder, variant="bf16")
-        with pytest.raises(ValueError, match=f"holds the variants bf16, fp16: name one, as in {tmp_path}:bf16"):
+        with pytest.raises(
+            ValueError, match=f"holds the variants bf16, fp16: name one, as in {tmp_path}:bf16"
+        ):
             load_vae(str(tmp_path))
     elif "variant" not in layout:
         module.save_pretrained(folder)
@@ -163,7 +171,9 @@ def test_a_hub_name_is_an_autoencoder_or_a_pipeline(layout, tmp_path, monkeypatc
     monkeypatch.setattr("diffusers.models.modeling_utils._get_checkpoint_shard_files", None)
     caplog.set_level(logging.INFO)
     assert load_vae("owner/name").identity == Autoencoder(module).identity
-    assert ("owner/name has no plain weights: its variant fp16 is used" in caplog.text) == (layout == "variant")
+    assert ("owner/name has no plain weights: its variant fp16 is used" in caplog.text) == (
+        layout == "variant"
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/such/folder", "/no/such", "a b/c", "nowhere:fp16"])
@@ -178,7 +188,13 @@ def grey_module():
 
 
 def wan_module():
-    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    sizes = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False],
+    }
     return diffusers.AutoencoderKLWan(**sizes)
 
 
@@ -210,17 +226,19 @@ def test_what_does_not_fit_is_one_sentence(module, message):
     assert module is not Drawing or torch.get_rng_state().equal(state)
 
 
+WRONG_CLASSES = (
+    ("AutoencoderRAE", "AutoencoderRAE requires the package transformers"),
+    ("UNet2DModel", "an autoencoder must be one of diffusers' classes, got UNet2DModel in .*other"),
+    ("NoClass", "got NoClass in .*other"),
+)
+
+
 def test_folders_that_hold_something_else_are_named(tmp_path, monkeypatch):
-    diffusers.UNet2DModel(
-        block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=2
-    ).save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="must be one of diffusers' classes, got UNet2DModel in .*unet"):
-        load_vae(str(tmp_path / "unet"))
     folder = tmp_path / "vae"
     make("AutoencoderTiny").save_pretrained(folder)
     (weights,) = folder.glob("*.safetensors")
     monkeypatch.setattr(autoencoders, "is_transformers_available", lambda: False)
-    for name, message in (("AutoencoderRAE", "requires the package transformers"), ("NoClass", "got NoClass in")):
+    for name, message in WRONG_CLASSES:
         config = json.loads((folder / "config.json").read_text())
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"_class_name": name}))
@@ -230,7 +248,7 @@ def test_folders_that_hold_something_else_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{tmp_path}.* must be readable|'{tmp_path}.*must be readable"):
         load_vae(str(folder))
     weights.unlink()
-    with pytest.raises(ValueError, match="must be readable: .*no file named"):
+    with pytest.raises(ValueError, match=r"must be readable: .*no file named"):
         load_vae(str(folder))
 
 
@@ -242,12 +260,12 @@ def test_missing_weights_are_named_instead_of_drawn(tmp_path):
     tensors = load_file(path)
     del tensors["encoder.layers.0.bias"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 weights, such as encoder.layers.0.bias"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as encoder.layers.0.bias"):
         load_vae(str(tmp_path))
 
 
 def test_a_sample_of_the_posterior_requires_one():
-    with pytest.raises(ValueError, match="requires an autoencoder with a posterior, AutoencoderDC has none"):
+    with pytest.raises(ValueError, match=r"requires an autoencoder with a posterior, AutoencoderDC has none"):
         MirrorEncoder(Autoencoder(make("AutoencoderDC")), torch.device("cpu"), "fp32", "float32", seed=0)
 
 
@@ -263,9 +281,13 @@ def test_a_relative_folder_is_found_from_any_other_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "there")
     assert LatentSpace.load(tmp_path / "latents.safetensors").options.vae == str(tmp_path / "here" / "vae")
     shutil.move(tmp_path / "here" / "vae", tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"here/vae'.* no such path; where it is elsewhere now, give it by --vae"):
+    with pytest.raises(
+        ValueError, match=r"here/vae'.* no such path; where it is elsewhere now, give it by --vae"
+    ):
         LatentSpace.load(tmp_path / "latents.safetensors")
-    assert LatentSpace.load(tmp_path / "latents.safetensors", str(tmp_path / "moved")).identity == space.identity
+    assert (
+        LatentSpace.load(tmp_path / "latents.safetensors", str(tmp_path / "moved")).identity == space.identity
+    )
 
 
 @pytest.mark.parametrize("path", ["~/vae", "$HOME/vae"])

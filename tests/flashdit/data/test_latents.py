@@ -74,7 +74,7 @@ def test_another_vae_than_in_training_is_refused(tmp_path, vae):
     space(vae, vae="gone").save(tmp_path / "latents.safetensors")
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
     vae.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="the VAE must be the one of the training latents"):
+    with pytest.raises(ValueError, match=r"the VAE must be the one of the training latents"):
         LatentSpace.load(tmp_path / "latents.safetensors", str(tmp_path / "other"))
 
 
@@ -88,10 +88,10 @@ def test_identity_tells_weights_and_configurations_apart(vae):
 
 
 def test_what_cannot_be_is_named(tmp_path):
-    with pytest.raises(ValueError, match="pixels need the VAE that these latents come from"):
+    with pytest.raises(ValueError, match=r"pixels need the VAE that these latents come from"):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"must hold config.json, or vae/config.json, .*empty has neither"):
         load_vae(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="every latent channel must vary"):
+    with pytest.raises(ValueError, match=r"every latent channel must vary"):
         channel_statistics(torch.ones(3, 4, 2, 2))
