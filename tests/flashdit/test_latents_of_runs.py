@@ -1,6 +1,7 @@
 """Sizes of the model that are null, and runs that go on with a new, moved or other autoencoder."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def weights(run, step):
 def make_vae(folder, channels=3, seed=0):
     """Saves an autoencoder of factor 1 and returns its folder."""
     torch.manual_seed(seed)
-    blocks = {f"num_{side}_blocks": (1,) for side in ("encoder", "decoder")}
-    widths = {f"{side}_block_out_channels": (4,) for side in ("encoder", "decoder")}
+    blocks: dict[str, Any] = {f"num_{side}_blocks": (1,) for side in ("encoder", "decoder")}
+    widths: dict[str, Any] = {f"{side}_block_out_channels": (4,) for side in ("encoder", "decoder")}
     AutoencoderTiny(**blocks, **widths, latent_channels=channels).save_pretrained(folder)
     return folder
 

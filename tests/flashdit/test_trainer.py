@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -280,8 +281,8 @@ def test_a_run_whose_data_brings_no_reference_must_name_one_whatever_folder_lies
         data = ["data.name=images", f"data.path={tmp_path / 'images'}", "data.image_size=16"]
         data += ["latents.vae=digits", "model.in_channels=1", "model.num_classes=1"]
     else:
-        channels = {f"{side}_block_out_channels": (4,) for side in ("encoder", "decoder")}
-        blocks = {f"num_{side}_blocks": (1,) for side in ("encoder", "decoder")}
+        channels: dict[str, Any] = {f"{side}_block_out_channels": (4,) for side in ("encoder", "decoder")}
+        blocks: dict[str, Any] = {f"num_{side}_blocks": (1,) for side in ("encoder", "decoder")}
         AutoencoderTiny(**channels, **blocks, latent_channels=3).save_pretrained(tmp_path / "vae")
         data = [f"latents.vae={tmp_path / 'vae'}"]
     monkeypatch.chdir(tmp_path)

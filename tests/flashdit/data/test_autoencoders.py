@@ -30,9 +30,13 @@ CONVOLUTIONS = {
     "norm_num_groups": 2,
 }
 BLOCKS = ("ResBlock", "EfficientViTBlock")
-SIDES = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in {
-    "block_types": BLOCKS, "block_out_channels": (8, 8), "layers_per_block": (1, 1), "qkv_multiscales": ((), (5,)),
-}.items()}  # fmt: skip
+HALF = {
+    "block_types": BLOCKS,
+    "block_out_channels": (8, 8),
+    "layers_per_block": (1, 1),
+    "qkv_multiscales": ((), (5,)),
+}
+SIDES = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in HALF.items()}
 TINY = {f"{side}_block_out_channels": (4, 4, 4) for side in ("encoder", "decoder")} | {
     f"num_{side}_blocks": (1, 1, 1) for side in ("encoder", "decoder")
 }

@@ -36,7 +36,7 @@ MODEL = [
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Returns a folder of nine coloured pictures of side 32 in three classes, and their pixels (9, 3, 32, 32)."""
+    """Returns a folder of nine pictures of side 32 in three classes, and their pixels (9, 3, 32, 32)."""
     folder, pixels = (
         tmp_path / "pictures",
         np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8),
@@ -200,7 +200,8 @@ def test_a_file_that_breaks_later_ends_the_run_by_name(pictures, tmp_path, worke
 
 def test_only_the_sentence_is_kept_of_a_reading_processs_report():
     report = (
-        "Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "Caught UnreadableImage in DataLoader worker process 0.\n"
+        "Original Traceback (most recent call last):\n"
         '  File "x.py", line 1, in read\nflashdit.data.pixels.UnreadableImage: a/0.png is not readable\n'
     )
     assert (
