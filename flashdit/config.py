@@ -70,7 +70,7 @@ class RunConfig:
     """`{name, **options}`."""
     latents: LatentOptions = field(default_factory=LatentOptions)
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of FlashDiT; `in_channels`, `sample_size`, `num_classes` may be null: as the data has them."""
+    """Arguments of FlashDiT; null `in_channels`, `sample_size` and `num_classes` are as the data has them."""
     weights: str | None = None
     """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
