@@ -188,6 +188,8 @@ def test_an_estimate_reads_open_sizes_from_the_data(pictures, capsys):
     }
     model = FlashDiT(**sizes, hidden_size=8, attention={"name": "iwin", "window": 2})
     assert f"{sum(p.numel() for p in model.parameters()):,}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"model.in_channels=null is read from the data: give data.path"):
+        estimate.main(["--config", "pixels_64"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
