@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
+
+from flashdit.data.encode import data_sizes
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
 from flashdit.flow.loss import LossOptions
@@ -24,6 +27,8 @@ from flashdit.training.tracking import TrackingOptions
 
 DEFAULT_CONFIG = "digits"
 """The shipped configuration of a run that names none."""
+SIZES_OF_DATA = ("in_channels", "sample_size", "num_classes")
+"""Arguments of the model that may be null: as the data has them."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +78,7 @@ class RunConfig:
     """`{name, **options}`."""
     latents: LatentOptions = field(default_factory=LatentOptions)
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of FlashDiT."""
+    """Arguments of FlashDiT; null `in_channels`, `sample_size` and `num_classes` are as the data has them."""
     weights: str | None = None
     """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
@@ -122,7 +127,7 @@ def check_run_config(config: RunConfig) -> None:
     for key, value in config.model.items():
         if key not in arguments:
             raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in arguments])
-        if key != "attention":
+        if key != "attention" and not (value is None and key in SIZES_OF_DATA):
             check_type(f"model.{key}", value, arguments[key])
     if "attention" in config.model:
         ATTENTIONS.options(config.model["attention"])
@@ -134,3 +139,22 @@ def check_run_config(config: RunConfig) -> None:
         )
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
+
+
+def open_sizes(config: RunConfig) -> list[str]:
+    """Returns the sizes of the model that are null: as the data has them."""
+    return [key for key in SIZES_OF_DATA if key in config.model and config.model[key] is None]
+
+
+def with_sizes_of_data(config: RunConfig) -> RunConfig:
+    """Returns a configuration in which the sizes of the model that were null are those of the data.
+
+    Raises:
+        ValueError: If the data, which is read for it, cannot be read.
+    """
+    wanted = open_sizes(config)
+    if not wanted:
+        return config
+    with torch.random.fork_rng(devices=[]):  # whatever the loading of an autoencoder draws
+        sizes = data_sizes(config.data, config.latents)
+    return replace(config, model=config.model | {key: sizes[key] for key in wanted})

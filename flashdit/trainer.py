@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flashdit.config import RunConfig
+from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentSpace
 from flashdit.evaluation.evaluate import evaluate
@@ -106,7 +106,7 @@ class FlashDiTTask(Task):
         ValueError: If data, model and evaluation do not fit together.
     """
 
-    fixed_on_resume = ("seed", "data.", "latents.", "model.", "flow.")
+    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.")
     model: FlashDiT
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
@@ -114,6 +114,7 @@ class FlashDiTTask(Task):
         self.run_dir = Path(config.run.dir)
         self.model = FlashDiT(**config.model_arguments)
         self.data, self.space = open_latents(config.data, config.latents, self.device, self.main)
+        self._check_same_space()
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
         if not self.model.num_classes:
@@ -137,14 +138,29 @@ class FlashDiTTask(Task):
         self.examples = Examples(self.data, times, config.seed, dropped)
         self.images_per_epoch = len(self.data.labels)
 
+    def _check_same_space(self) -> None:
+        """Raises ValueError if a run goes on in another space, or with another autoencoder, than it began.
+
+        An autoencoder that the run did not name before is accepted where it fits, and so is a moved one.
+        """
+        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
+            begun = LatentSpace.read(checkpoint / LATENTS)
+            if begun.options.space != self.space.options.space:
+                before, now = begun.options.space, self.space.options.space
+                raise ValueError(f"{self.run_dir} holds a run with latents.space={before}, got {now}")
+            self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
+
     def _check_fit(self) -> None:
         """Raises ValueError unless the model takes these latents and labels."""
         shape, labels, num_classes = self.data.shape, self.data.labels, self.model.num_classes
         channels, side = (self.model.config[name] for name in ("in_channels", "sample_size"))
         if shape != (channels, side, side):
+            vae, got = self.space.vae, " × ".join(map(str, shape))
+            if vae is not None:
+                got += f" (images of data.image_size={shape[1] * vae.factor}, factor {vae.factor})"
             raise ValueError(
                 f"the data's latents must be what the model takes, model.in_channels={channels} and "
-                f"model.sample_size={side}, got {' × '.join(map(str, shape))}"
+                f"model.sample_size={side}, got {got}; null takes them from the data"
             )
         lowest, highest = int(labels.min()), int(labels.max())
         if not num_classes:  # every label is null
@@ -252,6 +268,7 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
     Raises:
         ValueError: If data, model and run folder do not fit together.
     """
+    config = with_sizes_of_data(config)
     accelerator = start_run(config, FlashDiTTask.fixed_on_resume)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)

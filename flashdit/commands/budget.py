@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from rich.table import Column, Table
 
-from flashdit.config import DEFAULT_CONFIG, RunConfig, check_run_config
+from flashdit.config import DEFAULT_CONFIG, RunConfig, check_run_config, open_sizes, with_sizes_of_data
 from flashdit.data.sources import DATASETS, companions_of
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
@@ -19,6 +19,7 @@ from flashdit.shared.registry import Buildable
 from flashdit.shared.settings import read_settings
 from flashdit.training.options import TrainingOptions, share_of_batch
 
+NOT_READ = "not read"  # the path of data that need not be there
 IMAGENET_IMAGES = 1_281_167  # of its training split
 
 
@@ -119,14 +120,19 @@ def duration(seconds: float) -> str:
 
 
 def read_config(path: Path | str | None, overrides: Sequence[str]) -> RunConfig:
-    """Returns the checked configuration, None as for training; the data need not be there."""
+    """Returns the checked configuration, None as for training.
+
+    The data need not be there, unless sizes of the model are null: those are read from it.
+    """
     config = read_settings(path or DEFAULT_CONFIG, overrides, RunConfig)
     if "name" in config.data:
         options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
         if "path" in {option.name for option in fields(options_type)}:
-            config.data.setdefault("path", "not read")
+            config.data.setdefault("path", NOT_READ)
     check_run_config(config)
-    return config
+    if config.data.get("path") == NOT_READ and open_sizes(config):
+        raise ValueError(f"model.{open_sizes(config)[0]}=null is read from the data: give data.path")
+    return with_sizes_of_data(config)
 
 
 def scaled(value: float, base: int, units: Sequence[str]) -> str:

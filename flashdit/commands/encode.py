@@ -24,9 +24,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--images", help="folder whose sub-folders are the classes")
-    add(
-        "--vae", help="a data set that brings one, folder or hub name of an AutoencoderKL, or LDM-layout file"
-    )
+    add("--vae", help="a data set that brings one, folder or hub name of an autoencoder, or LDM-layout file")
     add("--out", help="folder of the shards; the same folder resumes")
     add("--verify", type=Path, metavar="OUT", help="only check the checksums of a folder of shards")
     add("--image-size", type=int, help="side of the centre crop, in pixels (default: 256)")

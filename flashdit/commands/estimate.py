@@ -41,7 +41,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
-    add("overrides", nargs="*", metavar="key=value", help="as for training; data.path may stay open")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as for training; data.path may stay open unless model sizes are null",
+    )
     add("--gpus", type=int, default=8, help="how many share the batch (default: 8)")
     add("--images", type=int, help="of an epoch (default: those that the data set brings, or ImageNet's)")
     add(

@@ -1,93 +1,192 @@
-"""Images → VAE → latents: a data source and its latent space, ready to train on."""
+"""Images → autoencoder → latents: a data source and its latent space, ready to train on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from flashdit.data.autoencoders import encode_images, load_vae, vae_factor
+from flashdit.data.autoencoders import Autoencoder, latent_size
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
+from flashdit.data.pixels import PixelImages, Pixels
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
 from flashdit.shared.process import computing_in
 from flashdit.shared.seeds import generator_for
 
+logger = logging.getLogger(__name__)
 BATCH = 64
 STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DECODED_FOR_COLOUR = 4
+COLOURED, GREY = 8.0, 0.25
+"""Images whose colour is above the first, in grey levels, must keep more than this share of it."""
+Data = LatentShards | MemoryLatents | PixelImages
 
 
 def open_latents(
     data: Mapping[str, Any], options: LatentOptions, device: torch.device, progress: bool = True
-) -> tuple[LatentShards | MemoryLatents, LatentSpace]:
+) -> tuple[Data, LatentSpace]:
     """Returns latents and labels, and the space that normalises them.
 
-    Shards are read as they lie; images are encoded here, once, into memory.
+    Shards are read as they lie; images are encoded here, once, into memory; pixels are read when they are
+    asked for.
 
     Args:
         data: Spec of the data set, `{name, **options}`.
-        options: The VAE and the multiplier.
-        device: Where the VAE encodes.
-        progress: Whether to show a bar, where somebody watches.
+        options: The space, the autoencoder and the multiplier.
+        device: Where the autoencoder encodes.
+        progress: Whether to show a bar, where somebody watches, and to warn.
 
     Raises:
-        ValueError: If the data cannot be read, images come without a VAE, or latents come from another VAE.
+        ValueError: If the data cannot be read, or does not fit the autoencoder or the space.
     """
     source = DATASETS.build(data)
-    vae = load_vae(options.vae) if options.vae else None
+    if options.space == "pixels":
+        return _pixels_of(source), LatentSpace.of_pixels(options)
+    vae = options.autoencoder()
     if isinstance(source, LatentShards):
         mean, std = source.statistics() or channel_statistics(source.sample())
         space = LatentSpace(mean, std, options, vae, source.vae_identity)
         check_vae(source, space)
         return source, space
-    if vae is None:
-        raise ValueError("images need a VAE: give latents.vae, a folder of a diffusers AutoencoderKL")
-    vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    vae = _needed(vae)
+    _latent_shape(vae, source)
+    vae.to(device)
+    if progress:
+        warn_of_lost_colour(vae, _images(source, torch.arange(min(BATCH, len(source.labels)))))
     latents = encode_source(vae, source, mirrored=False, progress=progress)
-    mirrored = encode_source(vae, source, mirrored=True, progress=progress) if source.mirrors else None
+    mirrors = source.mirrors is not False
+    mirrored = encode_source(vae, source, mirrored=True, progress=progress) if mirrors else None
     space = LatentSpace(*channel_statistics(latents), options, vae)
     return MemoryLatents(latents, mirrored, source.labels, source.class_names), space
 
 
+def data_sizes(data: Mapping[str, Any], options: LatentOptions) -> dict[str, int]:
+    """Returns the arguments of a model that fits the data; nothing is encoded for it.
+
+    Args:
+        data: Spec of the data set, `{name, **options}`.
+        options: The space and the autoencoder.
+
+    Raises:
+        ValueError: If the data cannot be read, or images come without an autoencoder.
+    """
+    source = DATASETS.build(data)
+    if isinstance(source, LatentShards):
+        shape, classes = source.shape, source.num_classes
+    else:
+        vae = _needed(options.autoencoder())
+        shape, classes = _latent_shape(vae, source), len(source.class_names)
+    return {"in_channels": shape[0], "sample_size": shape[1], "num_classes": classes}
+
+
+def _pixels_of(source: Any) -> PixelImages:
+    """Returns the images of a source; latents have none."""
+    if isinstance(source, LatentShards):
+        raise ValueError(f"latents.space=pixels requires images, got the latents in {source.folder}")
+    return PixelImages(source)
+
+
+def _needed(vae: Autoencoder | Pixels | None) -> Autoencoder | Pixels:
+    """Returns the autoencoder, or says how to give one."""
+    if vae is None:
+        raise ValueError(
+            "images need a VAE: give latents.vae, the folder or hub name of an autoencoder of diffusers, "
+            "or train on the images themselves by latents.space=pixels"
+        )
+    return vae
+
+
+def _latent_shape(vae: Autoencoder | Pixels, source: PixelSource) -> tuple[int, int, int]:
+    """Returns the shape (C, H, W) of the latents of a source's images; the key of their size is named."""
+    _, height, width = source.image(0).shape
+    try:
+        return latent_size(vae, height, width)
+    except ValueError as error:
+        raise ValueError(f"data.image_size: {error}") from error
+
+
 def check_vae(source: LatentShards, space: LatentSpace) -> None:
-    """Raises ValueError if the shards say that they come from another VAE than the space's."""
-    made_by = source.vae_identity
+    """Raises ValueError unless the space's autoencoder can be the one that made the shards."""
+    made_by, vae = source.vae_identity, space.vae
     if made_by and space.identity != made_by:
         raise ValueError(
             f"latents.vae must be the VAE of the latents in {source.folder} ({made_by[:12]}), "
             f"got {space.options.vae} ({str(space.identity)[:12]})"
         )
+    if vae is not None and vae.channels != source.shape[0]:
+        raise ValueError(
+            f"latents.vae must have the {source.shape[0]} channels of the latents in {source.folder}, "
+            f"got {space.options.vae} with {vae.channels}"
+        )
 
 
-def encode_source(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progress: bool = True) -> Tensor:
-    """Returns the VAE latents (N, C, H, W) of all images of a source, on the CPU."""
+def encode_source(
+    vae: Autoencoder | Pixels, source: PixelSource, mirrored: bool, progress: bool = True
+) -> Tensor:
+    """Returns the latents (N, C, H, W) of all images of a source, on the CPU."""
     encoded = []
     batches = torch.arange(len(source.labels)).split(BATCH)
     for rows in tqdm(batches, "encode", unit="batch", leave=False, disable=None if progress else True):
-        images = torch.stack([source.image(int(row)) for row in rows])
-        encoded.append(encode_images(vae, images.flip(-1) if mirrored else images).cpu())
+        images = _images(source, rows)
+        encoded.append(vae.encode(images.flip(-1) if mirrored else images).cpu())
     return torch.cat(encoded)
+
+
+def _images(source: PixelSource, rows: Tensor) -> Tensor:
+    """Returns images of a source, uint8 (B, 3, H, W)."""
+    return torch.stack([source.image(row) for row in rows.tolist()])
+
+
+def colourfulness(pixels: Tensor) -> Tensor:
+    """Returns how far the channels of images lie apart: (B, 3, H, W) in grey levels → (B,)."""
+    return pixels.float().std(1).mean((1, 2))
+
+
+def warn_of_lost_colour(vae: Autoencoder | Pixels, images: Tensor) -> None:
+    """Warns of an autoencoder that turns coloured images grey, as one trained on grey images does.
+
+    Args:
+        vae: The autoencoder, where the images shall be encoded.
+        images: uint8 (B, 3, H, W); the most colourful of them are encoded and decoded.
+    """
+    colour = colourfulness(images)
+    chosen = images[colour.argsort(descending=True)[:DECODED_FOR_COLOUR]]
+    before = colourfulness(chosen).mean().item()
+    if before < COLOURED:
+        return
+    after = colourfulness(vae.decode(vae.encode(chosen)).cpu().clamp(-1, 1) * 127.5).mean().item()
+    if after < GREY * before:
+        logger.warning(
+            "the autoencoder turns colours grey: channels of the images are %.0f grey levels apart, "
+            "%.0f when they are encoded and decoded",
+            before,
+            after,
+        )
 
 
 class MirrorEncoder:
     """Images → latents of each image and of its mirror, as they are stored.
 
     Args:
-        vae: The VAE, frozen; it is moved to the device.
+        vae: The autoencoder; it is moved to the device.
         device: Where it runs.
         precision: What it computes in, one of `AUTOCAST`; `tf32` is `fp32` on a CPU.
         dtype: What the latents are stored in, one of `STORED_DTYPES`.
         seed: Of samples of the posterior; None stores its means.
+
+    Raises:
+        ValueError: If samples are asked of an autoencoder that has no posterior.
     """
 
-    def __init__(
-        self, vae: AutoencoderKL, device: torch.device, precision: str, dtype: str, seed: int | None
-    ):
-        vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    def __init__(self, vae: Autoencoder, device: torch.device, precision: str, dtype: str, seed: int | None):
+        if seed is not None and not vae.has_posterior:
+            raise ValueError(f"--sample requires an autoencoder with a posterior, {vae.name} has none")
+        vae.to(device)
         self.vae, self.device, self.seed = vae, device, seed
         self.precision, self.dtype = precision, STORED_DTYPES[dtype]
 
@@ -95,12 +194,9 @@ class MirrorEncoder:
         """Returns the shape (C, H, W) of a latent of images (3, S, S).
 
         Raises:
-            ValueError: If the VAE's factor does not divide the side.
+            ValueError: If the autoencoder takes no images of this side.
         """
-        factor = vae_factor(self.vae)
-        if image_size % factor:
-            raise ValueError(f"the image size must be a multiple of the VAE's {factor=}, got {image_size}")
-        return self.vae.config["latent_channels"], image_size // factor, image_size // factor
+        return latent_size(self.vae, image_size, image_size)
 
     def __call__(self, images: Tensor, rows: list[int]) -> Tensor:
         """Returns latents (2, B, C, H, W) on the CPU: those of the images, and of their mirrors.
@@ -109,12 +205,14 @@ class MirrorEncoder:
             images: uint8 (B, 3, S, S).
             rows: Which images these are, (B,): each has its own noise, whatever the batch.
         """
+        if 0 in rows:  # the first batch of all processes
+            warn_of_lost_colour(self.vae, images)
         noise: list[Tensor | None] = [None, None]
         if self.seed is not None:
             noise = list(torch.stack([self._noise(row, images.shape[-1]) for row in rows], 1))
         with computing_in(self.precision, self.device):
             pairs = zip((images, images.flip(-1)), noise, strict=True)
-            return torch.stack([encode_images(self.vae, *pair).to(self.dtype).cpu() for pair in pairs])
+            return torch.stack([self.vae.encode(*pair).to(self.dtype).cpu() for pair in pairs])
 
     def _noise(self, row: int, image_size: int) -> Tensor:
         """Returns the noise of one image and of its mirror, (2, C, H, W)."""

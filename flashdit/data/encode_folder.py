@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flashdit.data.autoencoders import load_vae, vae_identity
+from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import STORED_DTYPES, MirrorEncoder
 from flashdit.data.images import ReadableImages, ReadBatch
 from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
@@ -94,7 +94,7 @@ class FolderEncoding:
         self.shape = self.encode.shape(options.image_size)
         self.fixed = {
             "format": MANIFEST_FORMAT,
-            "vae_identity": vae_identity(self.vae),
+            "vae_identity": self.vae.identity,
             "listing_sha256": self._listing(),
             "image_size": options.image_size,
             "posterior": "sample" if options.sample else "mean",
@@ -235,7 +235,7 @@ class FolderEncoding:
         std = moments.std()
         manifest = self.fixed | {
             "vae": self.options.vae,
-            "vae_config": {name: value for name, value in self.vae.config.items() if name[0] != "_"},
+            "vae_config": self.vae.config,
             "images": str(Path(self.options.images).resolve()),
             "listed": self.num_images,
             "encoded": count,

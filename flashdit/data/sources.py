@@ -20,11 +20,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class PixelSource(Protocol):
-    """Images and labels; the trainer encodes them by the VAE before the first step."""
+    """Images and labels; the trainer encodes them by the autoencoder, or trains on them as they are."""
 
     labels: Tensor
     class_names: list[str]
-    mirrors: bool
+    mirrors: bool | None
+    """Whether images are mirrored half the time; None: where they are encoded, but not as pixels."""
 
     def image(self, index: int) -> Tensor:
         """Returns one image, uint8 (3, H, W)."""
@@ -106,8 +107,8 @@ class ImagesOptions:
     """Folder whose sub-folders are the classes; a folder without sub-folders is one class."""
     image_size: int = 256
     """Images are cropped to a square of this side, in pixels."""
-    mirrors: bool = True
-    """Whether images are mirrored half the time."""
+    mirrors: bool | None = None
+    """Whether images are mirrored half the time; null: where they are encoded, but not as pixels."""
 
     def __post_init__(self):
         if self.image_size < 1:

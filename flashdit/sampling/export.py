@@ -34,12 +34,13 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
     metrics = read_metrics(generator.run_dir, recipe["weights_sha256"])
     return FlashDiTPipeline(
         transformer=generator.model,
-        vae=space.need_vae(),
+        vae=space.need_vae().module,
         scheduler=scheduler,
         id2label={str(i): name for i, name in enumerate(generator.class_names)},
         latents_mean=space.mean.flatten().tolist(),
         latents_std=space.std.flatten().tolist(),
         latents_multiplier=space.options.multiplier,
+        latents_space=space.options.space,
         recipe=recipe | ({"metrics": metrics} if metrics else {}),
     )
 

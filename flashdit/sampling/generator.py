@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from flashdit.data.autoencoders import latent_size
 from flashdit.data.latents import LatentSpace
 from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.models.dit import FlashDiT
@@ -49,16 +50,18 @@ def latent_shape(
         width: Likewise.
 
     Raises:
-        ValueError: If a side is no multiple of the VAE's factor times the patch size.
+        ValueError: If a side is no multiple of the autoencoder's factor times the patch size, or not the one
+            that the autoencoder takes.
     """
-    factor, patch = space.factor, model.patch_size
-    sides = []
+    vae, patch, native = space.need_vae(), model.patch_size, model.config["sample_size"]
+    factor, sides = space.factor, []
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side < 1 or side % (factor * patch)):
             parts = f"the VAE's factor {factor} × the patch size {patch}"
             raise ValueError(f"{name} must be a multiple of {factor * patch} pixels ({parts}), got {side}")
-        sides.append(model.config["sample_size"] if side is None else side // factor)
-    return model.config["in_channels"], sides[0], sides[1]
+        sides.append(native * factor if side is None else side)
+    _, rows, columns = latent_size(vae, sides[0], sides[1])
+    return model.config["in_channels"], rows, columns
 
 
 @cache

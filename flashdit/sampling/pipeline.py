@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from flashdit.data.autoencoders import vae_factor
+from flashdit.data.autoencoders import Autoencoder
 from flashdit.data.latents import LatentOptions, LatentSpace
+from flashdit.data.pixels import Pixels
 from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import model_card
@@ -42,31 +43,34 @@ class FlashDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer: The velocity model.
-        vae: Its VAE.
+        vae: Its autoencoder; None where the model makes pixels.
         scheduler: One of diffusers' flow-matching schedulers; its sigma is 1 − t.
         id2label: Class names by number; None names classes by their numbers.
         latents_mean: Mean of the VAE's latents by channel; None means 0.
         latents_std: Their standard deviation by channel; None means 1.
         latents_multiplier: Factor on normalised latents.
+        latents_space: `vae`, or `pixels` where the model makes pixels.
         recipe: What the model card states: checkpoint, sampling, metrics.
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers' protocol
     _num_timesteps, _interrupt, _guidance_scale = 0, False, 1.0
     _callback_tensor_inputs = ("latents",)
     transformer: FlashDiT
-    vae: AutoencoderKL
+    vae: ModelMixin | None
     scheduler: Any
 
     def __init__(
         self,
         transformer: FlashDiT,
-        vae: AutoencoderKL,
+        vae: ModelMixin | None,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         latents_multiplier: float = 1.0,
+        latents_space: str = "vae",
         recipe: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -83,11 +87,12 @@ class FlashDiTPipeline(DiffusionPipeline):
             latents_mean=latents_mean,
             latents_std=latents_std,
             latents_multiplier=latents_multiplier,
+            latents_space=latents_space,
             recipe=recipe,
         )
         names = {int(i): name for i, name in (id2label or {}).items()}
         self.class_names = [names.get(i, str(i)) for i in range(transformer.num_classes)]
-        self.vae_scale_factor = vae_factor(vae)
+        self.vae_scale_factor = self._autoencoder().factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._mean, self._std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
 
@@ -222,10 +227,18 @@ class FlashDiTPipeline(DiffusionPipeline):
         """Returns the model's velocity in float32, whatever its own dtype."""
         return self.transformer(x.to(self.transformer.dtype), t, y).float()
 
+    def _autoencoder(self) -> Autoencoder | Pixels:
+        """Returns what decodes: the pipeline's `vae`, or nothing but the scale of pixels."""
+        if self.config["latents_space"] == "pixels":
+            return Pixels()
+        if self.vae is None:
+            raise ValueError("the pipeline of a model of latents requires its vae, got None")
+        return Autoencoder(self.vae)
+
     def _space(self, device: torch.device) -> LatentSpace:
         """Returns the latent space, its statistics on a device."""
         options = LatentOptions(multiplier=self.config["latents_multiplier"])
-        return LatentSpace(self._mean.to(device), self._std.to(device), options, self.vae)
+        return LatentSpace(self._mean.to(device), self._std.to(device), options, self._autoencoder())
 
     def card(self) -> str:
         """Returns the model card: what this is, how it is used, what it scores."""

@@ -18,7 +18,7 @@ def tiny_checkpoint(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step_00000007"
     vae = load_vae("digits")
-    channels = vae.config["latent_channels"]
+    channels = vae.channels
     mean, std = torch.full((1, channels, 1, 1), 0.1), torch.full((1, channels, 1, 1), 1.3)
     options = {"in_channels": channels, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_classes": 3}
     for seed, name in enumerate(("ema", "model")):

@@ -1,8 +1,10 @@
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -282,7 +284,10 @@ def test_a_run_whose_data_brings_no_reference_must_name_one_whatever_folder_lies
         data = ["data.name=images", f"data.path={tmp_path / 'images'}", "data.image_size=16"]
         data += ["latents.vae=digits", "model.in_channels=1", "model.num_classes=1"]
     else:
-        data = ["latents.vae=digits"]
+        channels: dict[str, Any] = {f"{side}_block_out_channels": (4,) for side in ("encoder", "decoder")}
+        blocks: dict[str, Any] = {f"num_{side}_blocks": (1,) for side in ("encoder", "decoder")}
+        AutoencoderTiny(**channels, **blocks, latent_channels=3).save_pretrained(tmp_path / "vae")
+        data = [f"latents.vae={tmp_path / 'vae'}"]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"evaluation\.reference: .*data set '{name}' brings none"):
         train([*tiny_overrides, *data, "evaluation.every=2", "evaluation.extractor=digits"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashdit.data.autoencoders import encode_images, load_vae
+from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import MirrorEncoder, open_latents
 from flashdit.data.images import ReadableImages
 from flashdit.data.latents import LatentOptions
@@ -31,7 +31,7 @@ def test_latents_in_memory_are_those_of_the_images_and_of_their_mirrors(pictures
     rows = torch.arange(3)
     for mirrored, images in ((False, pixels), (True, pixels.flip(-1))):
         found = data.read(rows, torch.full((3,), mirrored))
-        torch.testing.assert_close(found, encode_images(space.vae, images))
+        torch.testing.assert_close(found, space.vae.encode(images))
     plain, _ = open_latents(spec | {"mirrors": False}, LatentOptions(vae="digits"), CPU, progress=False)
     assert plain.mirrored is None
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from flashdit.commands import encode as encode_latents
 from flashdit.commands import train
-from flashdit.data.autoencoders import encode_images, load_vae, vae_identity
+from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import open_latents
 from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
 from flashdit.data.latents import LatentOptions
@@ -91,13 +91,13 @@ def test_latents_are_those_of_the_cropped_images_and_their_mirrors(options, imag
         pixels = torch.from_numpy(np.array(centre_crop(Image.open(path).convert("RGB"), 32)))
         image = pixels.permute(2, 0, 1)[None]
         for mirrored, seen in ((False, image), (True, image.flip(-1))):
-            expected = encode_images(vae, seen)[0]
+            expected = vae.encode(seen)[0]
             torch.testing.assert_close(source.latent(row, mirrored), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_manifest_tells_vae_counts_and_checksums(options, tmp_path, caplog):
     manifest = encode(options)
-    assert manifest["vae_identity"] == vae_identity(load_vae("digits"))
+    assert manifest["vae_identity"] == load_vae("digits").identity
     assert (manifest["listed"], manifest["encoded"]) == (23, 21)
     assert list(manifest["unreadable"]) == ["cat/07.png", "eel/03.png"]
     assert "skipped cat/07.png, which cannot be read: cannot identify image file" in caplog.text
@@ -162,8 +162,8 @@ def test_another_encoding_into_the_same_folder_is_refused(options, images, tmp_p
     encode(options)
     if "vae" in change:
         vae = load_vae("digits")
-        torch.nn.init.ones_(vae.encoder.conv_in.bias)
-        vae.save_pretrained(tmp_path / "other")
+        torch.nn.init.ones_(vae.module.encoder.conv_in.bias)
+        vae.module.save_pretrained(tmp_path / "other")
     if "images" in change:
         shutil.copytree(images, tmp_path / "other")
         (tmp_path / "other" / "eel" / "00.jpg").unlink()
@@ -207,7 +207,7 @@ def test_what_cannot_be_encoded_is_named(options, tmp_path):
 
 def test_latents_that_are_not_finite_are_named(options):
     encoding = FolderEncoding(options)
-    torch.nn.init.constant_(encoding.vae.encoder.conv_in.bias, float("inf"))
+    torch.nn.init.constant_(encoding.vae.module.encoder.conv_in.bias, float("inf"))
     with pytest.raises(ValueError, match=r"must be finite, those of cat/00.jpg are not with precision=tf32"):
         encoding.write(progress=False)
 
@@ -261,7 +261,7 @@ def test_the_script_encodes_then_verifies_then_train_trains(options, tmp_path, c
     ]
     train.main(overrides)
     assert "trained to step 2" in capsys.readouterr().out
-    load_vae("digits").save_pretrained(tmp_path / "vae")
+    load_vae("digits").module.save_pretrained(tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
     message = exit_message(train, *overrides, f"latents.vae={tmp_path / 'vae'}", f"run.dir={tmp_path / 'no'}")

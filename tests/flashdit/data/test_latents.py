@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from flashdit.data.autoencoders import encode_images, load_vae, vae_identity
+from flashdit.data.autoencoders import Autoencoder, load_vae
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 
 
@@ -19,7 +19,8 @@ def vae():
 
 def space(model=None, **options):
     mean, std = torch.randn(1, 4, 1, 1), torch.rand(1, 4, 1, 1) + 0.5
-    return LatentSpace(mean, std, LatentOptions(**options), model)
+    autoencoder = None if model is None else Autoencoder(model)
+    return LatentSpace(mean, std, LatentOptions(**options), autoencoder)
 
 
 def test_normalising_and_back_is_the_identity():
@@ -45,7 +46,7 @@ def test_decoding_rounds_to_the_nearest_grey_level(vae, off):
 def test_encoding_is_the_posterior_mean(vae):
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     expected = vae.encode(images / 127.5 - 1).latent_dist.mean
-    torch.testing.assert_close(encode_images(vae, images), expected.detach())
+    torch.testing.assert_close(Autoencoder(vae).encode(images), expected.detach())
 
 
 def test_encoding_with_noise_is_a_sample_of_the_posterior(vae):
@@ -54,7 +55,7 @@ def test_encoding_with_noise_is_a_sample_of_the_posterior(vae):
     noise = torch.randn(posterior.mean.shape)
     expected = posterior.mean + posterior.std * noise
     assert (posterior.std - 1).abs().max() > 0.01
-    torch.testing.assert_close(encode_images(vae, images, noise), expected.detach())
+    torch.testing.assert_close(Autoencoder(vae).encode(images, noise), expected.detach())
 
 
 def test_save_and_load_round_trips_and_finds_the_vae(tmp_path, vae):
@@ -73,26 +74,24 @@ def test_another_vae_than_in_training_is_refused(tmp_path, vae):
     space(vae, vae="gone").save(tmp_path / "latents.safetensors")
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
     vae.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="the VAE must be the one of the training latents"):
+    with pytest.raises(ValueError, match=r"the VAE must be the one of the training latents"):
         LatentSpace.load(tmp_path / "latents.safetensors", str(tmp_path / "other"))
 
 
 def test_identity_tells_weights_and_configurations_apart(vae):
-    first = vae_identity(vae)
-    assert vae_identity(vae) == first
+    first = Autoencoder(vae).identity
+    assert Autoencoder(vae).identity == first
     vae.register_to_config(scaling_factor=0.5)
-    second = vae_identity(vae)
+    second = Autoencoder(vae).identity
     torch.nn.init.ones_(vae.decoder.conv_out.bias)
-    assert len({first, second, vae_identity(vae)}) == 3
+    assert len({first, second, Autoencoder(vae).identity}) == 3
 
 
 def test_what_cannot_be_is_named(tmp_path):
-    with pytest.raises(ValueError, match="pixels need the VAE that these latents come from"):
+    with pytest.raises(ValueError, match=r"pixels need the VAE that these latents come from"):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"vae must be a data set .*, a folder or a hub name .* got '.*empty'"
-    ):
+    with pytest.raises(ValueError, match=r"must hold config.json, or vae/config.json, .*empty has neither"):
         load_vae(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="every latent channel must vary"):
+    with pytest.raises(ValueError, match=r"every latent channel must vary"):
         channel_statistics(torch.ones(3, 4, 2, 2))

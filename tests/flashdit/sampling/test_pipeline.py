@@ -72,7 +72,7 @@ def test_images_equal_the_native_samplers(generator, options):
         exact(pipe, generator, options, output_type="latent"), native, rtol=0, atol=1e-4
     )
     pixels = exact(pipe, generator, options, output_type="np")
-    raw = generator.space.vae.decode(generator.space.denormalise(native)).sample
+    raw = generator.space.vae.module.decode(generator.space.denormalise(native)).sample
     expected = (raw / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-4)
     uint8 = generator.space.decode(native).permute(0, 2, 3, 1).numpy()
@@ -202,7 +202,7 @@ def test_a_scheduler_of_another_path_is_refused(pipe):
 
 def test_latent_statistics_must_fit_the_channels(generator):
     with pytest.raises(ValueError, match="latents need 1 means and stds, got 2 and 1"):
-        FlashDiTPipeline(generator.model, generator.space.vae, None, latents_mean=[0.0, 0.0])
+        FlashDiTPipeline(generator.model, generator.space.vae.module, None, latents_mean=[0.0, 0.0])
 
 
 def test_an_upload_carries_our_card_in_place_of_an_empty_one(pipe, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashdit.data.autoencoders import encode_images, load_vae
+from flashdit.data.autoencoders import Autoencoder, load_vae
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.flow.loss import LossOptions, flow_loss
@@ -222,7 +222,7 @@ STD = torch.tensor([0.5, 2.0, 1.5]).reshape(1, 3, 1, 1)
 
 
 def copying_space(multiplier=0.75):
-    return LatentSpace(MEAN, STD, LatentOptions(multiplier=multiplier), Copying())
+    return LatentSpace(MEAN, STD, LatentOptions(multiplier=multiplier), Autoencoder(Copying()))
 
 
 def model_latents(pixels, multiplier=0.75):
@@ -265,9 +265,9 @@ def test_many_images_are_decoded_in_their_order():
 def test_encoding_maps_black_to_minus_one_white_to_one_and_samples_the_posterior():
     images = torch.arange(0, 256, 5, dtype=torch.uint8)[:48].reshape(2, 3, 2, 4)
     pixels = 2 * images.float() / 255 - 1
-    torch.testing.assert_close(encode_images(Copying(), images), pixels, **CLOSE)
+    torch.testing.assert_close(Autoencoder(Copying()).encode(images), pixels, **CLOSE)
     noise = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(3))
-    sampled = encode_images(Copying(), images, noise)
+    sampled = Autoencoder(Copying()).encode(images, noise)
     torch.testing.assert_close(sampled, pixels + (0.5 + pixels**2) * noise, **CLOSE)
 
 
@@ -296,7 +296,7 @@ def test_images_become_latents_of_themselves_and_of_their_mirrors(tmp_path):
     source, space = open_latents(data, LatentOptions(vae="digits"), torch.device("cpu"), progress=False)
     with torch.no_grad():
         pixels = 2 * images.float() / 255 - 1
-        vae = load_vae("digits")
+        vae = load_vae("digits").module
         plain, flipped = (vae.encode(x).latent_dist.mean for x in (pixels, pixels.flip(3)))
     rows = torch.tensor([4, 0, 2])
     read = source.read(rows, torch.tensor([False, True, False]))
