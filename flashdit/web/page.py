@@ -24,7 +24,7 @@ NOBODY = "nothing"
 SEEDS = 2**31
 IMAGES, GRID_COLUMNS = 10, 5
 EXAMPLES, EXAMPLES_NAME = 12, "examples"
-HINT = "# Click a picture for the command that makes it."
+HINT = "# click a picture for the command that makes it"
 MAX_SENTENCE = 500  # characters: a message repeats what came
 THEME = Default(
     primary_hue="indigo",
@@ -40,6 +40,10 @@ CSS = """
 .pictures .caption-label {position: static; padding: 0.1rem; max-width: none; text-align: center}
 .pictures .caption-label {border: none; background: none; white-space: normal}
 .pictures img {height: auto; image-rendering: pixelated}
+.pictures:has(.preview) .grid-wrap {min-height: 22rem}
+.command .cm-scroller, .command .cm-content {min-height: 3rem !important}
+#examples {background: var(--block-background-fill); padding: var(--block-padding)}
+#examples .gallery-item {border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg)}
 footer {display: none !important}
 @media (max-width: 640px) {.film .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr))}}
 """  # captions below the pictures, not on them; a gallery as high as what it holds
@@ -234,10 +238,14 @@ def make_side(place: int) -> PageSide:
         command = gr.Code(
             HINT,
             language="shell",
-            show_label=False,
+            label="Command",
             wrap_lines=True,
+            show_line_numbers=False,
+            lines=2,
+            max_lines=12,
             interactive=False,
             elem_id=f"command-{place}",
+            elem_classes="command",
         )
         commands = gr.State([])
         images.select(

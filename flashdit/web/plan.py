@@ -63,8 +63,8 @@ class PageRequest:
 def _check_size(name: str, value: Any) -> None:
     """Refuses numbers that are not finite or huge, and texts and lists that are too long to be meant."""
     if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN, too
-        size = "not a number" if value != value else "a number beyond it"
-        raise ValueError(f"{name} must be finite and at most {MAX_NUMBER:,}, got {size}")
+        size = "NaN" if value != value else "a larger one"
+        raise ValueError(f"{name} must be a number within ±{MAX_NUMBER:,}, got {size}")
     if isinstance(value, str | list) and len(value) > MAX_TEXT:
         kind = "characters" if isinstance(value, str) else "entries"
         raise ValueError(f"{name} must have at most {MAX_TEXT} {kind}, got {len(value):,}")

@@ -173,7 +173,7 @@ class Studio:
     def sheets(self, names: Sequence[str], request: PageRequest) -> tuple[list[PageSheet], Work]:
         """Returns what each model is asked for and the work of it, all checked before anything is drawn."""
         for name in names:
-            if name not in self.generators:
+            if not isinstance(name, str) or name not in self.generators:
                 raise unknown("model", str(name)[:80], self.generators)
         sheets = [plan_sheet(self.generators[name], request) for name in names]
         return sheets, Work([plan for sheet in sheets for plan in sheet.plans], self.max_work)
