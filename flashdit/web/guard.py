@@ -77,7 +77,7 @@ class Guard:
             return
         # gradio must not answer an origin: what comes from this page needs no CORS headers.
         kept = [(name, value) for name, value in scope["headers"] if name != b"origin"]
-        await self.app(scope | {"headers": kept}, _replay(body, receive), send)
+        await self.app({**scope, "headers": kept}, _replay(body, receive), send)
 
     def _passes(self, name: str) -> bool:
         """Returns whether this is a name of the page."""

@@ -9,8 +9,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from flashdit.shared.command import need_extra
 from flashdit.web.studio import Studio, load_generators
@@ -38,26 +39,26 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-@contextmanager
-def own_folder() -> Iterator[Path]:
-    """Yields a temporary folder that goes with the process; what killed processes left goes first.
-
-    The kernel frees the lock of a process that was killed, which tells its folder from one in use.
-    """
+def hold(file: IO[str]) -> bool:
+    """Returns whether this process now holds a file's lock, which the kernel frees when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: what a killed process left stays
-        fcntl = None
-    for lock in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{OWNER}") if fcntl else ():
-        try:
-            with lock.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
-        except OSError:  # in use, or somebody else's
-            continue
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows, or another process holds it
+        return False
+    return True
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """Yields a temporary folder that goes with the process; what killed processes left goes first."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{OWNER}"):
+        with suppress(OSError), owner.open("r+") as file:  # it may be somebody else's
+            if hold(file):
+                shutil.rmtree(owner.parent)
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, (Path(folder) / OWNER).open("w") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        hold(file)
         yield Path(folder).resolve()
 
 

@@ -1,6 +1,5 @@
 """A request to the page: what it may take, the values of a grid, and how classes are named."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.web.plan import (
     AXES,
-    MAX_IMAGES,
     PageRequest,
     Work,
     class_choices,
@@ -105,14 +103,12 @@ def test_commands_quote_what_a_shell_would_read_and_name_other_weights(tiny_chec
     assert "--ema model --vae 'my vae' --class '$(rm x)' 1 2 --num-images 3" in command
 
 
-def test_a_thousand_classes_are_searched_quickly(generator):
+def test_one_of_a_thousand_classes_is_found(generator):
     generator.class_names, before = [f"kind {i:04d}, sort {i}" for i in range(1000)], generator.class_names
     try:
-        started = time.perf_counter()
-        for name in ("sort 999", "kind 0500", "17"):
-            plan_page(generator, PageRequest(classes=[name], num_images=1))
-        with pytest.raises(ValueError, match="did you mean"):
-            plan_page(generator, PageRequest(classes=["sort 99x"], num_images=MAX_IMAGES))
-        assert time.perf_counter() - started < 5
+        for name, label in (("sort 999", 999), ("Kind 0500", 500), ("17", 17)):
+            assert plan_page(generator, PageRequest(classes=[name], num_images=1)).labels.tolist() == [label]
+        with pytest.raises(ValueError, match="did you mean 'sort 99"):
+            plan_page(generator, PageRequest(classes=["sort 99x"], num_images=1))
     finally:
         generator.class_names = before
