@@ -88,7 +88,7 @@ class Guard:
         asked = headers.getlist("host")
         forwarded = ",".join(headers.getlist("x-forwarded-host")).split(",")
         for host in [*(asked or [""]), *(name.strip() for name in forwarded if name)]:
-            if not self._passes(host_name(host)) or len(asked) != 1:
+            if not self._passes(host_name(host)):
                 return (
                     f"Host must be a loopback name, --host or an --allow-host of `flashdit app`, got {host!r}"
                 )

@@ -96,7 +96,7 @@ def make_page(studio: Studio) -> gr.Blocks:
                 warnings.simplefilter("always", UserWarning)
                 made = answer(studio, [model, beside], dict(zip(controls, values, strict=True)), progress)
             for sentence in dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning):
-                gr.Warning(shown(sentence))
+                gr.Warning(as_html(sentence))
             updates = [side_updates(name, pictures) for name, pictures in made]
             return [value for side in (*updates, *[hide()] * (SIDES - len(updates))) for value in side]
 
@@ -131,11 +131,11 @@ def answer(studio: Studio, names: list[Any], values: dict[str, Any], progress: A
     except torch.OutOfMemoryError:
         raise gr.Error("the device's memory is too small for this request", print_exception=False) from None
     except (ValueError, OSError) as error:
-        raise gr.Error(shown(str(error)), print_exception=False) from None
+        raise gr.Error(as_html(str(error)), print_exception=False) from None
     return list(zip(chosen, made, strict=True))
 
 
-def shown(sentence: str) -> str:
+def as_html(sentence: str) -> str:
     """Returns a message as the page shows it, which takes it for HTML."""
     line = " ".join(sentence.split())
     return html.escape(line if len(line) <= MAX_SENTENCE else f"{line[:MAX_SENTENCE]} …", quote=False)
