@@ -282,7 +282,7 @@ def test_an_example_sets_the_class_and_a_click_on_a_picture_gives_its_command(pa
 @needs_browser
 def test_a_grid_over_two_options_stands_in_rows_and_columns(page, tmp_path):
     set_size(page, *DESKTOP)
-    find(page, "#grid button")[0].click()
+    wait(page, lambda: find(page, "#grid button"))[0].click()
     wait(page, lambda: find(page, "#across")[0].is_displayed())
     for name, axis, values in (("across", "guidance", "1, 2, 4"), ("down", "class", "three, 8")):
         choose(page, name, axis)
