@@ -283,7 +283,7 @@ def test_an_example_sets_the_class_and_a_click_on_a_picture_gives_its_command(pa
 def test_a_grid_over_two_options_stands_in_rows_and_columns(page, tmp_path):
     set_size(page, *DESKTOP)
     wait(page, lambda: find(page, "#grid button"))[0].click()
-    wait(page, lambda: find(page, "#across")[0].is_displayed())
+    wait(page, lambda: find(page, "#down_values input, #down_values textarea"))
     for name, axis, values in (("across", "guidance", "1, 2, 4"), ("down", "class", "three, 8")):
         choose(page, name, axis)
         find(page, f"#{name}_values input, #{name}_values textarea")[0].send_keys(values, "\ue004")
