@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,22 @@ class CheckpointGenerator(ImageGenerator):
         self.checkpoint, self.weights = checkpoint, weights
         self.run_dir = checkpoint.parent.parent
 
-    def recipe(self) -> dict[str, Any]:
-        """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights' files, read once: a page asks for every picture."""
         digest = hashlib.sha256()
         for path in sorted((self.checkpoint / self.weights).glob("*.safetensors")):
             with path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
         return {
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "weights": self.weights,
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": self.weights_sha256,
             "vae": self.space.options.vae,
             "vae_identity": self.space.identity,
             "compile": self.is_compiled,

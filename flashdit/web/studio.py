@@ -1,4 +1,4 @@
-"""What the web page asks for, made: a request → checked options → pictures, a filmstrip, the recipe."""
+"""What the web page shows, made: a checked plan → pictures, a filmstrip, the recipe and the commands."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import copy
 import json
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +18,16 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.flow.path import data_prediction
-from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator, sampling_options
-from flashdit.sampling.classes import FIRST_CLASSES, choose_labels
+from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.folder import GRID, SampleFolder, make_recipe
 from flashdit.sampling.generator import SampleBatch
-from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.pictures import save_png
+from flashdit.shared.pictures import MIN_CELL, panel_grid, png_text, save_png
+from flashdit.shared.registry import unknown
+from flashdit.web.plan import PagePlan, PageRequest, PageSheet, Work, plan_sheet, sample_command
 
 FRAMES = 8
-MAX_IMAGES = 64
-MAX_PAGE_STEPS = 1000
-MAX_SIDE = 1024  # a page that anybody may ask must not be kept busy for hours
-KEPT_REQUESTS = 8  # requests whose files stay, beside what the page itself keeps
-
-
-@dataclass(kw_only=True)
-class PageRequest:
-    """What somebody wants to see; None leaves an option as the checkpoint's configuration has it."""
-
-    classes: Sequence[str]
-    """Ids or names; none are the first ten, as in `flashdit sample`."""
-    num_images: int
-    """In all, shared among the classes in order, as `flashdit sample` shares them."""
-    sampler: str | None = None
-    steps: int | None = None
-    cfg_scale: float | None = None
-    cfg_low: float | None = None
-    """Guidance acts from this time on."""
-    cfg_high: float | None = None
-    """Guidance acts until this time."""
-    seed: int | None = None
-    height: int | None = None
-    width: int | None = None
-
-
-@dataclass(kw_only=True)
-class PagePlan:
-    """A checked request to one model."""
-
-    generator: CheckpointGenerator
-    labels: Tensor
-    """(N,) int64."""
-    options: SamplingOptions
+KEPT_REQUESTS = 16  # requests of one model whose files stay; those of older ones go
+Progress = Callable[[float, str], None]
 
 
 @dataclass(kw_only=True)
@@ -68,12 +35,17 @@ class Pictures:
     """What was made, as PNG files with the recipe in their text."""
 
     images: list[tuple[Path, str]]
-    """Each image, and the name of its class."""
+    """Each image, and the name of its class, or its place in the grid."""
+    commands: list[str]
+    """For each image, the command that makes it, and which of its files the image is."""
     film: list[tuple[Path, str]]
     """What the first image was predicted to become, and when."""
     grid: Path
-    """All images in one, a row for each class."""
+    """All images in one, a row for each class or as the grid was asked for."""
     recipe: dict[str, Any]
+    """Of all images; in a grid of the first one."""
+    columns: int | None
+    """Of a grid; None where there is none."""
 
 
 def load_generators(
@@ -100,83 +72,71 @@ def load_generators(
     }
 
 
-def class_choices(class_names: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns (what is shown, what `class_ids` takes) of each class; classes that share a name go by id."""
-    counts = Counter(class_names)
-    return [
-        (name, name) if counts[name] == 1 else (f"{name} ({i})", str(i)) for i, name in enumerate(class_names)
-    ]
-
-
-def plan_page(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
-    """Returns the labels and the sampling options of a request to a model.
-
-    Raises:
-        ValueError: If an option is invalid, with the message of `flashdit sample`, or too large for a page.
-    """
-    _check_at_most("num_images", request.num_images, MAX_IMAGES)
-    names = generator.class_names
-    classes = request.classes or list(range(min(FIRST_CLASSES, len(names))))
-    labels = choose_labels(names, classes, request.num_images)
-    low, high = generator.sampling.cfg_interval
-    given = asdict(request) | {
-        "cfg_interval": (
-            low if request.cfg_low is None else request.cfg_low,
-            high if request.cfg_high is None else request.cfg_high,
-        )
-    }
-    # First, since even the time grid of too many steps fills the memory.
-    for name, most in (("steps", MAX_PAGE_STEPS), ("height", MAX_SIDE), ("width", MAX_SIDE)):
-        _check_at_most(name, getattr(request, name), most)
-    known = {field.name for field in fields(SamplingOptions)}
-    options = sampling_options(generator, {name: value for name, value in given.items() if name in known})
-    return PagePlan(generator=generator, labels=labels, options=options)
-
-
-def _check_at_most(name: str, value: int | None, most: int) -> None:
-    """Refuses what would keep the page busy for too long."""
-    if value is not None and value > most:
-        raise ValueError(f"{name} must be at most {most} on this page, got {value}")
+class Closed(Exception):
+    """Sampling was cut off since the page is closed."""
 
 
 class Watched:
-    """A velocity model that keeps what it predicts of the data, for the first image of a batch.
+    """A velocity model that is counted, says how far it is, and keeps what it predicts for the first image.
 
     (x_t, t, y) → v, as the model itself; x_t has B rows, or 2B where guidance needs both velocities.
 
     Args:
         model: The velocity model.
-        labels: Labels (B,) of the batch.
-        null_label: The label of no class.
-        scale: Guidance scale.
+        plan: What is sampled with it.
+        work: Of the request.
+        say: Called with the share of the work that is done, and a text.
     """
 
-    def __init__(self, model: VelocityModel, labels: Tensor, null_label: int, scale: float):
-        self.model, self.labels, self.null_label, self.scale = model, labels, null_label, scale
+    def __init__(self, model: VelocityModel, plan: PagePlan, work: Work, say: Progress):
+        self.model, self.plan, self.work, self.say = model, plan, work, say
         self.predictions: dict[float, Tensor] = {}
+        self.time, self.started = 1.0, 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Returns the model's velocity."""
+        time, size = float(t[0]), self.plan.first_batch
+        if time == 0 and self.time > 0:  # the next batch starts
+            if self.started:
+                self.work.finish(size)
+            self.started += size
+        self.time = time
+        self.work.add(len(x) * self.plan.pixels)
+        done, total = self.work.finished_images, self.work.num_images
+        self.say(min(1.0, (done + size * time) / total), f"{done} of {total} images, t = {time:.2f}")
         v = self.model(x, t, y)
-        x_t, time = x[:1], float(t[0])
-        found = v[:: len(self.labels)].float()  # of the first image: v, or v_cond and v_uncond
-        is_guided = len(found) == 2
-        v_t = guide(lambda *_: found, self.labels[:1], self.null_label, self.scale) if is_guided else None
-        # Where a sampler asks twice at one time (Heun), the later state is the better one.
-        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else found, time)
+        if self.started == size:
+            self._keep(x[:1], time, v[::size].float())
         return v
 
+    def _keep(self, x_t: Tensor, time: float, found: Tensor) -> None:
+        """Keeps x̂_1 of the first image, of its v, or of its v_cond and v_uncond."""
+        labels, scale = self.plan.labels[:1], self.plan.options.cfg_scale
+        is_guided = len(found) == 2
+        v_t = guide(lambda *_: found, labels, self.plan.generator.num_classes, scale) if is_guided else None
+        # Where a sampler asks twice at one time (Heun), the later state is the better one.
+        self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else found, time)
 
-def watched_batches(plan: PagePlan) -> tuple[list[SampleBatch], dict[float, Tensor]]:
-    """Returns the images, and x̂_1 = x_t + (1 − t)·v of the first one by time: (1, C, H, W) latents."""
-    generator, labels, options = plan.generator, plan.labels, plan.options
-    ids = torch.arange(len(labels))
-    first = 1 if options.is_adaptive else options.batch_size  # an adaptive one takes them singly
-    head, rest = ids[:first], ids[first:]
-    watching = copy.copy(generator)  # this request alone is watched
-    watched = Watched(generator.velocity, labels[head], generator.num_classes, options.cfg_scale)
+
+def watched_batches(
+    plan: PagePlan, work: Work, say: Progress
+) -> tuple[list[SampleBatch], dict[float, Tensor]]:
+    """Returns the images, and x̂_1 = x_t + (1 − t)·v of the first one by time: (1, C, H, W) latents.
+
+    Args:
+        plan: What to make.
+        work: Of the request; the images are counted in it.
+        say: Called with the share of the work that is done, and a text.
+
+    Raises:
+        ValueError: If the request turns out to take more work than it may.
+    """
+    watching = copy.copy(plan.generator)  # this request alone is watched
+    watched = Watched(plan.generator.velocity, plan, work, say)
     watching.velocity = watched
-    batches = [*watching.generate(labels, options, head), *generator.generate(labels, options, rest)]
+    before = work.finished_images
+    batches = list(watching.generate(plan.labels, plan.options))
+    work.finished_images = before + len(plan.labels)
     return batches, watched.predictions
 
 
@@ -193,21 +153,63 @@ class Studio:
     Args:
         generators: As `load_generators` returns them.
         folder: Where the pictures go; those of old requests are removed.
+        vae: Folder of the VAE where it was given, for the commands.
+        max_work: Millions of images × pixels × model evaluations that a request may take.
     """
 
-    def __init__(self, generators: Mapping[str, CheckpointGenerator], folder: Path):
+    def __init__(
+        self,
+        generators: Mapping[str, CheckpointGenerator],
+        folder: Path,
+        *,
+        vae: str | None,
+        max_work: float,
+    ):
         self.generators, self.folder = dict(generators), folder
+        self.vae, self.max_work = vae, max_work
         self.made: list[Path] = []
+        self.is_closed = False
 
-    def plans(self, names: Sequence[str], request: PageRequest) -> list[PagePlan]:
-        """Returns the request's plan for each model, all checked before anything is drawn."""
-        return [plan_page(self.generators[name], request) for name in names]
+    def sheets(self, names: Sequence[str], request: PageRequest) -> tuple[list[PageSheet], Work]:
+        """Returns what each model is asked for and the work of it, all checked before anything is drawn."""
+        for name in names:
+            if not isinstance(name, str) or name not in self.generators:
+                raise unknown("model", str(name)[:80], self.generators)
+        sheets = [plan_sheet(self.generators[name], request) for name in names]
+        return sheets, Work([plan for sheet in sheets for plan in sheet.plans], self.max_work)
 
-    def make(self, plan: PagePlan) -> Pictures:
-        """Returns the pictures of a plan; the images are those of `flashdit sample`, pixel for pixel."""
-        batches, predictions = watched_batches(plan)
-        generator, labels = plan.generator, plan.labels
+    def make(self, sheet: PageSheet, work: Work, say: Progress = lambda *_: None) -> Pictures:
+        """Returns the pictures of a sheet; the images are those of `flashdit sample`, pixel for pixel.
+
+        Args:
+            sheet: What one model is asked for.
+            work: Of the request.
+            say: Called with the share of the work that is done, and a text.
+
+        Raises:
+            ValueError: If the request turns out to take more work than it may.
+        """
+
+        def watch(share: float, text: str) -> None:
+            if self.is_closed:
+                raise Closed
+            say(share, text)
+
         path = self._new_folder()
+        try:
+            parts = [
+                self._make(plan, path / str(i), work, watch, film=i == 0)
+                for i, plan in enumerate(sheet.plans)
+            ]
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        return parts[0] if not sheet.heads else join_grid(sheet, parts, path)
+
+    def _make(self, plan: PagePlan, path: Path, work: Work, say: Progress, *, film: bool) -> Pictures:
+        """Returns the pictures of a plan, in a folder."""
+        batches, predictions = watched_batches(plan, work, say)
+        generator, labels = plan.generator, plan.labels
         folder = SampleFolder(
             path / "samples",
             make_recipe(generator, labels, plan.options, form="png"),
@@ -225,13 +227,15 @@ class Studio:
         grid = path / "flashdit-grid.png"
         with Image.open(folder.path / GRID) as picture:
             save_png(pil_to_tensor(picture), grid, about)
-        times = film_times(list(predictions))
-        frames = generator.space.decode(torch.cat([predictions[t] for t in times])).cpu()
-        film = []
-        for number, (t, frame) in enumerate(zip(times, frames, strict=True)):
-            film.append((path / f"film-{number}.png", f"{t:.2f}"))
-            save_png(frame, film[-1][0], about | {"sample": "0", "t": f"{t:g}"})
-        return Pictures(images=images, film=film, grid=grid, recipe=recipe)
+        command = sample_command(plan, self.vae)
+        return Pictures(
+            images=images,
+            commands=[f"{command}\n# this picture: {image.name}" for image, _ in images],
+            film=save_film(generator, predictions, path, about) if film else [],
+            grid=grid,
+            recipe=recipe,
+            columns=None,
+        )
 
     def _new_folder(self) -> Path:
         """Returns a folder for one request, and removes the oldest."""
@@ -239,3 +243,40 @@ class Studio:
         while len(self.made) > KEPT_REQUESTS:
             shutil.rmtree(self.made.pop(0), ignore_errors=True)
         return self.made[-1]
+
+
+def save_film(
+    generator: CheckpointGenerator, predictions: Mapping[float, Tensor], path: Path, about: dict[str, str]
+) -> list[tuple[Path, str]]:
+    """Writes what the first image was predicted to become, and returns the files and when."""
+    times = film_times(list(predictions))
+    frames = generator.space.decode(torch.cat([predictions[t] for t in times])).cpu()
+    film = []
+    for number, (t, frame) in enumerate(zip(times, frames, strict=True)):
+        film.append((path / f"film-{number}.png", f"{t:.2f}"))
+        save_png(frame, film[-1][0], about | {"sample": "0", "t": f"{t:g}"})
+    return film
+
+
+def join_grid(sheet: PageSheet, parts: Sequence[Pictures], path: Path) -> Pictures:
+    """Returns the pictures of a grid, and writes all of them in one, with each one's recipe in its text."""
+    panels, captions = [], []
+    for number, part in enumerate(parts):
+        with Image.open(part.images[0][0]) as picture:
+            scale = max(1, -(-MIN_CELL // max(picture.size)))
+            panels.append(picture.resize([side * scale for side in picture.size], Image.Resampling.BICUBIC))
+        row, column = divmod(number, len(sheet.heads))
+        captions.append(", ".join(filter(None, (sheet.rows[row], sheet.heads[column]))))
+    width = len(sheet.heads)
+    rows = [(name, panels[i * width : (i + 1) * width]) for i, name in enumerate(sheet.rows)]
+    grid = path / "flashdit-grid.png"
+    about = png_text({"recipe": json.dumps([part.recipe for part in parts])})
+    panel_grid(rows, sheet.heads, title=f"step {sheet.plans[0].generator.step}").save(grid, pnginfo=about)
+    return Pictures(
+        images=[(part.images[0][0], text) for part, text in zip(parts, captions, strict=True)],
+        commands=[part.commands[0] for part in parts],
+        film=parts[0].film,
+        grid=grid,
+        recipe=parts[0].recipe,
+        columns=width,
+    )

@@ -1,9 +1,11 @@
 """The web page in headless Chromium, clicked through as a user does, and what its command refuses."""
 
+import base64
 import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,7 +22,7 @@ from flashdit.commands import app, sample, train
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.folder import identity
 from flashdit.web import serve
-from flashdit.web.studio import Studio, load_generators
+from flashdit.web.studio import FRAMES, Studio, load_generators
 
 ROOT = Path(__file__).parents[3]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -32,6 +34,11 @@ NANO = [
     *("model.hidden_size=16", "model.depth=1", "sampling.steps=3", "sampling.cfg_scale=1.5"),
 ]
 PATIENCE_S = 60
+HTML = "<img src=x onerror=document.title='run'>"
+SCREENSHOTS = os.environ.get("FLASHDIT_SCREENSHOTS")  # a folder, for the pictures of docs/
+SHOWN_RUN = os.environ.get("FLASHDIT_SHOWN_RUN")  # a run to take them of, in place of the nano model
+DESKTOP, PHONE = (1280, 900), (390, 844)
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 TOAST = "[data-testid=toast-body]"
 
 
@@ -45,6 +52,10 @@ def home(tmp_path_factory):
     """Returns a folder with runs/nano: a nano model on the embedded digits, at steps 2 and 4."""
     folder = tmp_path_factory.mktemp("home")
     train.main([f"run.dir={folder / 'runs' / 'nano'}", *NANO])
+    for state in folder.glob("runs/nano/checkpoints/*/state.json"):
+        about = json.loads(state.read_text())
+        about["class_names"][9] = HTML
+        state.write_text(json.dumps(about))
     return folder
 
 
@@ -53,6 +64,7 @@ def served(home):
     """Returns the process and the address of the page of the run's two checkpoints."""
     port = free_port()
     first, last = sorted((home / "runs" / "nano" / "checkpoints").iterdir())
+    last = SHOWN_RUN or last
     command = [
         sys.executable,
         "-m",
@@ -124,6 +136,25 @@ def write(page, name, text):
     """Types a value into a control in place of what it holds, and leaves it, which closes its list."""
     (field,) = find(page, f"#{name} input:not([type=range])")
     field.send_keys("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
+
+
+def choose(page, name, text):
+    """Chooses an entry of a list."""
+    find(page, f"#{name} input")[0].click()
+    wait(page, lambda: [entry for entry in find(page, "[role=option]") if entry.text.endswith(text)])[
+        0
+    ].click()
+
+
+def set_size(page, width, height):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 640}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def screenshot(page, name, folder):
+    """Writes a picture of the whole page."""
+    answer = page.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+    (Path(SCREENSHOTS or folder) / f"{name}.png").write_bytes(base64.b64decode(answer["data"]))
 
 
 def press(page):
@@ -228,6 +259,94 @@ def test_what_cannot_be_drawn_is_one_sentence_and_what_was_there_stays(page):
 
 
 @needs_browser
+def test_an_example_sets_the_class_and_a_click_on_a_picture_gives_its_command(page, tmp_path):
+    examples = wait(page, lambda: find(page, "#examples button"))
+    assert [button.text for button in examples][:9] == NUMBERS
+    examples[7].click()
+    wait(page, lambda: find(page, "#classes")[0].text.count("seven"))
+    write(page, "num_images", "3")
+    write(page, "seed", "6")
+    press(page)
+    images, _ = pictures(page, 3)
+    find(page, "#images-0 .thumbnail-item")[1].click()
+    shown = wait(
+        page, lambda: (text := find(page, "#command-0 .cm-content")[0].text).count("000001") and text
+    )
+    command, _, name = shown.replace("\n", " ").partition(" # this picture: ")
+    words = shlex.split(command)
+    assert words[words.index("--class") + 1 :][:5] == ["seven", "--num-images", "3", "--sampler", "euler"]
+    sample.main([*words[2:], "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert np.array_equal(pixels(tmp_path / "out" / name.strip()), pixels(fetch(images[1])))
+
+
+@needs_browser
+def test_a_grid_over_two_options_stands_in_rows_and_columns(page, tmp_path):
+    set_size(page, *DESKTOP)
+    wait(page, lambda: find(page, "#grid button"))[0].click()
+    wait(page, lambda: find(page, "#down_values input, #down_values textarea"))
+    for name, axis, values in (("across", "guidance", "1, 2, 4"), ("down", "class", "three, 8")):
+        choose(page, name, axis)
+        find(page, f"#{name}_values input, #{name}_values textarea")[0].send_keys(values, "\ue004")
+    press(page)
+    pictures(page, 6, FRAMES if SHOWN_RUN else 3)
+    captions = [caption.text for caption in find(page, "#images-0 .caption-label")]
+    assert captions == [f"{name}, guidance {scale}" for name in ("three", "8") for scale in (1, 2, 4)]
+    tops = [image.location["y"] for image in find(page, "#images-0 img")]
+    assert len(set(tops[:3])) == len(set(tops[3:])) == 1
+    assert tops[0] < tops[3]
+    screenshot(page, "app_grid", tmp_path)
+
+
+@needs_browser
+def test_the_page_shows_how_far_the_sampling_is(page):
+    for name, value in (("num_images", "32"), ("steps", "300"), ("cfg_scale", "1")):
+        write(page, name, value)
+    press(page)
+    wait(page, lambda: "0 of 32 images, t = 0." in find(page, "body")[0].text)
+    pictures(page, 32, FRAMES)
+
+
+@needs_browser
+def test_names_that_hold_html_are_text(page):
+    choose(page, "classes", HTML)
+    write(page, "num_images", "1")
+    write(page, "classes", "<b>sevn</b>")
+    press(page)
+    wait(page, lambda: any("unknown class '<b>sevn</b>'" in toast.text for toast in find(page, TOAST)))
+    assert not find(page, f"{TOAST} b")
+    page.refresh()
+    wait(page, lambda: find(page, "#generate"))
+    press(page)
+    pictures(page)
+    assert find(page, "#images-0 .caption-label")[9].text == HTML
+    find(page, "#images-0 .thumbnail-item")[9].click()
+    wait(page, lambda: "000009" in find(page, "#command-0 .cm-content")[0].text)
+    assert page.title == "FlashDiT"
+    assert not find(page, "img[src=x]")
+
+
+@needs_browser
+@pytest.mark.parametrize(("name", "size"), [("app", DESKTOP), ("app_phone", PHONE)])
+def test_the_page_fits_a_desk_and_a_phone(page, tmp_path, name, size):
+    set_size(page, *size)
+    page.refresh()
+    wait(page, lambda: find(page, "#generate"))
+    press(page)
+    pictures(page, 10, FRAMES if SHOWN_RUN else 3)
+    screenshot(page, name, tmp_path)
+    find(page, "#images-0 .thumbnail-item")[1].click()
+    wait(page, lambda: "000001" in find(page, "#command-0 .cm-content")[0].text)
+    width = page.execute_script("return document.documentElement.scrollWidth")
+    assert width <= size[0]
+    for part in ("#generate", "#steps", "#images-0", "#command-0", "#film-0", "#download-0"):
+        box = find(page, part)[0].rect
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size[0]
+    assert find(page, "#images-0 .preview img")[0].rect["height"] > 100
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@needs_browser
 def test_another_seed_is_another_seed(page):
     seed = find(page, "#seed input")[0]
     assert seed.get_attribute("value") == "0"
@@ -276,9 +395,19 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, tmp_path
     monkeypatch.delitem(sys.modules, "flashdit.web.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"this requires the extra 'app': pip install 'flashdit\[app\]'"):
-        serve.launch(Studio({}, tmp_path), "127.0.0.1", 7860)
+        serve.launch(Studio({}, tmp_path, vae=None, max_work=1), None, "127.0.0.1", [])
 
 
 def test_a_port_that_cannot_be_is_named():
     with pytest.raises(ValueError, match="--port must be from 1 to 65535, got 0"):
         app.parse(["--port", "0"])
+
+
+@pytest.mark.parametrize("work", ["0", "-1", "nan"])
+def test_a_bound_that_allows_nothing_is_refused(work):
+    with pytest.raises(ValueError, match=f"--max-work must be positive, got {float(work)}"):
+        app.parse(["--max-work", work])
+
+
+def test_other_names_of_the_page_are_given_to_it():
+    assert app.parse(["--allow-host", "a.example", "b"]).allow_host == ["a.example", "b"]

@@ -1,47 +1,75 @@
-"""Serving the page with a stand-in for gradio: where it listens, and what goes with the process."""
+"""Serving the page: where it listens, and what goes with the process, however it ends."""
 
 import os
 import signal
 import socket
-import sys
-from types import SimpleNamespace
 
 import pytest
 
 from flashdit.web import serve
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """Returns what the page was launched with; ending it is what a terminated process does."""
-    given = {}
-
-    def end():
-        given["folder"] = next(folder for folder in given["studio"].folder.parent.glob("flashdit-app-*"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    page = SimpleNamespace(launch=lambda **options: given.update(options), block_thread=end)
-    layout = SimpleNamespace(CSS="", THEME=None, make_page=lambda studio: given.update(studio=studio) or page)
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "flashdit.web.page", layout)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    before = signal.getsignal(signal.SIGTERM)
-    yield given
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_the_page_listens_where_it_is_asked_to_and_its_folder_goes(
-    launched, tiny_checkpoint, capsys, tmp_path, monkeypatch
-):
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch, tmp_path):
+    """Keeps the temporary folders here, and puts the signals and the environment back."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    before = {name: signal.getsignal(getattr(signal, name)) for name in serve.ENDING}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", serve.ENDING)
+def test_the_folder_goes_with_the_process_whatever_ends_it(tiny_checkpoint, monkeypatch, tmp_path, name):
+    seen = []
+
+    def launch(studio, listener, host, allowed):
+        seen.extend((studio, studio.folder.exists(), listener.getsockname(), host, allowed))
+        os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(serve, "launch", launch)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(SystemExit) as exit_info:
-        serve.serve([str(tiny_checkpoint)], "127.0.0.1", port, "cpu", None, "ema")
+        serve.serve([str(tiny_checkpoint)], "127.0.0.1", port, "cpu", None, "ema", ["a.example"], 7.0)
     assert exit_info.value.code == 0
-    assert (launched["server_name"], launched["server_port"]) == ("127.0.0.1", port)
-    assert launched["share"] is False
-    assert capsys.readouterr().out.startswith(f"http://127.0.0.1:{port} ")
-    assert [name.rpartition(", ")[2] for name in launched["studio"].generators] == ["step 7"]
-    assert not launched["folder"].exists()
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    studio, *rest = seen
+    assert rest == [True, ("127.0.0.1", port), "127.0.0.1", ["a.example"]]
+    assert [name.rpartition(", ")[2] for name in studio.generators] == ["step 7"]
+    assert studio.max_work == 7
+    assert studio.is_closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(serve, "launch", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve.serve([str(tiny_checkpoint)], "127.0.0.1", port, "cpu", None, "ema", [], 7.0)
+
+
+def test_what_a_killed_page_left_is_removed_and_what_another_one_holds_is_not(tmp_path):
+    killed, foreign = tmp_path / "flashdit-app-killed", tmp_path / "flashdit-app-mine"
+    for folder in (killed, foreign):
+        (folder / "made").mkdir(parents=True)
+    (killed / serve.OWNER).touch()
+    with serve.own_folder() as first, serve.own_folder() as second:
+        assert first != second
+        assert first.exists()
+        assert second.exists()
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_a_port_is_held_while_the_models_are_loaded(tiny_checkpoint, monkeypatch):
+    def load(*_):
+        with pytest.raises(ValueError, match="must be free to listen on"):
+            serve.listen("127.0.0.1", port)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr(serve, "load_generators", load)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(ValueError, match="loaded"):
+        serve.serve([str(tiny_checkpoint)], "127.0.0.1", port, "cpu", None, "ema", [], 7.0)
