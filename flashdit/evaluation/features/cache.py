@@ -70,7 +70,7 @@ class FeatureCache:
         path = self._path(key, part)
         whole = {name: value.contiguous() for name, value in tensors.items()}
         try:
-            write_atomically(path, lambda temporary: save_file(whole, temporary), contested=True)
+            write_atomically(path, lambda temporary: save_file(whole, temporary))
         except (OSError, SafetensorError) as error:
             logger.warning("features cannot be kept in %s: %s", path, error)
 
