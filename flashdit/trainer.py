@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -12,11 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from torch import Tensor
 
 from flashdit.config import RunConfig
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentSpace
+from flashdit.data.sources import DATASETS
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
@@ -24,6 +28,7 @@ from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
+from flashdit.models.attention import ATTENTIONS
 from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
@@ -32,7 +37,8 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
-from flashdit.shared.runs import LATENTS, list_checkpoints
+from flashdit.shared.registry import Registry
+from flashdit.shared.runs import LATENTS, list_checkpoints, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -107,6 +113,7 @@ class FlashDiTTask(Task):
     """
 
     fixed_on_resume = ("seed", "data.", "latents.", "model.", "flow.")
+    by_content = ("data.path", "latents.vae")
     model: FlashDiT
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
@@ -209,6 +216,32 @@ class FlashDiTTask(Task):
         self._holding(average).save_pretrained(folder / "ema")
         self.space.save(folder / LATENTS)
 
+    @staticmethod
+    def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a plain configuration with the defaults of data set, model, attention and times."""
+        if not config:
+            return {}
+        arguments = inspect.signature(FlashDiT.__init__).parameters.values()
+        defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
+        model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML
+        model["attention"] = _filled(ATTENTIONS, model["attention"])
+        flow = {**config.get("flow", {})}
+        flow["times"] = _filled(TIMES, flow.get("times"))
+        return {**config, "data": _filled(DATASETS, config.get("data")), "model": model, "flow": flow}
+
+    def contents(self) -> dict[str, Any]:
+        """Returns what the data set's files and the VAE are, wherever they lie."""
+        identity = getattr(self.data, "identity", None)
+        vae = self.space.identity if self.space.vae is not None else None
+        return {"data.path": identity() if identity is not None else None, "latents.vae": vae}
+
+    def known_contents(self, checkpoint: Path) -> dict[str, Any]:
+        """Returns the classes and the VAE that a checkpoint names."""
+        names = read_state(checkpoint).get("class_names")
+        with safe_open(checkpoint / LATENTS, "pt") as file:
+            vae = json.loads(file.metadata()["space"])["identity"]
+        return {"data.path": {"classes": names}, "latents.vae": vae}
+
     def state(self) -> dict[str, Any]:
         """Returns what sampling needs to know of the run."""
         return {
@@ -216,6 +249,15 @@ class FlashDiTTask(Task):
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
         }
+
+
+def _filled(registry: Registry, spec: Any) -> Any:
+    """Returns the spec of a part with all its options, or as it is where it cannot be understood any more."""
+    try:
+        name, options = registry.options(spec)
+    except ValueError:
+        return spec
+    return {"name": name, **json.loads(json.dumps(asdict(options)))}
 
 
 def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
@@ -230,7 +272,7 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
     Raises:
         ValueError: If data, model and run folder do not fit together.
     """
-    accelerator = start_run(config, FlashDiTTask.fixed_on_resume)
+    accelerator = start_run(config, FlashDiTTask)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)
     return TrainingLoop(config, task, accelerator)

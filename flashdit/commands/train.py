@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(config.load(arguments.config, arguments.overrides))
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    run_dir = trainer.fit()
-    if trainer.accelerator.is_main_process:
-        print(f"trained to step {trainer.step}: {run_dir}")
+    trainer.fit()
+    if trainer.main:
+        print(trainer.outcome)
     trainer.accelerator.end_training()

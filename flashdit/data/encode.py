@@ -50,7 +50,9 @@ def open_latents(
     latents = encode_source(vae, source, mirrored=False, progress=progress)
     mirrored = encode_source(vae, source, mirrored=True, progress=progress) if source.mirrors else None
     space = LatentSpace(*channel_statistics(latents), options, vae)
-    return MemoryLatents(latents, mirrored, source.labels, source.class_names), space
+    encoded = MemoryLatents(latents, mirrored, source.labels, source.class_names)
+    encoded.identity = getattr(source, "identity", None)
+    return encoded, space
 
 
 def check_vae(source: LatentShards, space: LatentSpace) -> None:

@@ -13,17 +13,24 @@ from typing import NamedTuple
 
 from flashdit.shared.registry import unknown
 
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a command's `main`; what a user can cause ends it with one sentence instead of a traceback.
 
+    A Ctrl-C ends it with exit status 130; commands that can go on later have kept what is finished.
     `FLASHDIT_TRACEBACK=1` shows the traceback, for those who search for a bug of ours.
     """
     try:
         main()
     except BrokenPipeError:  # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FLASHDIT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -17,23 +18,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.locks import only_writer
 from flashdit.shared.process import AUTOCAST, float32_products
-from flashdit.shared.runs import list_checkpoints, read_state, step_folder
+from flashdit.shared.progress import progress_bar
+from flashdit.shared.readers import read_batches
+from flashdit.shared.runs import list_checkpoints, step_folder
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
-from flashdit.shared.weights import read_tensors
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
-from flashdit.training.batches import make_loader, positions
-from flashdit.training.checkpoint import check_room, prune, write_checkpoint
+from flashdit.training.batches import as_batch, positions
+from flashdit.training.checkpoint import Saved, check_room, prune, write_checkpoint
 from flashdit.training.ema import Ema
-from flashdit.training.guard import SkipGuard, TermSignal
+from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.profiles import Profile
-from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
+from flashdit.training.resume import check_contents, main_first, newest_whole, open_run_folder, write_contents
+from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, write_snapshots
 from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
-from flashdit.training.task import Task, Tensors
+from flashdit.training.task import PeriodicAction, Task, Tensors
 from flashdit.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ class TrainingLoop(Generic[AnyTask]):
 
     Attributes:
         step: Optimiser steps made.
+        stopped_by: The signal that ended `fit` before its last step; None where none did.
         images_seen: Images that they took, over all processes.
         model: The task's model; `network` is the same one as Accelerate wraps it.
         ema: The averages of its weights.
@@ -64,6 +69,8 @@ class TrainingLoop(Generic[AnyTask]):
         self.run_dir, self.config_text = Path(config.run.dir), to_yaml(config)
         check_room(self.run_dir, self.model, len(config.ema.power_widths))
         self.step = self.images_seen = 0
+        self.stopped_by: str | None = None
+        self.known = list_checkpoints(self.run_dir)
         self.guard = SkipGuard(config.training.max_skips)
         forward = task.forward_flops()
         self.flops_per_image = None if forward is None else 3 * forward  # the backward pass counts twice
@@ -71,8 +78,12 @@ class TrainingLoop(Generic[AnyTask]):
         self._prepare()
         rank_seed = generator_for(config.seed, "rank", accelerator.process_index).initial_seed()
         torch.manual_seed(rank_seed)  # drop path and the like differ from process to process
-        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
-            self._resume(checkpoint)
+        self.resumed_from: Path | None = None
+        found = newest_whole(self.run_dir, accelerator)
+        if found is not None:
+            self.resumed_from, saved = found
+            main_first(accelerator, lambda: check_contents(found[0], self.config_text, task))
+            self._resume(saved)
 
     def _prepare(self) -> None:
         """Compiles, wraps and moves the model, and makes optimiser and averages."""
@@ -88,19 +99,16 @@ class TrainingLoop(Generic[AnyTask]):
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, saved: Saved) -> None:
         """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
-        state = read_state(checkpoint)
+        state, states = saved.state, saved.processes
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        load_model_state(self.model, read_tensors(checkpoint / "model"))
-        tracks = read_tracks(checkpoint / TRACKS)
-        self.ema.load(read_tensors(checkpoint / "ema"), state["ema_updates"], tracks)
-        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer.optimizer, saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        states = torch.load(checkpoint / "processes.pt", weights_only=True)
+        load_model_state(self.model, saved.model)
+        self.ema.load(saved.ema, state["ema_updates"], saved.tracks)
+        load_optimizer_state(self.model, self.optimizer.optimizer, saved.optimizer["optimizer"])
+        if self.accelerator.scaler is not None and saved.optimizer["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if len(states) != processes and self.main:
             logger.info("resumed with %d processes, was %d; images seen go on", processes, len(states))
@@ -112,24 +120,74 @@ class TrainingLoop(Generic[AnyTask]):
             self.meter.load(states[rank]["meter"])
 
     def fit(self) -> Path:
-        """Trains to `training.steps`, or until SIGTERM, and returns the run's folder.
+        """Trains to `training.steps`, or until a signal ends it, and returns the run's folder.
 
-        While it runs, float32 products follow `training.tf32`.
+        While it runs, no other process may train in the folder, and float32 products follow `training.tf32`.
+
+        Raises:
+            ValueError: If another process trains in the folder, or has done so since this run was opened.
         """
-        training = self.config.training
-        if self.step >= training.steps:
-            logger.info("%s is already at step %d of %d", self.run_dir, self.step, training.steps)
+        if self.step >= self.config.training.steps:
+            logger.info(
+                "%s is already at step %d of %d", *(self.run_dir, self.step, self.config.training.steps)
+            )
             return self.run_dir
-        if self.main:
+        with ExitStack() as stack:
+            main_first(self.accelerator, lambda: stack.enter_context(self._opened()))
+            self._make_steps()
+        return self.run_dir
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Makes the run's folder ready, with this process as its only writer."""
+        with only_writer(self.run_dir):
+            if any(path not in self.known for path in list_checkpoints(self.run_dir)):
+                raise ValueError(f"{self.run_dir} was trained by another process meanwhile: start again")
+            open_run_folder(self.run_dir, self.step)
+            write_contents(self.run_dir, self.task.contents())
             write_atomically(self.run_dir / "config.yaml", lambda path: path.write_text(self.config_text))
             drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
+            logger.info(self._about())
+            try:
+                yield
+            finally:
+                self.tracker.close()
+
+    def _about(self) -> str:
+        """Returns in a line what is trained, where and how."""
+        training, classes = self.config.training, self.task.state().get("class_names")
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        places = (
+            f"{self.accelerator.num_processes} processes on " if self.accelerator.num_processes > 1 else ""
+        )
+        data = f"{self.task.images_per_epoch:,} images" + (f" in {len(classes)} classes" if classes else "")
+        begins = f"goes on after step {self.step:,}" if self.resumed_from else "new run"
+        return (
+            f"{self.run_dir}: {begins}, to step {training.steps:,}; {parameters:,} parameters in "
+            f"{training.precision} on {places}{self.device}; {data}"
+        )
+
+    @property
+    def outcome(self) -> str:
+        """What `fit` came to, in a sentence."""
+        if self.stopped_by is None:
+            return f"trained to step {self.step}: {self.run_dir}"
+        steps = self.config.training.steps
+        how = "run the same command again to go on"
+        return f"stopped at step {self.step} of {steps} by {self.stopped_by}: {how}"
+
+    def _make_steps(self) -> None:
+        """Makes the steps that are left, or fewer if a signal comes."""
+        training = self.config.training
         self.network.train()
-        batches = self._batches()  # before signals are handled, which processes that read would inherit
-        bar = tqdm(total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main)
+        batches = self._batches()
+        bar = progress_bar(
+            total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main
+        )
         switches = float32_products(tf32=training.tf32), blocks_compiled_whole(training.compile)
-        with switches[0], switches[1], TermSignal() as term, bar:
+        with switches[0], switches[1], StopSignals(speaks=self.main) as stop, bar:
             if self.flops_per_image:
                 self.meter.peak_flops = matmul_peak(
                     self.device, AUTOCAST[training.precision] or torch.float32
@@ -137,12 +195,11 @@ class TrainingLoop(Generic[AnyTask]):
             self.meter.start_clock(self.images_seen)
             ended = False
             while self.step < training.steps and not ended:
-                ended = self._make_step(batches, term)
+                ended = self._make_step(batches, stop)
                 bar.update()
-                self._after_step(bar, ended)
-        if self.main:
-            self.tracker.close()
-        return self.run_dir
+                ended = self._after_step(bar, stop, ended)
+            if ended and self.step < training.steps:
+                self.stopped_by = stop.received or "a signal to another process"
 
     def _batches(self) -> Iterator[Tensors]:
         """Returns this process's batches from where the run stands to its end."""
@@ -150,13 +207,21 @@ class TrainingLoop(Generic[AnyTask]):
         rank, processes = accelerator.process_index, accelerator.num_processes
         share, updates = share_of_batch(training, processes), training.steps - self.step
         taken = positions(self.images_seen, updates, share, training.accumulation, rank, processes)
-        return iter(make_loader(self.task.examples, taken, training.workers, self.device.type == "cuda"))
+        return read_batches(
+            self.task.examples,
+            training.workers,
+            batch_sampler=taken,
+            collate_fn=as_batch,
+            pin_memory=self.device.type == "cuda",  # from which a GPU copies without waiting
+            persistent_workers=training.workers > 0,
+            generator=torch.Generator(),  # its own: the global one stays where a resume would find it
+        )
 
-    def _make_step(self, batches: Iterator[Tensors], term: TermSignal) -> bool:
+    def _make_step(self, batches: Iterator[Tensors], stop: StopSignals) -> bool:
         """Makes one optimiser step from its accumulated batches, or skips it on every process.
 
         Returns:
-            Whether the run ends here because a process received SIGTERM.
+            Whether the run ends here because a process received a signal.
         """
         accelerator, accumulation = self.accelerator, self.config.training.accumulation
         self.step += 1
@@ -178,7 +243,7 @@ class TrainingLoop(Generic[AnyTask]):
         norm = whole_norm(
             accelerator.clip_grad_norm_(self.network.parameters(), math.inf if limit is None else limit)
         )
-        grad_norm, ended = self._wait(norm, term)
+        grad_norm, ended = self._wait(norm, stop)
         finite = math.isfinite(grad_norm)
         if finite or accelerator.scaler is not None:  # fp16's scaler skips by itself, and lowers its scale
             self.optimizer.step()
@@ -188,7 +253,7 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.add("grad_norm", norm)
         self.meter.end_step(finite)
         self.guard.record(finite, self.step, grad_norm)
-        return ended or (accelerator.num_processes == 1 and term.received)
+        return ended or (accelerator.num_processes == 1 and stop.received is not None)
 
     def _forward(self, *arguments: Any, **named: Any) -> Tensor:
         """Runs the network in the run's precision."""
@@ -202,14 +267,14 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.waited_s += time.perf_counter() - started
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _wait(self, norm: Tensor, term: TermSignal) -> tuple[float, bool]:
+    def _wait(self, norm: Tensor, stop: StopSignals) -> tuple[float, bool]:
         """Waits for the device, once a step: returns the gradient's norm, and whether all are to end here.
 
-        All processes must end at the same step, so they exchange whether one of them received SIGTERM.
+        All processes must end at the same step, so they exchange whether one of them received a signal.
         """
         if self.accelerator.num_processes == 1:
             return norm.item(), False
-        received = torch.full((), float(term.received), device=self.device)
+        received = torch.full((), float(stop.received is not None), device=self.device)
         received = cast(Tensor, self.accelerator.reduce(received, "sum"))
         grad_norm, ending = torch.stack([norm.float(), received]).tolist()
         return grad_norm, ending > 0
@@ -218,23 +283,44 @@ class TrainingLoop(Generic[AnyTask]):
         """Returns whether what is done every so many steps, and after the last, is due now."""
         return every > 0 and (self.step == self.config.training.steps or self.step % every == 0)
 
-    def _after_step(self, bar: tqdm, ended: bool) -> None:
-        """Evaluates, logs and saves where the step is one for it; a run that ends here is saved."""
+    def _after_step(self, bar: tqdm, stop: StopSignals, ended: bool) -> bool:
+        """Evaluates, logs and saves where the step is one for it; a run that ends here is saved.
+
+        Returns:
+            Whether the run ends here.
+        """
         training = self.config.training
-        actions = [action for action in self.task.actions if self._due(action.every)]
-        save = ended or self._due(training.save_every)
+        actions = [] if ended else [action for action in self.task.actions if self._due(action.every)]
         snapshot = self.step % self.config.ema.snapshot_every == 0
-        average = self.ema.state() if save or actions else {}
+        average = self.ema.state() if actions else {}
+        numbers, ended = self._act(actions, average, stop, ended)
+        save = ended or self._due(training.save_every)
+        average = self.ema.state() if save and not actions else average
         tracks = self.ema.tracks_state() if save or snapshot else {}
         if snapshot and self.main:
             write_snapshots(self.run_dir / SNAPSHOTS, self.step, tracks)
-        numbers: dict[str, float] = {}
-        for action in actions:
-            numbers |= action.run(self.step, average)
-        if actions or self._due(training.log_every):
-            bar.set_postfix(self._log(numbers))
+        if numbers or self._due(training.log_every):
+            bar.set_postfix(self._log(numbers), refresh=False)
         if save:
             self._save(average, tracks)
+        return ended
+
+    def _act(
+        self, actions: list[PeriodicAction], average: Tensors, stop: StopSignals, ended: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Runs actions; returns their numbers, and whether a signal ended one or the run ended before.
+
+        With several processes an action runs to its end, since they exchange values within it.
+        """
+        numbers: dict[str, float] = {}
+        try:
+            for action in actions:
+                with stop.ending(self.accelerator.num_processes == 1):
+                    numbers |= action.run(self.step, average)
+        except Stopped:
+            logger.info("the previews and scores of step %d are left out", self.step)
+            return numbers, True
+        return numbers, ended
 
     def _log(self, numbers: dict[str, float]) -> dict[str, str]:
         """Writes the means since the last record and returns what the progress bar shows."""

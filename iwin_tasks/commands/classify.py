@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = ClassifierTrainer(config)
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    run_dir = trainer.fit()
-    if trainer.main and trainer.task.accuracy is not None:
-        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.task.accuracy}")
+    trainer.fit()
+    if trainer.main:
+        accuracy = trainer.task.accuracy
+        print(
+            trainer.outcome + (f", EMA {accuracy}" if accuracy is not None and not trainer.stopped_by else "")
+        )
     trainer.accelerator.end_training()

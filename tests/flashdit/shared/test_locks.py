@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,9 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_p
     process, child = holder
     who = f"process {process.pid} on host {socket.gethostname()}"
     for check in (lambda path: only_writer(path).__enter__(), check_free):
-        with pytest.raises(ValueError, match=re.escape(f"out must have one writer at a time, it is written by {who}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"out must have one writer at a time, it is written by {who}")
+        ):
             check(tmp_path / "out")
     process.kill()
     process.wait()
@@ -60,7 +61,10 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_p
 def test_a_file_is_locked_beside_it(tmp_path):
     with only_writer(tmp_path / "a" / "f.json", is_file=True):
         assert [path.name for path in (tmp_path / "a").iterdir()] == [".f.json.lock"]
-        with pytest.raises(ValueError, match="one writer at a time"), only_writer(tmp_path / "a" / "f.json", is_file=True):
+        with (
+            pytest.raises(ValueError, match="one writer at a time"),
+            only_writer(tmp_path / "a" / "f.json", is_file=True),
+        ):
             pass
         with only_writer(tmp_path / "a" / "g.json", is_file=True):
             pass
