@@ -120,7 +120,7 @@ class LatentShards:
         return self.manifest["vae_identity"] if self.manifest else None
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the shards are known by: classes, names, and the manifest's checksums or else sizes."""
+        """Returns what the shards are known by: classes, names, and checksums or else sizes."""
         listed = {shard["file"]: shard["sha256"] for shard in (self.manifest or {}).get("shards", ())}
         files = {path.name: listed.get(path.name, path.stat().st_size) for path in self.paths}
         return {"classes": self.class_names, "files": files}

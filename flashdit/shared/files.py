@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                     raise
             else:
                 os.replace(content, path)
-            _sync(path.parent)
+            sync(path.parent)
         if is_folder:
             discard(old)
 
@@ -59,7 +59,7 @@ def discard(path: Path) -> None:
     """Removes a file or folder that a kill leaves whole, or as a temporary one that `mend` removes."""
     with _temporary_folder(path) as folder, suppress(FileNotFoundError):  # another process was faster
         os.replace(path, folder / path.name)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def mend(folder: Path, name: str | None = None) -> None:
@@ -128,10 +128,10 @@ def _settle_on_disk(path: Path) -> None:
     for part in [path, *path.rglob("*")]:
         if part.is_file() and not part.is_symlink():
             part.chmod(0o666 & ~umask)
-        _sync(part)
+        sync(part)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

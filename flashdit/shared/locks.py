@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 try:
     import fcntl
@@ -25,7 +26,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # EBADF:
 class _Descriptor:
     """An open file that processes forked from this one close, so that they do not keep its lock."""
 
-    opened: weakref.WeakSet[_Descriptor] = weakref.WeakSet()
+    opened: ClassVar[weakref.WeakSet[_Descriptor]] = weakref.WeakSet()
 
     def __init__(self, path: Path, flags: int):
         self.number: int | None = os.open(path, flags, 0o666)

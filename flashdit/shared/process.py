@@ -28,8 +28,8 @@ def check_processes(num_processes: int) -> None:
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started > num_processes:
         raise ValueError(
-            f"the launcher's {started} processes (WORLD_SIZE) must work together, this one knows of {num_processes}: "
-            "start it without a launcher, or check the launcher's configuration"
+            f"the launcher's {started} processes (WORLD_SIZE) must work together, this one knows of "
+            f"{num_processes}: start it without a launcher, or check its configuration"
         )
 
 

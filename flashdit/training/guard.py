@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 LAUNCHED = "TORCHELASTIC_RUN_ID"
 ECHO_S = 5.0
-"""Seconds in which a launcher hands a Ctrl-C on that a terminal has sent to all processes itself: one, not two."""
+"""Seconds in which a launcher hands on a Ctrl-C that the terminal has sent to all processes itself."""
 
 
 class SkipGuard:
