@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdit.data.autoencoders import encode_images, load_vae, vae_factor
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
 from flashdit.shared.process import computing_in
+from flashdit.shared.progress import progress_bar
 from flashdit.shared.seeds import generator_for
 
 BATCH = 64
@@ -69,7 +69,9 @@ def encode_source(vae: AutoencoderKL, source: PixelSource, mirrored: bool, progr
     """Returns the VAE latents (N, C, H, W) of all images of a source, on the CPU."""
     encoded = []
     batches = torch.arange(len(source.labels)).split(BATCH)
-    for rows in tqdm(batches, "encode", unit="batch", leave=False, disable=None if progress else True):
+    for rows in progress_bar(
+        batches, desc="encode", unit="batch", leave=False, disable=None if progress else True
+    ):
         images = torch.stack([source.image(int(row)) for row in rows])
         encoded.append(encode_images(vae, images.flip(-1) if mirrored else images).cpu())
     return torch.cat(encoded)

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flashdit.shared.registry import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -86,6 +89,18 @@ def need_extra(module: str, extra: str) -> ModuleType:
         raise ValueError(
             f"this requires the extra '{extra}': pip install 'flashdit[{extra}]' ({error})"
         ) from error
+
+
+def open_console() -> Console:
+    """Returns rich's console; where its reader has read enough, the command ends as `run_script` has it."""
+    from rich.console import Console
+
+    class QuietConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Leaves it to `run_script`, where rich would exit with status 1."""
+            raise BrokenPipeError
+
+    return QuietConsole()
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -109,7 +109,7 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
             descriptor.close()
 
 
-def check_free(folder: Path) -> None:
+def check_no_writer(folder: Path) -> None:
     """Raises ValueError if another process writes a folder; it need not exist."""
     if (folder / LOCK).exists():
         with only_writer(folder):

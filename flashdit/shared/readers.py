@@ -12,8 +12,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-NAMES = ("SIGINT", "SIGHUP", "SIGUSR1", *(("SIGTERM",) if hasattr(signal, "sigwaitinfo") else ()))
-LEFT_TO_PARENT = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
+LEFT_TO_PARENT = {
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", *(("SIGTERM",) if hasattr(signal, "sigwaitinfo") else ()))
+    if hasattr(signal, name)
+}
 """What a terminal or a scheduler sends to all processes of a job; workers that died of it would end a run
 before it is saved."""
 

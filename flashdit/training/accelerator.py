@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flashdit.shared.files import mend
-from flashdit.shared.locks import check_free
+from flashdit.shared.locks import check_no_writer
 from flashdit.shared.process import AUTOCAST, check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
@@ -44,7 +44,7 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     share_of_batch(config.training, accelerator.num_processes)
 
     def check_folder() -> None:
-        check_free(run_dir)
+        check_no_writer(run_dir)
         mend(run_dir / "checkpoints")
         for checkpoint in list_checkpoints(run_dir)[-1:]:
             for line in check_unchanged(checkpoint, to_yaml(config), task):

@@ -155,7 +155,7 @@ def check_contents(checkpoint: Path, config_text: str, task: Task) -> None:
         if kept is None or now is None:
             difference = f"it is {texts[1]}, was {texts[0]}"
         else:
-            difference = differences(kept, now)
+            difference = difference_in_words(kept, now)
         if difference:
             rule = f"{run_dir} holds a run on another {key}"
             raise ValueError(f"{rule}: {difference}; give another run.dir, or what it was")
@@ -182,7 +182,7 @@ def write_contents(run_dir: Path, contents: Mapping[str, Any]) -> None:
         write_atomically(run_dir / CONTENTS, lambda path: path.write_bytes(text))
 
 
-def differences(before: Any, now: Any) -> str:
+def difference_in_words(before: Any, now: Any) -> str:
     """Returns in words how contents differ, empty where they do not.
 
     Args:

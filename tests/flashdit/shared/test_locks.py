@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flashdit.shared.locks import LOCK, check_free, only_writer
+from flashdit.shared.locks import LOCK, check_no_writer, only_writer
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -45,7 +45,7 @@ def holder(tmp_path):
 def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_path, holder):
     process, child = holder
     who = f"process {process.pid} on host {socket.gethostname()}"
-    for check in (lambda path: only_writer(path).__enter__(), check_free):
+    for check in (lambda path: only_writer(path).__enter__(), check_no_writer):
         with pytest.raises(
             ValueError, match=re.escape(f"out must have one writer at a time, it is written by {who}")
         ):
@@ -72,8 +72,8 @@ def test_a_file_is_locked_beside_it(tmp_path):
 
 
 def test_a_free_folder_is_left_alone(tmp_path):
-    check_free(tmp_path / "absent")
-    check_free(tmp_path)
+    check_no_writer(tmp_path / "absent")
+    check_no_writer(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
