@@ -87,13 +87,13 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(tmp_path):
 
 SLOW_SAVE = """
 import sys, time
-from flashdit.training import loop
+from flashdit.training import position
 from flashdit.commands import train
 from flashdit.shared.command import run_script
 def slow(*arguments):
     print("saving", flush=True)
     time.sleep(60)
-loop.write_checkpoint = slow
+position.write_checkpoint = slow
 run_script(lambda: train.main(sys.argv[1:]))
 """
 

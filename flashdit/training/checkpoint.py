@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -155,3 +156,15 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
             f"run.dir needs room for two checkpoints, {needed / gib:.2f} GiB, "
             f"got {free / gib:.2f} GiB free for {run_dir}"
         )
+
+
+def stored_config(checkpoint: Path) -> dict[str, Any]:
+    """Returns the configuration that a checkpoint or else its run holds; empty where neither does."""
+    for path in (checkpoint / "config.yaml", checkpoint.parent.parent / "config.yaml"):
+        try:
+            stored = yaml.safe_load(path.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(stored, dict):
+            return stored
+    return {}

@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,21 +21,21 @@ from flashdit.shared.locks import only_writer
 from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import read_batches
-from flashdit.shared.runs import list_checkpoints, step_folder
+from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
 from flashdit.training.batches import as_batch, positions
-from flashdit.training.checkpoint import Saved, check_room, prune, write_checkpoint
+from flashdit.training.checkpoint import check_room
+from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, share_of_batch
-from flashdit.training.profiles import Profile
-from flashdit.training.resume import check_contents, main_first, newest_whole, open_run_folder, write_contents
-from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, write_snapshots
-from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
+from flashdit.training.position import restore, save_checkpoint, what_is_trained
+from flashdit.training.resume import main_first, newest_whole, open_run_folder
+from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from flashdit.training.tracking import Tracker
 
@@ -83,7 +82,7 @@ class TrainingLoop(Generic[AnyTask]):
         if found is not None:
             self.resumed_from, saved = found
             main_first(accelerator, lambda: check_contents(found[0], self.config_text, task))
-            self._resume(saved)
+            restore(self, saved)
 
     def _prepare(self) -> None:
         """Compiles, wraps and moves the model, and makes optimiser and averages."""
@@ -98,26 +97,6 @@ class TrainingLoop(Generic[AnyTask]):
         optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
-
-    def _resume(self, saved: Saved) -> None:
-        """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
-        state, states = saved.state, saved.processes
-        self.step, self.images_seen = state["step"], state["images_seen"]
-        self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        load_model_state(self.model, saved.model)
-        self.ema.load(saved.ema, state["ema_updates"], saved.tracks)
-        load_optimizer_state(self.model, self.optimizer.optimizer, saved.optimizer["optimizer"])
-        if self.accelerator.scaler is not None and saved.optimizer["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if len(states) != processes and self.main:
-            logger.info("resumed with %d processes, was %d; images seen go on", processes, len(states))
-        if rank < len(states):
-            torch.set_rng_state(states[rank]["cpu"])
-            if self.device.type == "cuda" and "cuda" in states[rank]:
-                torch.cuda.set_rng_state(states[rank]["cuda"], self.device)
-        if len(states) == processes:
-            self.meter.load(states[rank]["meter"])
 
     def fit(self) -> Path:
         """Trains to `training.steps`, or until a signal ends it, and returns the run's folder.
@@ -149,25 +128,11 @@ class TrainingLoop(Generic[AnyTask]):
             drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
-            logger.info(self._about())
+            logger.info(what_is_trained(self))
             try:
                 yield
             finally:
                 self.tracker.close()
-
-    def _about(self) -> str:
-        """Returns in a line what is trained, where and how."""
-        training, classes = self.config.training, self.task.state().get("class_names")
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        places = (
-            f"{self.accelerator.num_processes} processes on " if self.accelerator.num_processes > 1 else ""
-        )
-        data = f"{self.task.images_per_epoch:,} images" + (f" in {len(classes)} classes" if classes else "")
-        begins = f"goes on after step {self.step:,}" if self.resumed_from else "new run"
-        return (
-            f"{self.run_dir}: {begins}, to step {training.steps:,}; {parameters:,} parameters in "
-            f"{training.precision} on {places}{self.device}; {data}"
-        )
 
     @property
     def outcome(self) -> str:
@@ -302,7 +267,7 @@ class TrainingLoop(Generic[AnyTask]):
         if numbers or self._due(training.log_every):
             bar.set_postfix(self._log(numbers), refresh=False)
         if save:
-            self._save(average, tracks)
+            save_checkpoint(self, average, tracks)
         return ended
 
     def _act(
@@ -344,34 +309,3 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.start_clock(self.images_seen)
         shown = {"epoch": f"{record['epoch']:.2f}", "images/s": f"{record['images_per_s']:.0f}"}
         return shown | {name: f"{record[name]:.4f}" for name in ("loss", *numbers) if name in record}
-
-    def _save(self, average: Tensors, tracks: dict[Profile, Tensors]) -> None:
-        """Writes a checkpoint; every process calls it, the main one writes."""
-        mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "meter": self.meter.state()}
-        if self.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(self.device)
-        processes = gather_object([mine])
-        weights = model_state(self.model)
-        scaler = self.accelerator.scaler
-        optimizer = {
-            "optimizer": optimizer_state(self.model, self.optimizer.optimizer),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        position = {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "ema_updates": self.ema.updates,
-            "skipped": self.guard.skipped,
-            "skipped_in_a_row": self.guard.in_a_row,
-        }
-        if self.main:
-
-            def write_models(folder: Path) -> None:
-                self.task.write_models(folder, weights, average)
-                write_snapshots(folder / TRACKS, self.step, tracks)
-
-            state = position | self.task.state()
-            folder = step_folder(self.run_dir, self.step)
-            write_checkpoint(folder, write_models, optimizer, processes, self.config_text, state)
-            prune(self.run_dir, self.config.training.keep_last, self.config.training.keep_every)
-        self.accelerator.wait_for_everyone()
