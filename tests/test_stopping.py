@@ -26,7 +26,7 @@ LONG = [
 ]
 TRAIN = [sys.executable, "train.py"]
 LAUNCH_2 = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"),
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     "train.py",
 ]
 

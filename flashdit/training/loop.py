@@ -33,7 +33,7 @@ from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, share_of_batch
-from flashdit.training.position import restore, save_checkpoint, what_is_trained
+from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
 from flashdit.training.resume import main_first, newest_whole, open_run_folder
 from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -82,7 +82,7 @@ class TrainingLoop(Generic[AnyTask]):
         if found is not None:
             self.resumed_from, saved = found
             main_first(accelerator, lambda: check_contents(found[0], self.config_text, task))
-            restore(self, saved)
+            restore_run(self, saved)
 
     def _prepare(self) -> None:
         """Compiles, wraps and moves the model, and makes optimiser and averages."""

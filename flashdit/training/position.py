@@ -35,7 +35,7 @@ def what_is_trained(loop: TrainingLoop) -> str:
     )
 
 
-def restore(loop: TrainingLoop, saved: Saved) -> None:
+def restore_run(loop: TrainingLoop, saved: Saved) -> None:
     """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
     state, states = saved.state, saved.processes
     loop.step, loop.images_seen = state["step"], state["images_seen"]

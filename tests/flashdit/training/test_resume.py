@@ -5,19 +5,21 @@ import json
 import logging
 import os
 import shutil
+import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from flashdit import config
 from flashdit.shared.locks import only_writer
+from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
-from flashdit.training.accelerator import make_accelerator
 from flashdit.training.contents import difference_in_words
 from flashdit.training.guard import StopSignals
-from flashdit.training.options import TrainingOptions
+from flashdit.training.task import PeriodicAction
 
 
 def trainer(overrides, *more):
@@ -96,7 +98,7 @@ def test_moved_data_and_defaults_that_are_written_out_are_the_same(
     trainer(tiny_overrides, "training.steps=2").fit()
     moved = move_data(tiny_shards, tmp_path)
     os.utime(next(moved.glob("*.safetensors")))
-    written = ("data.mirrors=true", "model.class_dropout_prob=0.1", "model.qk_norm=false")
+    written = ("data.mirrors=true", "model.qk_norm=false", "model.attention.kernel=3")
     with caplog.at_level("INFO"):
         run = trainer(tiny_overrides, f"data.path={moved}/", *written)
     assert run.step == 2
@@ -136,7 +138,7 @@ def image_run(tmp_path):
         Image.fromarray(torch.randint(256, (16, 16, 3), generator=draws).byte().numpy()).save(path)
     return [
         *(f"run.dir={tmp_path / 'run'}", "data.name=images", "data.image_size=16", "latents.vae=digits"),
-        *("model.num_classes=2", "model.sample_size=4", "model.hidden_size=16", "model.depth=1"),
+        *("model.num_classes=2", "model.sample_size=8", "model.hidden_size=16", "model.depth=1"),
         *("training.steps=2", "training.global_batch_size=4", "training.preview_every=0"),
     ]
 
@@ -194,8 +196,6 @@ def test_a_run_that_another_process_trains_is_refused(tiny_overrides, tmp_path):
 
 def test_the_precision_that_changed_is_said(tiny_overrides, caplog):
     trainer(tiny_overrides, "training.steps=2").fit()
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     with caplog.at_level("INFO"):
         trainer(tiny_overrides, "training.precision=bf16")
@@ -217,8 +217,9 @@ def test_variables_of_a_launcher_change_no_update_and_are_told(tiny_overrides, t
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
     with pytest.raises(ValueError, match=r"launcher's 2 processes \(WORLD_SIZE\) must work together"):
-        make_accelerator(TrainingOptions())
+        check_processes(1)
 
 
 def test_a_start_says_what_is_trained(tiny_overrides, tmp_path, caplog):
@@ -234,12 +235,10 @@ def test_a_start_says_what_is_trained(tiny_overrides, tmp_path, caplog):
 
 
 def test_a_signal_within_an_evaluation_ends_it_and_saves(tiny_overrides, tmp_path):
-    from flashdit.training.task import PeriodicAction
-
     run = trainer(tiny_overrides, "training.save_every=100")
 
     def long_evaluation(step, average):
-        os.kill(os.getpid(), __import__("signal").SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
         raise AssertionError("the evaluation went on")
 
     run.task.actions = [PeriodicAction(every=3, run=long_evaluation)]
@@ -249,8 +248,6 @@ def test_a_signal_within_an_evaluation_ends_it_and_saves(tiny_overrides, tmp_pat
 
 
 def test_signals_that_a_platform_lacks_are_left_out(monkeypatch):
-    import signal
-
     monkeypatch.delattr(signal, "SIGUSR1")
     with StopSignals() as stop:
         assert set(stop.previous) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
