@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
-from flashdit.data.latents import LatentSpace
+from flashdit.data.latents import LatentOptions, LatentSpace
+from flashdit.data.sources import DATASETS
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
@@ -24,6 +27,7 @@ from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
+from flashdit.models.attention import ATTENTIONS
 from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
@@ -32,7 +36,8 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
-from flashdit.shared.runs import LATENTS, list_checkpoints
+from flashdit.shared.registry import Registry
+from flashdit.shared.runs import LATENTS, list_checkpoints, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -107,6 +112,7 @@ class FlashDiTTask(Task):
     """
 
     fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.")
+    by_content = ("data.path",)
     model: FlashDiT
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
@@ -247,6 +253,30 @@ class FlashDiTTask(Task):
         self._holding(average).save_pretrained(folder / "ema")
         self.space.save(folder / LATENTS)
 
+    @staticmethod
+    def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a plain configuration with the defaults of data set, model, attention and times."""
+        if not config:
+            return {}
+        arguments = inspect.signature(FlashDiT.__init__).parameters.values()
+        defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
+        model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML
+        model["attention"] = _filled(ATTENTIONS, model["attention"])
+        flow = {**config.get("flow", {})}
+        flow["times"] = _filled(TIMES, flow.get("times"))
+        latents = {"space": LatentOptions.space, **config.get("latents", {})}
+        data = _filled(DATASETS, config.get("data"))
+        return {**config, "data": data, "latents": latents, "model": model, "flow": flow}
+
+    def contents(self) -> dict[str, Any]:
+        """Returns what the data set's files are, wherever they lie."""
+        identity = getattr(self.data, "identity", None)
+        return {"data.path": identity() if identity is not None else None}
+
+    def known_contents(self, checkpoint: Path) -> dict[str, Any]:
+        """Returns the classes that a checkpoint names."""
+        return {"data.path": {"classes": read_state(checkpoint).get("class_names")}}
+
     def state(self) -> dict[str, Any]:
         """Returns what sampling needs to know of the run."""
         return {
@@ -254,6 +284,15 @@ class FlashDiTTask(Task):
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
         }
+
+
+def _filled(registry: Registry, spec: Any) -> Any:
+    """Returns the spec of a part with all its options, or as it is where it cannot be understood any more."""
+    try:
+        name, options = registry.options(spec)
+    except ValueError:
+        return spec
+    return {"name": name, **json.loads(json.dumps(asdict(options)))}
 
 
 def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
@@ -269,7 +308,7 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
         ValueError: If data, model and run folder do not fit together.
     """
     config = with_sizes_of_data(config)
-    accelerator = start_run(config, FlashDiTTask.fixed_on_resume)
+    accelerator = start_run(config, FlashDiTTask)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)
     return TrainingLoop(config, task, accelerator)

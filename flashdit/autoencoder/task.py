@@ -192,5 +192,5 @@ def AutoencoderTrainer(config: AutoencoderConfig) -> TrainingLoop[AutoencoderTas
     Raises:
         ValueError: If data, model and run folder do not fit together.
     """
-    accelerator = start_run(config, AutoencoderTask.fixed_on_resume)
+    accelerator = start_run(config, AutoencoderTask)
     return TrainingLoop(config, AutoencoderTask(config, accelerator), accelerator)

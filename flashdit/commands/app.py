@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from flashdit.commands.arguments import add_weights
+from flashdit.commands.arguments import add_weights, path_text
 from flashdit.shared.command import add_device, resolve_device
 
 HOST, PORT = "127.0.0.1", 7860
@@ -24,6 +24,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--checkpoint",
+        type=path_text,
         nargs="+",
         default=[None],
         metavar="RUN",

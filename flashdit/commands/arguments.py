@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashdit.shared.paths import expanded
 from flashdit.shared.registry import announced
 
 if TYPE_CHECKING:
@@ -19,11 +21,24 @@ SAMPLING_ARGUMENTS = (
 WEIGHTS = "ema (default), model for the raw weights, or another"
 
 
+def path_text(text: str) -> str:
+    """Returns the text of an option that may be a path, `~` and environment variables expanded."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path(text: str) -> Path:
+    """Returns the path of an option, `~` and environment variables expanded."""
+    return Path(path_text(text))
+
+
 def add_weights(parser: argparse._ActionsContainer) -> None:
     """Adds what names a checkpoint's weights and its VAE."""
     add = parser.add_argument
     add("--ema", default="ema", metavar="WEIGHTS", help=WEIGHTS)
-    add("--vae", help="folder of the VAE, where it is no longer where it was in training")
+    add("--vae", type=path_text, help="folder of the VAE, where it is no longer where it was in training")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

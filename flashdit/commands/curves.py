@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from flashdit.shared.files import write_atomically
 from flashdit.shared.registry import announced
 from flashdit.shared.runs import METRICS_FILE
 
+logger = logging.getLogger(__name__)
 SHIPPED_CURVES = Path("assets", "curves")  # beside the module that announces a data set
 TASK_SECTIONS = ("data", "latents", "flow", "augmentation")  # the sections that say what a loss is of
 OLDER_SCORES = (
@@ -51,17 +53,21 @@ def read_run(run: Path) -> RunCurves:
     """Returns the curves of a run's folder.
 
     Raises:
-        ValueError: If it is no run or its records are invalid.
+        ValueError: If it is no run or has no record; a line that is none is named and left out.
     """
     path = run / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"a run must be a folder that holds {METRICS_FILE}, got {run}")
     curves: dict[str, Curve] = {}
     listed: set[str] = set()
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):  # a running or killed process is within it
             break
-        points, scores = _read_record(line, path, number)
+        try:
+            points, scores = _read_record(line)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: line %d is no record with images_seen and is left out", path, number)
+            continue
         listed |= scores
         for name, point in points.items():
             curves.setdefault(name, []).append(point)
@@ -77,15 +83,10 @@ def read_run(run: Path) -> RunCurves:
     )
 
 
-def _read_record(line: str, path: Path, number: int) -> tuple[dict[str, tuple[float, float]], set[str]]:
+def _read_record(line: str) -> tuple[dict[str, tuple[float, float]], set[str]]:
     """Returns the finite numbers of a record with its images seen, and which of them it lists as scores."""
-    try:
-        record = json.loads(line)
-        images, scores = float(record["images_seen"]), set(record.get("scores", ()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must hold a record with images_seen in each line, line {number} is not"
-        ) from error
+    record = json.loads(line)
+    images, scores = float(record["images_seen"]), set(record.get("scores", ()))
     numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
     points = {name: (images, float(value)) for name, value in numbers.items() if math.isfinite(value)}
     return points, scores

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from datetime import timedelta
-from pathlib import Path
 
+from flashdit.commands.arguments import path, path_text
 from flashdit.shared.command import add_device, resolve_device
 
 ENCODE_TIMEOUT = timedelta(days=7)  # between the first process that is done and the last
@@ -23,10 +24,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--images imagenet/train --vae vavae.pt --out latents",
     )
     add = parser.add_argument
-    add("--images", help="folder whose sub-folders are the classes")
-    add("--vae", help="a data set that brings one, folder or hub name of an autoencoder, or LDM-layout file")
-    add("--out", help="folder of the shards; the same folder resumes")
-    add("--verify", type=Path, metavar="OUT", help="only check the checksums of a folder of shards")
+    add("--images", type=path_text, help="folder whose sub-folders are the classes")
+    add(
+        "--vae",
+        type=path_text,
+        help="a data set that brings one, folder or hub name of an autoencoder, or LDM-layout file",
+    )
+    add("--out", type=path_text, help="folder of the shards; the same folder resumes")
+    add("--verify", type=path, metavar="OUT", help="only check the checksums of a folder of shards")
     add("--image-size", type=int, help="side of the centre crop, in pixels (default: 256)")
     add("--batch-size", type=int, help="images the VAE encodes at a time (default: 64)")
     add("--workers", type=int, help="reading processes of each encoding process (default: 4)")
@@ -48,24 +53,27 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
 
     from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
     from flashdit.data.manifest import MANIFEST
+    from flashdit.shared.locks import only_writer
+    from flashdit.shared.process import check_processes
 
     names = (field.name for field in fields(EncodingOptions))
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     device = resolve_device(arguments.device)
     state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
+    check_processes(state.num_processes)
     encoding = FolderEncoding(EncodingOptions(**given), device)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        encoding.begin()
-    state.wait_for_everyone()
-    encoding.write(state.process_index, state.num_processes, progress=state.is_main_process)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        manifest = encoding.finish()
-        counts = (
-            f"{manifest['encoded']:,} of {manifest['listed']:,} images in {len(manifest['shards'])} shards"
-        )
-        print(f"{counts}, {len(manifest['unreadable']):,} unreadable: {encoding.out / MANIFEST}")
+    with only_writer(encoding.out) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        if state.is_main_process:
+            encoding.begin()
+        state.wait_for_everyone()
+        encoding.write(state.process_index, state.num_processes, progress=state.is_main_process)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            manifest = encoding.finish()
+            counts = f"{manifest['encoded']:,} of {manifest['listed']:,} images"
+            counts = f"{counts} in {len(manifest['shards'])} shards"
+            print(f"{counts}, {len(manifest['unreadable']):,} unreadable: {encoding.out / MANIFEST}")
     state.destroy_process_group()
 
 

@@ -31,6 +31,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from flashdit.commands.arguments import path_text
+from flashdit.shared.command import open_console
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
@@ -40,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
+    add("--config", type=path_text, metavar="YAML|NAME", help="a file or a shipped one (default: digits)")
     add(
         "overrides",
         nargs="*",
@@ -75,7 +78,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the estimate."""
     arguments = parse(argv)
-    from rich.console import Console
     from rich.table import Table
 
     from flashdit.commands.budget import count_parameters, facts, memory_table, read_config
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = Table(show_header=False, title=arguments.config or "the default run")
     for name, text in facts(config, counts, multiply_adds, arguments).items():
         about.add_row(name, text)
-    console = Console()
+    console = open_console()
     console.print(about)
     ways = activations(config.model_arguments, config.training.precision != "fp32")
     for sharded in (False, True) if arguments.gpus > 1 else (False,):

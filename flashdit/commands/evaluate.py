@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator
+from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator, path, path_text
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
-from flashdit.shared.command import resolve_device
+from flashdit.shared.command import open_console, resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan
@@ -30,12 +31,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "processes (accelerate launch, torchrun) give the same numbers.",
     )
     what = add_evaluation(parser)
-    what.add_argument("--samples", type=Path, metavar="NPZ|FOLDER", help="images that exist already")
+    what.add_argument("--samples", type=path, metavar="NPZ|FOLDER", help="images that exist already")
     written = parser.add_argument_group("what is written")
     written.add_argument(
-        "--output", type=Path, help="folder or .json file (default: the run's eval/, or beside --samples)"
+        "--output", type=path, help="folder or .json file (default: the run's eval/, or beside --samples)"
     )
-    written.add_argument("--csv", type=Path, metavar="FILE", help="append the scores to this table too")
+    written.add_argument("--csv", type=path, metavar="FILE", help="append the scores to this table too")
     written.add_argument(
         "--html", action="store_true", help="write metrics.html too: the numbers in pictures"
     )
@@ -91,17 +92,18 @@ def score_images(argv: Sequence[str]) -> None:
 
     from flashdit.evaluation.evaluate import evaluate_fully
     from flashdit.evaluation.features.ranks import processes
+    from flashdit.shared.locks import only_writer
 
     with processes(arguments.device) as ranks:
         plan, output = open_all(arguments, ranks)
-        done = evaluate_fully(plan, ranks, {"pool", "logits"} if arguments.html else ())
-        if ranks.is_main:
-            write_all(plan, done, output, arguments)
+        with only_writer(output, is_file=True) if ranks.is_main else nullcontext():
+            done = evaluate_fully(plan, ranks, {"pool", "logits"} if arguments.html else ())
+            if ranks.is_main:
+                write_all(plan, done, output, arguments)
 
 
 def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Namespace) -> None:
     """Writes what the command line asks for, and prints the table."""
-    from rich.console import Console
 
     from flashdit.evaluation.reports.csv import append_csv
     from flashdit.evaluation.reports.report import print_table, write_report
@@ -118,7 +120,7 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
     if arguments.csv:
         append_csv(done.result, arguments.csv)
         written.append(str(arguments.csv))
-    print_table(done.result, Console())
+    print_table(done.result, open_console())
     print(f"wrote {', '.join(written[:-1])} and {written[-1]}")
 
 
@@ -129,8 +131,10 @@ def make_reference(argv: Sequence[str]) -> None:
         prog=f"{Path(sys.argv[0]).name} make-reference",
         description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
     )
-    parser.add_argument("images", metavar="NPZ|FOLDER|DATA", help="the image set, or the one DATA brings")
-    parser.add_argument("output", type=Path, metavar="OUT.npz")
+    parser.add_argument(
+        "images", type=path_text, metavar="NPZ|FOLDER|DATA", help="the image set, or the one DATA brings"
+    )
+    parser.add_argument("output", type=path, metavar="OUT.npz")
     parser.add_argument("--num-images", type=int, default=10_000, help="images to keep (default: 10,000)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     add_reading(parser)
@@ -147,23 +151,25 @@ def make_reference(argv: Sequence[str]) -> None:
     from flashdit.evaluation.images.sources import open_reference
     from flashdit.evaluation.reference import write_reference
     from flashdit.evaluation.request import default_extractor
+    from flashdit.shared.locks import only_writer
 
     with processes(device) as ranks:
         with ranks.agree():
             source = open_reference(arguments.images)
             name = arguments.extractor or default_extractor(arguments.images)
             extractor = build_extractor(name, arguments.extractor_weights).to(device)
-        write_reference(
-            source,
-            extractor,
-            arguments.output,
-            num_images=arguments.num_images,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            device=device,
-            ranks=ranks,
-            cache=None if arguments.no_cache else FeatureCache(),
-        )
+        with only_writer(arguments.output, is_file=True) if ranks.is_main else nullcontext():
+            write_reference(
+                source,
+                extractor,
+                arguments.output,
+                num_images=arguments.num_images,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+                device=device,
+                ranks=ranks,
+                cache=None if arguments.no_cache else FeatureCache(),
+            )
         if ranks.is_main:
             print(f"wrote {arguments.output}: {source.count:,} images under extractor {extractor.name}")
 
@@ -175,11 +181,9 @@ def compare(argv: Sequence[str]) -> None:
         prog=f"{Path(sys.argv[0]).name} compare",
         description="Puts results side by side; says which are not comparable, and why.",
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="METRICS.json")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table as Markdown too")
+    parser.add_argument("results", type=path, nargs="+", metavar="METRICS.json")
+    parser.add_argument("--output", type=path, metavar="FILE.md", help="write the table as Markdown too")
     arguments = parser.parse_args(argv)
-
-    from rich.console import Console
 
     from flashdit.evaluation.reports.compare import column_names, comparison_rows, read_result, verdicts
     from flashdit.evaluation.reports.report import markdown_table, print_rows
@@ -188,7 +192,7 @@ def compare(argv: Sequence[str]) -> None:
     results = [read_result(path) for path in arguments.results]
     names = column_names(arguments.results)
     rows, notes = comparison_rows(names, results), verdicts(names, results)
-    print_rows(rows, notes, Console())
+    print_rows(rows, notes, open_console())
     if arguments.output:
         text = "\n".join([markdown_table(rows), "", *(f"- {note}" for note in notes), ""])
         write_atomically(arguments.output, lambda temporary: temporary.write_text(text))

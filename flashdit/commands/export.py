@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from flashdit.commands.arguments import add_weights
+from flashdit.commands.arguments import add_weights, path, path_text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
-    add("run", help="a run, or one of its checkpoint folders")
-    add("out", type=Path, help="folder of the pipeline: new, or an earlier export")
+    add("run", type=path_text, help="a run, or one of its checkpoint folders")
+    add("out", type=path, help="folder of the pipeline: new, or an earlier export")
     add_weights(parser)
     add("--name", help="title of the model card (default: the run's name)")
     return parser.parse_args(argv)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashdit.commands.arguments import path, path_text
 from flashdit.commands.curves import (
     Curve,
     RunCurves,
@@ -39,8 +40,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "ships with the preset, made by --write-reference from the preset's own run.",
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    add("--output", type=Path, metavar="FILE", help="png, svg or pdf (default: curves.png in the first run)")
+    add("runs", type=path, nargs="+", metavar="RUN", help="a run's folder")
+    add("--output", type=path, metavar="FILE", help="png, svg or pdf (default: curves.png in the first run)")
     add("--metric", default="loss", metavar="NAMES", help="of metrics.jsonl, with commas (default: loss)")
     add(
         "--smoothing",
@@ -48,10 +49,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.03,
         help="as a share of a run's length (default: 0.03); 0 for none",
     )
-    add("--reference", metavar="FILE|none", help="draw this reference, or none (default: those that fit)")
+    add(
+        "--reference",
+        type=path_text,
+        metavar="FILE|none",
+        help="draw this reference, or none (default: those that fit)",
+    )
     add(
         "--write-reference",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write the first run's metrics and scores, thinned, as a reference instead of drawing",
     )
@@ -129,7 +135,8 @@ def draw_runs(
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         fit_values(axes, [run.curves[metric] for run in (*runs, *references) if metric in run.curves])
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

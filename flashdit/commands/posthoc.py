@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashdit.commands.arguments import path
+from flashdit.shared.command import open_console
 from flashdit.shared.registry import unknown
 
 COARSE = 0.05  # of the profile; there the weights of a run are off by some 1e-3
@@ -20,7 +22,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "the wanted profile; more snapshots (ema.snapshot_every) make it smaller.",
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the run's folder")
+    add("run", type=path, metavar="RUN", help="the run's folder")
     add(
         "--width",
         type=float,
@@ -31,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "three decimals at most",
     )
     add("--step", type=int, metavar="N", help="the checkpoint that it ends at (default: the latest)")
-    add("--output", type=Path, metavar="DIR", help="folder to make ema_W/ in (default: the checkpoint)")
+    add("--output", type=path, metavar="DIR", help="folder to make ema_W/ in (default: the checkpoint)")
     return parser.parse_args(argv)
 
 
@@ -54,7 +56,6 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the averages and says how well the snapshots make them."""
     arguments = parse(argv)
-    from rich.console import Console
     from rich.table import Table
 
     from flashdit.training.posthoc import reconstruct, usable_snapshots
@@ -71,5 +72,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"ema_{width:.3f}"
         missed = reconstruct(checkpoint, snapshots, width, output / name)
         table.add_row(name, f"{missed:.2%}", "coarse: wants more snapshots" if missed > COARSE else "")
-    Console().print(table)
+    open_console().print(table)
     print(f"made from {len(snapshots)} snapshots, in {output}")

@@ -9,9 +9,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
-from flashdit.commands.arguments import add_sampling, add_weights, given_sampling, open_generator
+from flashdit.commands.arguments import (
+    add_sampling,
+    add_weights,
+    given_sampling,
+    open_generator,
+    path,
+    path_text,
+)
 from flashdit.shared.command import add_device, resolve_device
 
 SAMPLE_TIMEOUT = timedelta(days=1)  # between the first process that is done and the last
@@ -23,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", help="checkpoint folder or run (default: the newest run)")
+    add("--checkpoint", type=path_text, help="checkpoint folder or run (default: the newest run)")
     add_weights(parser)
     add(
         "--class",
@@ -35,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", default="balanced", help="balanced: equal shares, in order (default); random: drawn")
     add("--num-images", type=int, help="in all, shared among the classes (default: 10 a class)")
     add("--batch-size", type=int, help="images at a time; moves no value by more than a grey level")
-    add("--output", type=Path, help="folder for the images (default: in the run's samples/)")
+    add("--output", type=path, help="folder for the images (default: in the run's samples/)")
     add("--format", default="both", help="png, npz or both (default: both)")
     add_device(parser)
     add_sampling(parser)
@@ -57,8 +63,10 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     from flashdit.sampling.classes import choose_labels
     from flashdit.sampling.folder import GRID
     from flashdit.sampling.run import fill, open_folder
+    from flashdit.shared.process import check_processes
 
     state = PartialState(cpu=device.startswith("cpu"), timeout=SAMPLE_TIMEOUT)
+    check_processes(state.num_processes)
     where = device if state.num_processes == 1 or state.device is None else state.device
     generator = open_generator(arguments, where)
     options = sampling_options(generator, given_sampling(arguments))

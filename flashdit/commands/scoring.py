@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.commands.arguments import add_sampling, add_weights, given_sampling
+from flashdit.commands.arguments import add_sampling, add_weights, given_sampling, path, path_text
 from flashdit.shared.command import add_device
 from flashdit.shared.registry import announced
 
@@ -23,7 +23,7 @@ def names(text: str) -> list[str]:
 def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds everything that says what is scored how; returns the group of what is scored."""
     what = parser.add_argument_group("what is scored (default: the newest run's checkpoint)")
-    what.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint to sample from")
+    what.add_argument("--checkpoint", type=path, metavar="PATH", help="a checkpoint to sample from")
     what.add_argument("--num-images", type=int, metavar="N", help="default: as many as fit the reference")
     add_weights(what)
     what.add_argument(
@@ -32,6 +32,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     scored = parser.add_argument_group("how it is scored")
     scored.add_argument(
         "--reference",
+        type=path_text,
         metavar="NPZ|FOLDER|DATA",
         help="DATA is a data set that brings one (default: the checkpoint's own)",
     )
@@ -57,7 +58,13 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         "name of torch-fidelity's, or package.module:callable (default: the one that the reference's data "
         "set brings, or inception)",
     )
-    add("--extractor-weights", "--inception-weights", metavar="PATH", help="the extractor's weights file")
+    add(
+        "--extractor-weights",
+        "--inception-weights",
+        type=path_text,
+        metavar="PATH",
+        help="the extractor's weights file",
+    )
     add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
     add("--no-cache", action="store_true", help="neither read nor keep features (in $FLASHDIT_CACHE)")
     add_device(parser)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashdit.commands.arguments import open_generator
+from flashdit.commands.arguments import open_generator, path
 from flashdit.commands.scoring import add_evaluation, make_request
-from flashdit.shared.command import resolve_device
+from flashdit.shared.command import open_console, resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Plan
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     add_evaluation(parser)
     add = parser.add_argument
     add("--cfg-scale", dest="scales", required=True, metavar="LOW:HIGH:STEP|A,B,...", help="scales to score")
-    add("--output", type=Path, metavar="FOLDER", help="default: the run's eval/sweep")
+    add("--output", type=path, metavar="FOLDER", help="default: the run's eval/sweep")
     parser.set_defaults(cfg_scale=None)
     return parser.parse_args(argv)
 
@@ -114,7 +114,6 @@ def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
 
 def print_sweep(sweep: Sweep) -> None:
     """Prints the table, an asterisk at the best of each score."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -126,7 +125,7 @@ def print_sweep(sweep: Sweep) -> None:
         table.add_column(escape(title), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(f"{cell.strip('*')}*" if cell.startswith("**") else cell) for cell in row))
-    Console().print(table)
+    open_console().print(table)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -6,12 +6,19 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from flashdit.commands.arguments import path_text
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
-    add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: digits)")
+    add(
+        "--config",
+        type=path_text,
+        metavar="YAML|NAME",
+        help="a file or a shipped configuration (default: digits)",
+    )
     add("--help-config", action="store_true", help="print every configuration key and exit")
     add("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
     return parser.parse_intermixed_args(argv)
@@ -40,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(config.load(arguments.config, arguments.overrides))
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    run_dir = trainer.fit()
-    if trainer.accelerator.is_main_process:
-        print(f"trained to step {trainer.step}: {run_dir}")
+    trainer.fit()
+    if trainer.main:
+        print(trainer.outcome)
     trainer.accelerator.end_training()

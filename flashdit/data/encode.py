@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdit.data.autoencoders import Autoencoder, latent_size
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
@@ -16,6 +15,7 @@ from flashdit.data.pixels import PixelImages, Pixels
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
 from flashdit.shared.process import computing_in
+from flashdit.shared.progress import progress_bar
 from flashdit.shared.seeds import generator_for
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ def open_latents(
     mirrors = source.mirrors is not False
     mirrored = encode_source(vae, source, mirrored=True, progress=progress) if mirrors else None
     space = LatentSpace(*channel_statistics(latents), options, vae)
-    return MemoryLatents(latents, mirrored, source.labels, source.class_names), space
+    encoded = MemoryLatents(latents, mirrored, source.labels, source.class_names)
+    encoded.identity = getattr(source, "identity", None)
+    return encoded, space
 
 
 def data_sizes(data: Mapping[str, Any], options: LatentOptions) -> dict[str, int]:
@@ -131,7 +133,9 @@ def encode_source(
     """Returns the latents (N, C, H, W) of all images of a source, on the CPU."""
     encoded = []
     batches = torch.arange(len(source.labels)).split(BATCH)
-    for rows in tqdm(batches, "encode", unit="batch", leave=False, disable=None if progress else True):
+    for rows in progress_bar(
+        batches, desc="encode", unit="batch", leave=False, disable=None if progress else True
+    ):
         images = _images(source, rows)
         encoded.append(vae.encode(images.flip(-1) if mirrored else images).cpu())
     return torch.cat(encoded)

@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flashdit.data.autoencoders import load_vae
@@ -23,8 +22,11 @@ from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
+from flashdit.shared.locks import LOCK
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.process import AUTOCAST
+from flashdit.shared.progress import progress_bar
+from flashdit.shared.readers import read_batches
 from flashdit.shared.registry import unknown
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,9 @@ class FolderEncoding:
         """Refuses a folder that holds anything but this encoding or a part of it."""
         plan = self.out / PLAN
         if not plan.exists():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if self.out.exists() and (
+                not self.out.is_dir() or any(path.name != LOCK for path in self.out.iterdir())
+            ):
                 raise ValueError(f"--out must be a new folder or one of an earlier encoding, got {self.out}")
             return
         before = json.loads(plan.read_text())
@@ -144,19 +148,16 @@ class FolderEncoding:
             logger.info(
                 "%d shards keep %d of %d processes idle", self.num_shards, ranks - self.num_shards, ranks
             )
-        mine = tqdm(range(rank, self.num_shards, ranks), "check", leave=False, disable=not progress)
+        mine = progress_bar(
+            range(rank, self.num_shards, ranks), desc="check", leave=False, disable=not progress
+        )
         missing = [shard for shard in mine if not self._is_done(shard)]
         batches = [batch for shard in missing for batch in self._batches(shard)]
-        loader = DataLoader(
-            ReadableImages(self.source),
-            batch_size=None,
-            sampler=cast(Any, batches),
-            num_workers=min(self.options.workers, len(batches)),
-        )
-        read = iter(loader)
+        workers = min(self.options.workers, len(batches))
+        read = read_batches(ReadableImages(self.source), workers, batch_size=None, sampler=batches)
         total = sum(map(len, batches))
         hidden = not (progress and total)
-        with tqdm(total=total, desc="encode", unit="image", disable=hidden) as bar:
+        with progress_bar(total=total, desc="encode", unit="image", disable=hidden) as bar:
             for shard in missing:
                 self._write_shard(shard, read, bar)
 

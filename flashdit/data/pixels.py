@@ -57,6 +57,7 @@ class PixelImages:
         self.class_names: list[str] | None = source.class_names
         self.num_classes, self.mirrors = len(source.class_names), bool(source.mirrors)
         self.shape = tuple(source.image(0).shape)
+        self.identity = getattr(source, "identity", None)
 
     def __len__(self) -> int:
         return len(self.labels)

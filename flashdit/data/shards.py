@@ -6,6 +6,7 @@ import bisect
 import json
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,6 +118,12 @@ class LatentShards:
     def vae_identity(self) -> str | None:
         """The identity of the VAE that made the latents; None where no manifest tells."""
         return self.manifest["vae_identity"] if self.manifest else None
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the shards are known by: classes, names, and checksums or else sizes."""
+        listed = {shard["file"]: shard["sha256"] for shard in (self.manifest or {}).get("shards", ())}
+        files = {path.name: listed.get(path.name, path.stat().st_size) for path in self.paths}
+        return {"classes": self.class_names, "files": files}
 
     def __getstate__(self) -> dict:
         """Leaves the mapped files behind: a worker process maps its own."""

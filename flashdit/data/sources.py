@@ -67,6 +67,7 @@ class MemoryLatents:
 
     def __init__(self, latents: Tensor, mirrored: Tensor | None, labels: Tensor, class_names: list[str]):
         self.latents, self.mirrored, self.labels = latents, mirrored, labels
+        self.identity: Callable[[], dict[str, Any]] | None = None  # of what was encoded
         self.class_names: list[str] | None = class_names
         self.num_classes = len(class_names)
         self.mirrors = mirrored is not None
@@ -136,11 +137,16 @@ class ImageFolder:
         if not files:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"data.path must hold images ({suffixes}), got none in {root}")
-        self.image_size = options.image_size
+        self.root, self.image_size = root, options.image_size
         self.mirrors = options.mirrors
         self.class_names = list(files)
         self.paths = [path for paths in files.values() for path in paths]
         self.labels = torch.tensor([i for i, paths in enumerate(files.values()) for _ in paths])
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the images are known by: their classes, names below the folder and sizes."""
+        sizes = {path.relative_to(self.root).as_posix(): path.stat().st_size for path in self.paths}
+        return {"classes": self.class_names, "files": sizes}
 
     def image(self, index: int) -> Tensor:
         """Returns one centre-cropped image, uint8 (3, S, S)."""

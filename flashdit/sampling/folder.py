@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +32,15 @@ from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import current_sampling
-from flashdit.shared.files import write_atomically, write_json
+from flashdit.shared.files import mend, sync, write_atomically, write_json
 from flashdit.shared.pictures import labelled_grid, png_text, rows_by_class, save_png
 from flashdit.shared.registry import unknown
 
+logger = logging.getLogger(__name__)
 FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS_FOLDER = "recipe.json", "samples.npz", "grid.png", ".parts"
-CHANGES_NO_IMAGE = ("checkpoint", "vae", "batch_size", "nfe", "nfe_max", "finished", "device")
+MEASURED = ("nfe", "nfe_max")
+CHANGES_NO_IMAGE = (*MEASURED, "checkpoint", "vae", "batch_size", "finished", "device", "class_names")
 
 
 def make_recipe(
@@ -56,13 +60,15 @@ def make_recipe(
         order: How the labels came about, `balanced` or `random`.
         form: One of `FORMATS`.
     """
+    classes, names = list(dict.fromkeys(labels.tolist())), generator.class_names
     return {
         **generator.recipe(),
         "sampling": asdict(options),
         "nfe": options.nfe,
         "device": generator.space.mean.device.type,
         "labels": f"{order}{', in order' if order == 'balanced' else ''}",
-        "classes": list(dict.fromkeys(labels.tolist())),
+        "classes": classes,
+        "class_names": [names[label] if label < len(names) else "" for label in classes],
         "labels_sha256": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "num_images": len(labels),
         "format": form,
@@ -124,9 +130,15 @@ class SampleFolder:
             )
 
     @property
-    def is_finished(self) -> bool:
-        """Whether every image is there."""
+    def was_finished(self) -> bool:
+        """Whether every image was there once."""
         return (self.path / RECIPE).is_file() and self.read_recipe()["finished"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every image, the grid and the arrays are there."""
+        files = [self.path / GRID, *([self.path / ARRAYS] if self.has_npz else [])]
+        return self.was_finished and all(file.is_file() for file in files) and not len(self.missing())
 
     def read_recipe(self) -> dict[str, Any]:
         """Returns the recipe on disk.
@@ -140,19 +152,24 @@ class SampleFolder:
             raise ValueError(f"{self.path / RECIPE} must be of `flashdit sample`: {error}") from error
 
     def open(self) -> None:
-        """Makes the folder, for one process to call."""
-        write_json(self.path / RECIPE, self.recipe | {"finished": False})
+        """Makes the folder, for one process to call; what is to be mended stays as it was finished."""
+        if not self.was_finished:
+            write_json(self.path / RECIPE, self.recipe | {"finished": False})
         self.parts.mkdir(exist_ok=True)
-        for leftover in self.parts.glob(".*"):
-            leftover.unlink()
+        for folder in (self.path, self.parts):
+            mend(folder)
 
     def missing(self) -> Tensor:
-        """Returns the numbers of the samples that are not there yet, in order."""
+        """Returns the numbers of the samples that are not there, in order; no pixels are read."""
         is_missing = torch.ones(len(self.labels), dtype=torch.bool)
-        if self.is_finished:
+        if self.was_finished and (self.has_png or (self.path / ARRAYS).is_file()):
             is_missing[:] = False
-        for part in self._parts():
-            is_missing[part["ids"]] = False
+        for ids in self._recorded("ids"):
+            is_missing[ids] = False
+        if self.has_png and self.path.is_dir():
+            with os.scandir(self.path) as files:
+                there = {file.name for file in files if file.name.endswith(".png") and file.stat().st_size}
+            is_missing |= torch.tensor([self._png(i).name not in there for i in range(len(is_missing))])
         return is_missing.nonzero()[:, 0]
 
     def add(self, batch: SampleBatch) -> None:
@@ -162,6 +179,7 @@ class SampleFolder:
             for i, image, label, nfe in zip(batch.ids, batch.images, batch.labels, batch.nfe, strict=True):
                 about = {"sample": str(int(i)), "class": self._name(int(label)), "nfe": str(int(nfe))}
                 save_png(image, self._png(int(i)), about | {"recipe": recipe})
+                sync(self._png(int(i)))  # before the part says that it is there
         arrays: dict[str, Any] = {"ids": batch.ids.numpy(), "nfe": batch.nfe.numpy()}
         if self.has_npz:
             arrays["images"] = rearrange(batch.images, "b c h w -> b h w c").numpy()
@@ -174,38 +192,58 @@ class SampleFolder:
 
     def finish(self) -> None:
         """Puts the parts together once no sample is missing, for one process to call."""
-        if self.is_finished:
-            shutil.rmtree(self.parts, ignore_errors=True)
-            return
-        left = len(self.missing())
-        assert not left, f"{left} samples are missing in {self.path}"
-        evaluations = torch.cat([torch.from_numpy(part["nfe"]) for part in self._parts()])
-        pixels = self._assemble() if self.has_npz else None
-        self._write_grid(pixels)
-        if pixels is not None:
-            write_atomically(self.path / ARRAYS, self._write_arrays)
-        mean = float(evaluations.double().mean())
-        measured = {"nfe": int(mean) if mean.is_integer() else mean, "nfe_max": int(evaluations.max())}
-        write_json(self.path / RECIPE, self.recipe | measured | {"finished": True})
-        shutil.rmtree(self.parts)
+        if not self.is_finished:
+            left = len(self.missing())
+            assert not left, f"{left} samples are missing in {self.path}"
+            pixels = self._assemble() if self.has_npz else None
+            self._write_grid(pixels)
+            if pixels is not None and not (self.was_finished and (self.path / ARRAYS).is_file()):
+                write_atomically(self.path / ARRAYS, self._write_arrays)
+            write_json(self.path / RECIPE, self.recipe | self._measured() | {"finished": True})
+        shutil.rmtree(self.parts, ignore_errors=True)
 
-    def _parts(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the arrays of each part."""
+    def _measured(self) -> dict[str, Any]:
+        """Returns the model evaluations that the samples took, on average and at most."""
+        if self.was_finished:
+            return {name: value for name, value in self.read_recipe().items() if name in MEASURED}
+        evaluations = torch.cat([torch.from_numpy(nfe) for nfe in self._recorded("nfe")])
+        mean = float(evaluations.double().mean())
+        return {"nfe": int(mean) if mean.is_integer() else mean, "nfe_max": int(evaluations.max())}
+
+    def _recorded(self, name: str) -> Iterator[np.ndarray]:
+        """Yields one array of each part; the others are not read. A part that cannot be read is removed."""
         for path in sorted(self.parts.glob("[0-9]*.npz")):
-            with np.load(path) as arrays:
-                yield dict(arrays)
+            try:
+                with np.load(path) as arrays:
+                    yield arrays[name]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                logger.warning("%s is damaged and its samples are made again: %s", path, error)
+                path.unlink(missing_ok=True)
 
     def _assemble(self) -> np.ndarray:
         """Returns all pixels (N, H, W, 3) in order, in a memory-mapped file."""
         pixels = None
-        for part in self._parts():
+        for ids, images in self._images():
             if pixels is None:
-                shape = (len(self.labels), *part["images"].shape[1:])
+                shape = (len(self.labels), *images.shape[1:])
                 pixels = np.lib.format.open_memmap(self.parts / "pixels.npy", "w+", np.uint8, shape)
-            pixels[part["ids"]] = part["images"]
+            pixels[ids] = images
         assert pixels is not None  # there is at least one sample
         pixels.flush()
         return pixels
+
+    def _images(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yields numbers and pixels of all samples: of the parts, and of files of samples finished before."""
+        left = torch.ones(len(self.labels), dtype=torch.bool)
+        if self.was_finished and (self.path / ARRAYS).is_file():
+            with np.load(self.path / ARRAYS) as arrays:
+                yield slice(None), arrays["arr_0"]
+            left[:] = False
+        for ids, images in zip(self._recorded("ids"), self._recorded("images"), strict=True):
+            left[ids] = False
+            yield ids, images
+        for i in left.nonzero()[:, 0].tolist():
+            yield [i], self._pixels(i)[None]
 
     def _write_arrays(self, temporary: Path) -> None:
         """Writes samples.npz from the assembled pixels, file to file; it holds no time, so bytes repeat."""

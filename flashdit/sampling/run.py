@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.folder import SampleFolder, digest, make_recipe
 from flashdit.sampling.options import SamplingOptions
+from flashdit.shared.locks import only_writer
+from flashdit.shared.progress import progress_bar
 
 
 def open_folder(
@@ -41,25 +43,30 @@ def open_folder(
 def fill(
     folder: SampleFolder, generator: CheckpointGenerator, options: SamplingOptions, state: PartialState
 ) -> None:
-    """Makes what is missing of the folder, each process its share, and puts it together."""
-    if state.is_main_process and not folder.is_finished:
-        folder.open()
-    state.wait_for_everyone()
-    missing = folder.missing()
-    state.wait_for_everyone()  # no process adds to the folder before all know what is missing
-    mine = missing[state.process_index :: state.num_processes]
-    total = len(folder.labels)
-    bar = tqdm(
-        total=total,
-        initial=total - len(missing),
-        desc="sample",
-        unit="image",
-        disable=not state.is_main_process,
-    )
-    with bar:  # the first process counts for all: their shares are equal
-        for batch in generator.generate(folder.labels, options, mine):
-            folder.add(batch)
-            bar.update(min(len(batch.ids) * state.num_processes, total - bar.n))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.finish()
+    """Makes what is missing of the folder, each process its share, and puts it together.
+
+    Raises:
+        ValueError: If another process writes the folder.
+    """
+    with only_writer(folder.path) if state.is_main_process else nullcontext():
+        if state.is_main_process and not folder.is_finished:
+            folder.open()
+        state.wait_for_everyone()
+        missing = folder.missing()
+        state.wait_for_everyone()  # no process adds to the folder before all know what is missing
+        mine = missing[state.process_index :: state.num_processes]
+        total = len(folder.labels)
+        bar = progress_bar(
+            total=total,
+            initial=total - len(missing),
+            desc="sample",
+            unit="image",
+            disable=not state.is_main_process,
+        )
+        with bar:  # the first process counts for all: their shares are equal
+            for batch in generator.generate(folder.labels, options, mine):
+                folder.add(batch)
+                bar.update(min(len(batch.ids) * state.num_processes, total - bar.n))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            folder.finish()

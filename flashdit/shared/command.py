@@ -9,21 +9,31 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flashdit.shared.registry import unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a command's `main`; what a user can cause ends it with one sentence instead of a traceback.
 
+    A Ctrl-C ends it with exit status 130; commands that can go on later have kept what is finished.
     `FLASHDIT_TRACEBACK=1` shows the traceback, for those who search for a bug of ours.
     """
     try:
         main()
     except BrokenPipeError:  # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FLASHDIT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())
@@ -79,6 +89,18 @@ def need_extra(module: str, extra: str) -> ModuleType:
         raise ValueError(
             f"this requires the extra '{extra}': pip install 'flashdit[{extra}]' ({error})"
         ) from error
+
+
+def open_console() -> Console:
+    """Returns rich's console; where its reader has read enough, the command ends as `run_script` has it."""
+    from rich.console import Console
+
+    class QuietConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Leaves it to `run_script`, where rich would exit with status 1."""
+            raise BrokenPipeError
+
+    return QuietConsole()
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

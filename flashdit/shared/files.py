@@ -1,43 +1,91 @@
-"""Files and folders that exist whole or not at all, and what tells one file from another."""
+"""Files and folders that exist whole or not at all, and what tells one file from another.
+
+While FOLDER/NAME is written, its content lies in FOLDER/.NAME.XXXXXXXX.tmp/NAME, a temporary folder that its
+writer holds locked. A folder that is replaced waits as FOLDER/.NAME.old while the new one takes its name.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from flashdit.shared.locks import held, locked_folder
 
-def write_atomically(path: Path, write: Callable[[Path], object], *, contested: bool = False) -> None:
-    """Calls `write` with a temporary name beside `path` (for a file or a folder), then renames.
+TEMPORARY, REPLACED = ".tmp", ".old"
 
-    A kill leaves what was there before; an existing target is replaced.
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path (for a file or a folder), then renames; data is on the disk before.
+
+    A kill or a loss of power leaves what was there before; an existing target is replaced. Several processes
+    may write one path: what is there is one's whole content.
 
     Args:
         path: The file or folder to make; the folders above it are made if need be.
-        write: Writes the whole content to the path that it is given.
-        contested: Whether several processes may write the same path at once. The temporary name is then this
-            process's own, and the next write does not remove what a kill left of it.
+        write: Writes the whole content to the path that it is given, which has the same name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid() if contested else 'tmp'}")
-    _remove(temporary)
-    try:
-        write(temporary)
-        _follow_umask(temporary)
-        if path.is_dir():
-            old = path.with_name(f".{path.name}.old")
-            _remove(old)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            _remove(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        _remove(temporary)
+    mend(path.parent, path.name)
+    with _temporary_folder(path) as folder:
+        content = folder / path.name
+        write(content)
+        _settle_on_disk(content)
+        with locked_folder(path.parent):
+            old = path.with_name(f".{path.name}{REPLACED}")
+            is_folder = path.is_dir()
+            if is_folder:
+                os.replace(path, old)
+                try:
+                    os.replace(content, path)
+                except BaseException:
+                    os.replace(old, path)
+                    raise
+            else:
+                os.replace(content, path)
+            sync(path.parent)
+        if is_folder:
+            discard(old)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or folder that a kill leaves whole, or as a temporary one that `mend` removes."""
+    with _temporary_folder(path) as folder, suppress(FileNotFoundError):  # another process was faster
+        os.replace(path, folder / path.name)
+        sync(path.parent)
+
+
+def mend(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in a folder, and completes or undoes a replacement they began.
+
+    Args:
+        folder: Where to look, not below it; it need not exist.
+        name: Of the one file or folder that is mended; None means all.
+    """
+    pattern = "*" if name is None else glob.escape(name)
+    replaced = list(folder.glob(f".{pattern}{REPLACED}"))
+    if replaced:
+        with locked_folder(folder):
+            for old in replaced:
+                target = folder / old.name[1 : -len(REPLACED)]
+                if old.exists() and not target.exists():
+                    os.replace(old, target)
+        for old in replaced:
+            discard(old)
+    for leftover in folder.glob(f".{pattern}.*{TEMPORARY.removeprefix('.')}"):
+        try:
+            with held(leftover) as free:
+                if free:
+                    _remove(leftover)
+        except FileNotFoundError:  # another process was faster
+            continue
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,18 +100,52 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _follow_umask(path: Path) -> None:
-    """Gives files the mode that the umask says; safetensors makes its own readable by nobody else."""
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Gives a new folder beside a path, held locked, and removes it with what is left in it."""
+    prefix = f".{path.name.removeprefix('.')}."
+    with ExitStack() as stack:
+        mine: bool | None = False
+        folder = path
+        while mine is False:  # taken for a leftover before it was locked
+            folder = Path(tempfile.mkdtemp(suffix=TEMPORARY, prefix=prefix, dir=path.parent))
+            with suppress(FileNotFoundError):
+                mine = stack.enter_context(held(folder))
+            mine = mine if folder.exists() else False
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _settle_on_disk(path: Path) -> None:
+    """Writes a file or folder through to the disk, its files with the mode that the umask says.
+
+    safetensors makes its own readable by nobody else.
+    """
     umask = os.umask(0)
     os.umask(umask)
-    for file in [path, *path.rglob("*")]:
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
+    for part in [path, *path.rglob("*")]:
+        if part.is_file() and not part.is_symlink():
+            part.chmod(0o666 & ~umask)
+        sync(part)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems refuse it for folders
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
     """Removes a file or a folder if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

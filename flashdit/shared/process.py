@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,23 @@ KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
+
+
+def check_processes(num_processes: int) -> None:
+    """Refuses processes that a launcher started together and that do not know of each other.
+
+    Args:
+        num_processes: How many this process knows of.
+
+    Raises:
+        ValueError: If the launcher's WORLD_SIZE is larger: each would do the whole work.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > num_processes:
+        raise ValueError(
+            f"the launcher's {started} processes (WORLD_SIZE) must work together, this one knows of "
+            f"{num_processes}: start it without a launcher, or check its configuration"
+        )
 
 
 def keep_freed_memory() -> bool:

@@ -16,6 +16,10 @@ LATENTS = "latents.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read to its end."""
+
+
 def step_folder(run_dir: Path, step: int) -> Path:
     """Returns the checkpoint folder of a step."""
     return run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
@@ -68,9 +72,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns a checkpoint's state.json.
 
     Raises:
+        DamagedCheckpoint: If it cannot be read.
         ValueError: If its format is not one this version reads.
     """
-    state = json.loads((checkpoint / STATE).read_text())
+    path = checkpoint / STATE
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path} is damaged: it must hold a mapping")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [CHECKPOINT_FORMAT])
     return state

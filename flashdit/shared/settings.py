@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flashdit.shared.paths import expanded
 from flashdit.shared.registry import check_type, nearest_name, type_name, unknown
 
 Config = TypeVar("Config")
@@ -71,7 +72,8 @@ def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[
     merged: dict[str, Any] = {}
     try:
         stated = _plain(OmegaConf.load(path))
-        merged = current(merge_settings(stated, _plain(OmegaConf.from_dotlist(list(overrides)))), config_type)
+        merged = merge_settings(stated, _plain(OmegaConf.from_dotlist(list(overrides))))
+        merged = current(_expanded(merged), config_type)
         check_keys(merged, config_type)
         values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
     except yaml.YAMLError as error:
@@ -91,6 +93,18 @@ def _type_sentence(error: OmegaConfBaseException, given: Mapping[str, Any], conf
         return f"{error.full_key} must be {type_name(get_type_hints(config_type)[last])}, got {value[last]!r}"
     except (KeyError, TypeError):  # no value of a key is to blame
         return f"{error.full_key}: {str(error.msg or error).partition(chr(10))[0]}"
+
+
+def _expanded(value: Any, key: str = "") -> Any:
+    """Returns a configuration whose texts have `~` and environment variables expanded, as paths have them."""
+    if isinstance(value, dict):
+        return {name: _expanded(part, f"{key}.{name}") for name, part in value.items()}
+    if isinstance(value, list):
+        return [_expanded(part, key) for part in value]
+    try:
+        return expanded(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{key[1:]}: {error}") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:

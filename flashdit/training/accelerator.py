@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,35 +13,44 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from flashdit.shared.process import AUTOCAST
+from flashdit.shared.files import mend
+from flashdit.shared.locks import check_no_writer
+from flashdit.shared.process import AUTOCAST, check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
-from flashdit.training.checkpoint import check_unchanged
 from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
+from flashdit.training.resume import check_unchanged, main_first
+from flashdit.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(config: LoopConfig, fixed: tuple[str, ...]) -> Accelerator:
+def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     """Returns the Accelerator of a run that is new or resumed, and seeds the weights that are built next.
 
     Args:
         config: Of the run.
-        fixed: Prefixes of configuration keys that a resumed run may not change.
+        task: What is trained.
 
     Raises:
-        ValueError: If the global batch cannot be shared evenly, or the folder holds another run.
+        ValueError: If the global batch cannot be shared evenly, another process trains in the folder, or it
+            holds another run.
     """
-    accelerator = make_accelerator(config.training)
+    accelerator, run_dir = make_accelerator(config.training), Path(config.run.dir)
     share_of_batch(config.training, accelerator.num_processes)
-    for checkpoint in list_checkpoints(Path(config.run.dir))[-1:]:
-        changed = check_unchanged(checkpoint, to_yaml(config), fixed)
-        for line in changed if accelerator.is_main_process else ():
-            logger.info(line)
+
+    def check_folder() -> None:
+        check_no_writer(run_dir)
+        mend(run_dir / "checkpoints")
+        for checkpoint in list_checkpoints(run_dir)[-1:]:
+            for line in check_unchanged(checkpoint, to_yaml(config), task):
+                logger.info(line)
+
+    main_first(accelerator, check_folder)
     torch.manual_seed(config.seed)
     return accelerator
 
@@ -50,10 +60,18 @@ def make_accelerator(training: TrainingOptions) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise each of several CPU processes trains alone
         mixed_precision=precision_name(training.precision),
-        gradient_accumulation_steps=training.accumulation,
+        # as a plugin, since a number gives way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.accumulation),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.timeout_s))],
     )
     set_shard_precision(accelerator, training.precision)
+    check_processes(accelerator.num_processes)
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision_name(training.precision)) and accelerator.is_main_process:
+        logger.info(
+            "training.precision=%s decides, the launcher's mixed_precision=%s is not used",
+            *(training.precision, asked),
+        )
     return accelerator
 
 

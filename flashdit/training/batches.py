@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 
 from flashdit.training.task import Tensors
 
@@ -30,23 +29,3 @@ def positions(
     """
     parts = range(rank, updates * accumulation * ranks, ranks)
     return [range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts]
-
-
-def make_loader(examples: Dataset, batches: list[range], workers: int, pinned: bool) -> DataLoader:
-    """Returns the batches of these positions, in order.
-
-    Args:
-        examples: By position.
-        batches: The positions of each batch.
-        workers: Processes that read.
-        pinned: Whether batches lie in memory from which a GPU copies without waiting.
-    """
-    return DataLoader(
-        examples,
-        batch_sampler=cast(Any, batches),
-        collate_fn=as_batch,
-        num_workers=workers,
-        pin_memory=pinned,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own: the global one stays where a resume would find it
-    )

@@ -13,18 +13,35 @@ The .pt files are loaded with weights_only=True.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from flashdit.shared.files import write_atomically, write_json
-from flashdit.shared.runs import CHECKPOINT_FORMAT, PREFIX, STATE, list_checkpoints
+from flashdit.shared.files import discard, write_atomically, write_json
+from flashdit.shared.runs import (
+    CHECKPOINT_FORMAT,
+    PREFIX,
+    STATE,
+    DamagedCheckpoint,
+    list_checkpoints,
+    read_state,
+)
+from flashdit.shared.weights import read_content, read_tensors
+from flashdit.training.profiles import Profile
+from flashdit.training.snapshots import TRACKS, read_tracks
+
+OPTIMIZER, PROCESSES = "optimizer.pt", "processes.pt"
+POSITION = ("step", "images_seen", "ema_updates", "skipped", "skipped_in_a_row")
+LITTLE_ROOM = 2**20
 
 
 def write_checkpoint(
@@ -51,17 +68,64 @@ def write_checkpoint(
 
     def write(temporary: Path) -> None:
         write_models(temporary)
-        torch.save(optimizer, temporary / "optimizer.pt")
-        torch.save(processes, temporary / "processes.pt")
+        torch.save(optimizer, temporary / OPTIMIZER)
+        torch.save(processes, temporary / PROCESSES)
         (temporary / "config.yaml").write_text(config_text)
         write_json(temporary / STATE, {"format": CHECKPOINT_FORMAT, **state})
 
     try:
         write_atomically(folder, write)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the latter two
-        raise OSError(
-            f"{folder} could not be written, is the disk full? Earlier ones stay: {error}"
-        ) from error
+        why = "the disk is full" if _is_full(error, folder.parent) else "it failed"
+        raise OSError(f"{folder} could not be written, {why}; earlier ones stay: {error}") from error
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Returns whether a write failed for want of room; torch and safetensors give no error number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < LITTLE_ROOM
+
+
+@dataclass(kw_only=True)
+class Saved:
+    """What a checkpoint holds, on the CPU."""
+
+    state: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    tracks: dict[Profile, dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    processes: list[dict[str, Any]]
+
+
+def read_checkpoint(folder: Path) -> Saved:
+    """Returns all that a run goes on with.
+
+    Raises:
+        DamagedCheckpoint: If a file cannot be read; names it.
+        ValueError: If its format is not one this version reads.
+    """
+    state = read_state(folder)
+    missing = [name for name in POSITION if name not in state]
+    if missing:
+        raise DamagedCheckpoint(f"{folder / STATE} is damaged: it has no {', '.join(missing)}")
+    try:
+        optimizer, processes = (read_content(folder / name) for name in (OPTIMIZER, PROCESSES))
+        if not isinstance(optimizer, dict) or not {"optimizer", "scaler"} <= optimizer.keys():
+            raise ValueError(f"{OPTIMIZER} must hold the optimiser and the scaler")
+        if not isinstance(processes, list):
+            raise ValueError(f"{PROCESSES} must hold a list of processes")
+        return Saved(
+            state=state,
+            model=read_tensors(folder / "model"),
+            ema=read_tensors(folder / "ema"),
+            tracks=read_tracks(folder / TRACKS),
+            optimizer=optimizer,
+            processes=processes,
+        )
+    except (ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
 
 
 def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
@@ -70,8 +134,7 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
         return
     for folder in list_checkpoints(run_dir)[:-keep_last]:
         if keep_every is None or int(folder.name.removeprefix(PREFIX)) % keep_every:
-            (folder / STATE).unlink()  # a kill from here on leaves no half checkpoint that looks whole
-            shutil.rmtree(folder)
+            discard(folder)
 
 
 def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
@@ -95,38 +158,13 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
         )
 
 
-def check_unchanged(checkpoint: Path, config_text: str, fixed: tuple[str, ...]) -> list[str]:
-    """Refuses to resume with another model or other data.
-
-    Args:
-        checkpoint: What is resumed.
-        config_text: The new configuration as YAML.
-        fixed: Prefixes of the keys that may not change.
-
-    Returns:
-        A line for every other key that has changed.
-
-    Raises:
-        ValueError: If one of the fixed keys has another value.
-    """
-    old, new = yaml.safe_load((checkpoint / "config.yaml").read_text()), yaml.safe_load(config_text)
-    lines = []
-    for key, (before, after) in changes(old, new).items():
-        if key.startswith(fixed):
-            rule = f"{checkpoint.parent.parent} holds a run whose {key} is {before}, not {after}"
-            raise ValueError(f"{rule}: give another run.dir")
-        if key != "run.dir":
-            lines.append(f"resumed with another {key}: {after}, was {before}")
-    return lines
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Returns the dotted keys in which two plain configurations differ, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found |= changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found[prefix + key] = (before, after)
-    return found
+def stored_config(checkpoint: Path) -> dict[str, Any]:
+    """Returns the configuration that a checkpoint or else its run holds; empty where neither does."""
+    for path in (checkpoint / "config.yaml", checkpoint.parent.parent / "config.yaml"):
+        try:
+            stored = yaml.safe_load(path.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(stored, dict):
+            return stored
+    return {}

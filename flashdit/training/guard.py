@@ -1,12 +1,23 @@
-"""What keeps a run alive: steps that are not finite are skipped, and SIGTERM ends it after a checkpoint."""
+"""What keeps a run's work: steps that are not finite are skipped, and signals end it after a checkpoint."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+LAUNCHED = "TORCHELASTIC_RUN_ID"
+ECHO_S = 5.0
+"""Seconds in which a launcher hands on a Ctrl-C that the terminal has sent to all processes itself."""
 
 
 class SkipGuard:
@@ -43,21 +54,84 @@ class SkipGuard:
             )
 
 
-class TermSignal:
-    """Notes a SIGTERM instead of dying of it, while the `with` block runs.
+class Stopped(BaseException):
+    """Ends what may be left out when the run is to stop; nothing that catches errors catches it."""
+
+
+class StopSignals:
+    """Notes signals that end a run, instead of dying of them, while the `with` block runs.
+
+    Those that were ignored when the process started (nohup) stay ignored. A second Ctrl-C ends the process at
+    once, with exit status 130.
+
+    Args:
+        speaks: Whether this process says that it was told to stop.
 
     Attributes:
-        received: Whether one came.
+        received: Name of the first signal that came; None before.
     """
 
-    def __enter__(self) -> TermSignal:
-        self.received = False
-        self.previous = signal.signal(signal.SIGTERM, self._note)
+    def __init__(self, speaks: bool = True):
+        self.speaks = speaks
+        self.received: str | None = None
+        self.raises = False
+        self.interrupted_s: float | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        known = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+        in_main = threading.current_thread() is threading.main_thread()  # others get no signals
+        for number in known if in_main else ():
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def ending(self, allowed: bool) -> Iterator[None]:
+        """Runs what a signal may end.
+
+        Args:
+            allowed: Whether it may.
+
+        Raises:
+            Stopped: If a signal came before or meanwhile, and it may.
+        """
+        self.raises = allowed
+        try:
+            if self.received and allowed:
+                raise Stopped
+            yield
+        finally:
+            self.raises = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Handles the signal."""
-        self.received = True
+        """Handles a signal."""
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted_s is None:
+                self.interrupted_s = now
+            elif now - self.interrupted_s > (ECHO_S if LAUNCHED in os.environ else 0):
+                _abort()
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            if self.speaks:
+                _say(f"{self.received}: the run is saved and ends; a second Ctrl-C ends it at once, unsaved")
+            if self.raises:
+                raise Stopped
+
+
+def _say(sentence: str) -> None:
+    """Writes a line to stderr, in a way that is allowed within any other write."""
+    os.write(2, f"\n{sentence}\n".encode())
+
+
+def _abort() -> None:
+    """Ends the process and those that read for it at once."""
+    _say("ended at once by a second Ctrl-C; the last whole checkpoint is kept")
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(130)

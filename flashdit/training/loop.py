@@ -6,34 +6,37 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.locks import only_writer
 from flashdit.shared.process import AUTOCAST, float32_products
-from flashdit.shared.runs import list_checkpoints, read_state, step_folder
+from flashdit.shared.progress import progress_bar
+from flashdit.shared.readers import read_batches
+from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
-from flashdit.shared.weights import read_tensors
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
-from flashdit.training.batches import make_loader, positions
-from flashdit.training.checkpoint import check_room, prune, write_checkpoint
+from flashdit.training.batches import as_batch, positions
+from flashdit.training.checkpoint import check_room
+from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
-from flashdit.training.guard import SkipGuard, TermSignal
+from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, share_of_batch
-from flashdit.training.profiles import Profile
-from flashdit.training.snapshots import SNAPSHOTS, TRACKS, drop_later, read_tracks, write_snapshots
-from flashdit.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state
-from flashdit.training.task import Task, Tensors
+from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
+from flashdit.training.resume import main_first, newest_whole, open_run_folder
+from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
+from flashdit.training.task import PeriodicAction, Task, Tensors
 from flashdit.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class TrainingLoop(Generic[AnyTask]):
 
     Attributes:
         step: Optimiser steps made.
+        stopped_by: The signal that ended `fit` before its last step; None where none did.
         images_seen: Images that they took, over all processes.
         model: The task's model; `network` is the same one as Accelerate wraps it.
         ema: The averages of its weights.
@@ -64,6 +68,8 @@ class TrainingLoop(Generic[AnyTask]):
         self.run_dir, self.config_text = Path(config.run.dir), to_yaml(config)
         check_room(self.run_dir, self.model, len(config.ema.power_widths))
         self.step = self.images_seen = 0
+        self.stopped_by: str | None = None
+        self.known = list_checkpoints(self.run_dir)
         self.guard = SkipGuard(config.training.max_skips)
         forward = task.forward_flops()
         self.flops_per_image = None if forward is None else 3 * forward  # the backward pass counts twice
@@ -71,8 +77,12 @@ class TrainingLoop(Generic[AnyTask]):
         self._prepare()
         rank_seed = generator_for(config.seed, "rank", accelerator.process_index).initial_seed()
         torch.manual_seed(rank_seed)  # drop path and the like differ from process to process
-        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
-            self._resume(checkpoint)
+        self.resumed_from: Path | None = None
+        found = newest_whole(self.run_dir, accelerator)
+        if found is not None:
+            self.resumed_from, saved = found
+            main_first(accelerator, lambda: check_contents(found[0], self.config_text, task))
+            restore_run(self, saved)
 
     def _prepare(self) -> None:
         """Compiles, wraps and moves the model, and makes optimiser and averages."""
@@ -88,48 +98,61 @@ class TrainingLoop(Generic[AnyTask]):
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
 
-    def _resume(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
-        state = read_state(checkpoint)
-        self.step, self.images_seen = state["step"], state["images_seen"]
-        self.guard.skipped, self.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
-        load_model_state(self.model, read_tensors(checkpoint / "model"))
-        tracks = read_tracks(checkpoint / TRACKS)
-        self.ema.load(read_tensors(checkpoint / "ema"), state["ema_updates"], tracks)
-        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        load_optimizer_state(self.model, self.optimizer.optimizer, saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        states = torch.load(checkpoint / "processes.pt", weights_only=True)
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        if len(states) != processes and self.main:
-            logger.info("resumed with %d processes, was %d; images seen go on", processes, len(states))
-        if rank < len(states):
-            torch.set_rng_state(states[rank]["cpu"])
-            if self.device.type == "cuda" and "cuda" in states[rank]:
-                torch.cuda.set_rng_state(states[rank]["cuda"], self.device)
-        if len(states) == processes:
-            self.meter.load(states[rank]["meter"])
-
     def fit(self) -> Path:
-        """Trains to `training.steps`, or until SIGTERM, and returns the run's folder.
+        """Trains to `training.steps`, or until a signal ends it, and returns the run's folder.
 
-        While it runs, float32 products follow `training.tf32`.
+        While it runs, no other process may train in the folder, and float32 products follow `training.tf32`.
+
+        Raises:
+            ValueError: If another process trains in the folder, or has done so since this run was opened.
         """
-        training = self.config.training
-        if self.step >= training.steps:
-            logger.info("%s is already at step %d of %d", self.run_dir, self.step, training.steps)
+        if self.step >= self.config.training.steps:
+            logger.info(
+                "%s is already at step %d of %d", *(self.run_dir, self.step, self.config.training.steps)
+            )
             return self.run_dir
-        if self.main:
+        with ExitStack() as stack:
+            main_first(self.accelerator, lambda: stack.enter_context(self._opened()))
+            self._make_steps()
+        return self.run_dir
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Makes the run's folder ready, with this process as its only writer."""
+        with only_writer(self.run_dir):
+            if any(path not in self.known for path in list_checkpoints(self.run_dir)):
+                raise ValueError(f"{self.run_dir} was trained by another process meanwhile: start again")
+            open_run_folder(self.run_dir, self.step)
+            write_contents(self.run_dir, self.task.contents())
             write_atomically(self.run_dir / "config.yaml", lambda path: path.write_text(self.config_text))
             drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
+            logger.info(what_is_trained(self))
+            try:
+                yield
+            finally:
+                self.tracker.close()
+
+    @property
+    def outcome(self) -> str:
+        """What `fit` came to, in a sentence."""
+        if self.stopped_by is None:
+            return f"trained to step {self.step}: {self.run_dir}"
+        steps = self.config.training.steps
+        how = "run the same command again to go on"
+        return f"stopped at step {self.step} of {steps} by {self.stopped_by}: {how}"
+
+    def _make_steps(self) -> None:
+        """Makes the steps that are left, or fewer if a signal comes."""
+        training = self.config.training
         self.network.train()
-        batches = self._batches()  # before signals are handled, which processes that read would inherit
-        bar = tqdm(total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main)
+        batches = self._batches()
+        bar = progress_bar(
+            total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main
+        )
         switches = float32_products(tf32=training.tf32), blocks_compiled_whole(training.compile)
-        with switches[0], switches[1], TermSignal() as term, bar:
+        with switches[0], switches[1], StopSignals(speaks=self.main) as stop, bar:
             if self.flops_per_image:
                 self.meter.peak_flops = matmul_peak(
                     self.device, AUTOCAST[training.precision] or torch.float32
@@ -137,12 +160,11 @@ class TrainingLoop(Generic[AnyTask]):
             self.meter.start_clock(self.images_seen)
             ended = False
             while self.step < training.steps and not ended:
-                ended = self._make_step(batches, term)
+                ended = self._make_step(batches, stop)
                 bar.update()
-                self._after_step(bar, ended)
-        if self.main:
-            self.tracker.close()
-        return self.run_dir
+                ended = self._after_step(bar, stop, ended)
+            if ended and self.step < training.steps:
+                self.stopped_by = stop.received or "a signal to another process"
 
     def _batches(self) -> Iterator[Tensors]:
         """Returns this process's batches from where the run stands to its end."""
@@ -150,13 +172,21 @@ class TrainingLoop(Generic[AnyTask]):
         rank, processes = accelerator.process_index, accelerator.num_processes
         share, updates = share_of_batch(training, processes), training.steps - self.step
         taken = positions(self.images_seen, updates, share, training.accumulation, rank, processes)
-        return iter(make_loader(self.task.examples, taken, training.workers, self.device.type == "cuda"))
+        return read_batches(
+            self.task.examples,
+            training.workers,
+            batch_sampler=taken,
+            collate_fn=as_batch,
+            pin_memory=self.device.type == "cuda",  # from which a GPU copies without waiting
+            persistent_workers=training.workers > 0,
+            generator=torch.Generator(),  # its own: the global one stays where a resume would find it
+        )
 
-    def _make_step(self, batches: Iterator[Tensors], term: TermSignal) -> bool:
+    def _make_step(self, batches: Iterator[Tensors], stop: StopSignals) -> bool:
         """Makes one optimiser step from its accumulated batches, or skips it on every process.
 
         Returns:
-            Whether the run ends here because a process received SIGTERM.
+            Whether the run ends here because a process received a signal.
         """
         accelerator, accumulation = self.accelerator, self.config.training.accumulation
         self.step += 1
@@ -178,7 +208,7 @@ class TrainingLoop(Generic[AnyTask]):
         norm = whole_norm(
             accelerator.clip_grad_norm_(self.network.parameters(), math.inf if limit is None else limit)
         )
-        grad_norm, ended = self._wait(norm, term)
+        grad_norm, ended = self._wait(norm, stop)
         finite = math.isfinite(grad_norm)
         if finite or accelerator.scaler is not None:  # fp16's scaler skips by itself, and lowers its scale
             self.optimizer.step()
@@ -188,7 +218,7 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.add("grad_norm", norm)
         self.meter.end_step(finite)
         self.guard.record(finite, self.step, grad_norm)
-        return ended or (accelerator.num_processes == 1 and term.received)
+        return ended or (accelerator.num_processes == 1 and stop.received is not None)
 
     def _forward(self, *arguments: Any, **named: Any) -> Tensor:
         """Runs the network in the run's precision."""
@@ -202,14 +232,14 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.waited_s += time.perf_counter() - started
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _wait(self, norm: Tensor, term: TermSignal) -> tuple[float, bool]:
+    def _wait(self, norm: Tensor, stop: StopSignals) -> tuple[float, bool]:
         """Waits for the device, once a step: returns the gradient's norm, and whether all are to end here.
 
-        All processes must end at the same step, so they exchange whether one of them received SIGTERM.
+        All processes must end at the same step, so they exchange whether one of them received a signal.
         """
         if self.accelerator.num_processes == 1:
             return norm.item(), False
-        received = torch.full((), float(term.received), device=self.device)
+        received = torch.full((), float(stop.received is not None), device=self.device)
         received = cast(Tensor, self.accelerator.reduce(received, "sum"))
         grad_norm, ending = torch.stack([norm.float(), received]).tolist()
         return grad_norm, ending > 0
@@ -218,23 +248,44 @@ class TrainingLoop(Generic[AnyTask]):
         """Returns whether what is done every so many steps, and after the last, is due now."""
         return every > 0 and (self.step == self.config.training.steps or self.step % every == 0)
 
-    def _after_step(self, bar: tqdm, ended: bool) -> None:
-        """Evaluates, logs and saves where the step is one for it; a run that ends here is saved."""
+    def _after_step(self, bar: tqdm, stop: StopSignals, ended: bool) -> bool:
+        """Evaluates, logs and saves where the step is one for it; a run that ends here is saved.
+
+        Returns:
+            Whether the run ends here.
+        """
         training = self.config.training
-        actions = [action for action in self.task.actions if self._due(action.every)]
-        save = ended or self._due(training.save_every)
+        actions = [] if ended else [action for action in self.task.actions if self._due(action.every)]
         snapshot = self.step % self.config.ema.snapshot_every == 0
-        average = self.ema.state() if save or actions else {}
+        average = self.ema.state() if actions else {}
+        numbers, ended = self._act(actions, average, stop, ended)
+        save = ended or self._due(training.save_every)
+        average = self.ema.state() if save and not actions else average
         tracks = self.ema.tracks_state() if save or snapshot else {}
         if snapshot and self.main:
             write_snapshots(self.run_dir / SNAPSHOTS, self.step, tracks)
-        numbers: dict[str, float] = {}
-        for action in actions:
-            numbers |= action.run(self.step, average)
-        if actions or self._due(training.log_every):
-            bar.set_postfix(self._log(numbers))
+        if numbers or self._due(training.log_every):
+            bar.set_postfix(self._log(numbers), refresh=False)
         if save:
-            self._save(average, tracks)
+            save_checkpoint(self, average, tracks)
+        return ended
+
+    def _act(
+        self, actions: list[PeriodicAction], average: Tensors, stop: StopSignals, ended: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Runs actions; returns their numbers, and whether a signal ended one or the run ended before.
+
+        With several processes an action runs to its end, since they exchange values within it.
+        """
+        numbers: dict[str, float] = {}
+        try:
+            for action in actions:
+                with stop.ending(self.accelerator.num_processes == 1):
+                    numbers |= action.run(self.step, average)
+        except Stopped:
+            logger.info("the previews and scores of step %d are left out", self.step)
+            return numbers, True
+        return numbers, ended
 
     def _log(self, numbers: dict[str, float]) -> dict[str, str]:
         """Writes the means since the last record and returns what the progress bar shows."""
@@ -258,34 +309,3 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.start_clock(self.images_seen)
         shown = {"epoch": f"{record['epoch']:.2f}", "images/s": f"{record['images_per_s']:.0f}"}
         return shown | {name: f"{record[name]:.4f}" for name in ("loss", *numbers) if name in record}
-
-    def _save(self, average: Tensors, tracks: dict[Profile, Tensors]) -> None:
-        """Writes a checkpoint; every process calls it, the main one writes."""
-        mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "meter": self.meter.state()}
-        if self.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(self.device)
-        processes = gather_object([mine])
-        weights = model_state(self.model)
-        scaler = self.accelerator.scaler
-        optimizer = {
-            "optimizer": optimizer_state(self.model, self.optimizer.optimizer),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        position = {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "ema_updates": self.ema.updates,
-            "skipped": self.guard.skipped,
-            "skipped_in_a_row": self.guard.in_a_row,
-        }
-        if self.main:
-
-            def write_models(folder: Path) -> None:
-                self.task.write_models(folder, weights, average)
-                write_snapshots(folder / TRACKS, self.step, tracks)
-
-            state = position | self.task.state()
-            folder = step_folder(self.run_dir, self.step)
-            write_checkpoint(folder, write_models, optimizer, processes, self.config_text, state)
-            prune(self.run_dir, self.config.training.keep_last, self.config.training.keep_every)
-        self.accelerator.wait_for_everyone()

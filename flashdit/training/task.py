@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -30,6 +30,7 @@ class Task(ABC):
 
     Attributes:
         fixed_on_resume: Prefixes of configuration keys that a resumed run may not change.
+        by_content: Those among these keys that name data, which are compared by content (see `contents`).
         model: Fresh, on the CPU; the loop moves, wraps, compiles and resumes it.
         examples: Data set by position in the endless stream of images.
         images_per_epoch: Images of an epoch.
@@ -37,6 +38,7 @@ class Task(ABC):
     """
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = ("seed", "data.", "model.")
+    by_content: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
     examples: Dataset
     images_per_epoch: int
@@ -54,6 +56,22 @@ class Task(ABC):
     @abstractmethod
     def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
         """Makes a checkpoint's folder with the model in `model/`, its average in `ema/`, and the like."""
+
+    @staticmethod
+    def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a plain configuration with the defaults of parts whose options it states in part."""
+        return dict(config)
+
+    def contents(self) -> dict[str, Any]:
+        """Returns by key of `by_content` what tells the data apart wherever they lie.
+
+        A value is text, or `{"classes": names, "files": {name: size or hash}}`, or None where it is unknown.
+        """
+        return {}
+
+    def known_contents(self, checkpoint: Path) -> dict[str, Any]:
+        """Returns as much of the contents as a checkpoint tells of a run that has kept none."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Returns what state.json holds beside the position."""

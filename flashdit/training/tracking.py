@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from flashdit.shared.command import need_extra
 from flashdit.shared.files import write_atomically
 from flashdit.shared.runs import METRICS_FILE
 
+logger = logging.getLogger(__name__)
 WANDB_ID = "wandb_id.txt"
 
 
@@ -37,16 +40,24 @@ class Tracker:
 
     def __init__(self, run_dir: Path, options: TrackingOptions, config: dict[str, Any], step: int):
         self.path = run_dir / METRICS_FILE
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        kept = [line for number, line in self._lines() if self._step_of(line, number) <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(kept)))
         self.wandb_run = _start_wandb(run_dir, options, config) if options.wandb else None
 
-    def _lines(self) -> list[str]:
-        """Returns the records there are, without a last line that a kill cut short."""
+    def _lines(self) -> list[tuple[int, str]]:
+        """Returns the numbered lines there are, without a last one that a kill cut short."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        return [(number, line) for number, line in enumerate(lines, start=1) if line.endswith("\n")]
+
+    def _step_of(self, line: str, number: int) -> float:
+        """Returns the step of a record; a line that is none is named, and comes after every step."""
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: line %d is no record and is left out", self.path, number)
+            return math.inf
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one record; it names its `step`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from flashdit.shared.progress import progress_bar
+from flashdit.shared.readers import read_batches
 from iwin_tasks.classification.data import HeldOutExamples
 
 TOP = 5
@@ -59,15 +59,17 @@ def count_correct(
         show: Whether there is a progress bar.
     """
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    loader = DataLoader(
+    read = read_batches(
         data,
-        batch_sampler=cast(Any, batches),
-        num_workers=workers,
+        workers,
+        batch_sampler=batches,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # its own: the global one stays where a resume would find it
     )
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    for images, labels in tqdm(loader, desc="evaluate", unit="batch", disable=not show, leave=False):
+    for images, labels in progress_bar(
+        read, total=len(batches), desc="evaluate", unit="batch", disable=not show, leave=False
+    ):
         with autocast():
             logits = model(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)

@@ -156,7 +156,7 @@ def ClassifierTrainer(config: ClassifierConfig) -> TrainingLoop[ClassifierTask]:
     Raises:
         ValueError: If data, model and run folder do not fit together.
     """
-    accelerator = start_run(config, ClassifierTask.fixed_on_resume)
+    accelerator = start_run(config, ClassifierTask)
     return TrainingLoop(config, ClassifierTask(config, accelerator), accelerator)
 
 

@@ -6,12 +6,19 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from flashdit.commands.arguments import path_text
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
-    add("--config", metavar="YAML|NAME", help="a file or a shipped configuration (default: iwin/digits_32)")
+    add(
+        "--config",
+        type=path_text,
+        metavar="YAML|NAME",
+        help="a file or a shipped configuration (default: iwin/digits_32)",
+    )
     add("--eval-only", action="store_true", help="print accuracy and throughput, train nothing")
     add("overrides", nargs="*", metavar="key=value", help="such as data.path=IMAGENET")
     return parser.parse_intermixed_args(argv)
@@ -33,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = ClassifierTrainer(config)
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    run_dir = trainer.fit()
-    if trainer.main and trainer.task.accuracy is not None:
-        print(f"trained to step {trainer.step}: {run_dir}, EMA {trainer.task.accuracy}")
+    trainer.fit()
+    if trainer.main:
+        accuracy = trainer.task.accuracy
+        print(
+            trainer.outcome + (f", EMA {accuracy}" if accuracy is not None and not trainer.stopped_by else "")
+        )
     trainer.accelerator.end_training()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
+
+from flashdit.commands.arguments import path
 
 MAX_TOKENS = 9_216  # all pairs are held in memory
 
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("ROW", "COLUMN"),
         help="where the picture starts (default: centre, corner)",
     )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="where the picture goes; none without it")
+    parser.add_argument("--output", type=path, metavar="PNG", help="where the picture goes; none without it")
     return parser.parse_args(argv)
 
 

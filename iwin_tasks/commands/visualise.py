@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashdit.commands.arguments import path
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -105,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; the word none stands for None."""
 
     def path_or_none(text: str) -> Path | None:
-        return None if text == "none" else Path(text)
+        return None if text == "none" else path(text)
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--model", help="timm name; Iwin's are registered too (a run knows its own)")
@@ -129,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--class-index", type=int, help="for gradcam (default: the highest score)")
     parser.add_argument("--layout", help="of the feature map: nchw or nhwc, where its shape leaves it open")
-    parser.add_argument("--output", type=Path, default=Path("visualise.png"), metavar="PNG")
+    parser.add_argument("--output", type=path, default=Path("visualise.png"), metavar="PNG")
     return parser.parse_args(argv)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashdit.shared.process import check_processes
+
 Shared = TypeVar("Shared")
 
 RANKS_TIMEOUT = timedelta(
@@ -39,6 +41,7 @@ class Ranks:
         from accelerate import PartialState  # a second to import
 
         state = PartialState(cpu=torch.device(device).type == "cpu")
+        check_processes(state.num_processes)
         if state.num_processes == 1:
             return cls()
         group = dist.new_group(backend="gloo", timeout=RANKS_TIMEOUT)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
@@ -15,6 +14,7 @@ from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import Source
 from flashdit.shared.moments import Moments
 from flashdit.shared.process import full_float32
+from flashdit.shared.progress import progress_bar
 
 Part = dict[str, Tensor]  # fields of ImageStatistics; empty where the extractor has no such features
 
@@ -157,7 +157,7 @@ def extract(
     with ranks.agree(), full_float32():
         ids = ranks.share(source.count)
         hidden = None if ranks.is_main else True
-        with tqdm(total=len(ids), desc=source.name, unit="image", disable=hidden) as bar:
+        with progress_bar(total=len(ids), desc=source.name, unit="image", disable=hidden) as bar:
             for images in regrouped(source.batches(batch_size, ids), FORWARD_ROWS):
                 share.add(forward_padded(extractor, images, device))
                 bar.update(len(images))

@@ -178,10 +178,19 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, exit_message):
     (tmp_path / "bad.json").write_text("[1]")
     message = exit_message(plot, run, "--reference", tmp_path / "bad.json")
     assert "a reference must be a file of --write-reference" in message
-    (run / "metrics.jsonl").write_text('{"step": 1, "images_seen": 8, "loss": 1}\n{"step": 2}\n')
-    assert "a record with images_seen in each line, line 2 is not" in exit_message(plot, run)
     (run / "metrics.jsonl").write_text("")
     assert "a run must have logged before it can be drawn" in exit_message(plot, run)
+
+
+def test_a_line_that_is_no_record_is_named_and_the_others_are_drawn(tmp_path, caplog):
+    run = make_run(tmp_path / "run", falling())
+    good = {"step": 1, "images_seen": 8, "loss": 1.0}
+    lines = [json.dumps(good), '{"step": 2}', "\0\0", "[1]", json.dumps(good | {"images_seen": 16})]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert read_run(run).curves["loss"] == [(8.0, 1.0), (16.0, 1.0)]
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        f"line {number} is no record with images_seen and is left out" for number in (2, 3, 4)
+    ]
 
 
 def test_references_need_the_same_task():

@@ -1,5 +1,7 @@
 import argparse
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_all_commands_are_listed(kitchen, capsys, words):
     assert "\n  bake  bakes it\n  burn  burns it\n" in printed
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no")])
+@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError("no"), FloatingPointError("no")])
 def test_a_users_mistake_is_one_line_and_a_bug_is_a_traceback(error, monkeypatch, capsys):
     def fail():
         raise error
@@ -68,6 +70,35 @@ def test_a_users_mistake_is_one_line_and_a_bug_is_a_traceback(error, monkeypatch
     monkeypatch.setenv("FLASHDIT_TRACEBACK", "1")
     with pytest.raises(type(error)):
         run_script(fail)
+
+
+def test_an_interrupt_is_one_line_and_130_and_of_many_processes_the_first_tells(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["folder/bake.py"])
+    for rank, printed in (("0", "\nbake.py: interrupted\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(interrupt)
+        assert exit_info.value.code == 130
+        assert capsys.readouterr().err == printed
+
+
+def test_a_table_whose_reader_has_read_enough_ends_with_status_0():
+    code = (
+        "from flashdit.shared.command import open_console, run_script\n"
+        "run_script(lambda: [open_console().print('line ' * 20) for _ in range(5000)])"
+    )
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
 
 
 def test_other_errors_are_not_caught():

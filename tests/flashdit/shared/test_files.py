@@ -1,12 +1,16 @@
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashdit.shared.files import file_sha256, write_atomically, write_json
+from flashdit.shared.files import file_sha256, mend, write_atomically, write_json
 
 
 @pytest.mark.parametrize("old", [None, "file", "folder"])
@@ -41,13 +45,117 @@ def test_files_follow_the_umask(tmp_path):
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_leftovers_of_a_kill_are_removed_by_the_next_write(tmp_path):
-    (tmp_path / ".target.tmp").mkdir()
-    (tmp_path / ".target.tmp" / "half").write_text("half")
-    (tmp_path / ".target.old").mkdir()
+ROOT = Path(__file__).parents[3]
+WRITER = """
+import os, sys
+from pathlib import Path
+from flashdit.shared import files
+target, kind, calls = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+real, left = os.replace, [calls]
+
+def killed(source, destination):
+    left[0] -= 1
+    if left[0] < 0:
+        os._exit(9)
+    real(source, destination)
+
+def write(path):
+    (path.mkdir(), (path / "content").write_text("new")) if kind == "folder" else path.write_text("new")
+
+os.replace = killed
+files.write_atomically(target, write)
+"""
+
+
+def write_and_die(target, kind, renames):
+    """Writes the target in a process that is killed at a rename, or lives; returns its exit status."""
+    command = [sys.executable, "-c", WRITER, str(target), kind, str(renames)]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def content(target):
+    return (target / "content" if target.is_dir() else target).read_text()
+
+
+@pytest.mark.parametrize(("kind", "renames"), [("file", 1), ("folder", 3)])
+def test_a_writer_killed_at_any_rename_loses_nothing_and_leaves_nothing(tmp_path, kind, renames):
+    target = tmp_path / "target"
+    for renames_before in range(renames):
+        if kind == "folder":
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            (target / "content").write_text("old")
+        else:
+            target.write_text("old")
+        assert write_and_die(target, kind, renames_before) == 9
+        mend(tmp_path)
+        assert content(target) == ("new" if renames_before == 2 else "old")
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert write_and_die(target, kind, renames) == 0, "there is no rename that was not tried"
+    assert content(target) == "new"
+
+
+def test_the_next_write_mends_what_a_kill_left(tmp_path):
     (tmp_path / "target").mkdir()
-    write_atomically(tmp_path / "target", lambda path: path.mkdir())
+    (tmp_path / "target" / "content").write_text("old")
+    assert write_and_die(tmp_path / "target", "folder", 1) == 9
+    assert not (tmp_path / "target").exists()
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(tmp_path / "target", fail_for_want_of_space)
+    assert content(tmp_path / "target") == "old"
+    write_atomically(tmp_path / "target", lambda path: path.write_text("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert content(tmp_path / "target") == "new"
+
+
+def fail_for_want_of_space(path):
+    raise OSError("no space left on device")
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path):
+    def write(path):
+        mend(tmp_path)
+        write_atomically(tmp_path / "target", lambda inner: inner.write_text("of another"))
+        path.write_text("whole")
+
+    write_atomically(tmp_path / "target", write)
+    assert (tmp_path / "target").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_leftovers_of_earlier_versions_are_removed(tmp_path):
+    (tmp_path / ".target.tmp").mkdir()
+    (tmp_path / ".other.tmp").write_text("half")
+    (tmp_path / ".hidden").write_text("of the user's")
+    mend(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+
+
+def test_data_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        happened.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (happened.append("rename"), replace(*paths)))
+    write_atomically(tmp_path / "f", lambda path: (path.mkdir(), (path / "inner").write_text("whole")))
+    assert happened[:4] == ["f", "inner", "rename", tmp_path.name]
+
+
+def test_a_discarded_folder_is_gone_and_one_killed_meanwhile_is_removed_by_the_next(tmp_path):
+    (tmp_path / "folder").mkdir()
+    code = (
+        "import os, shutil; from pathlib import Path; from flashdit.shared import files\n"
+        "shutil.rmtree = lambda *a, **k: os._exit(9)\n"
+        f"files.discard(Path({str(tmp_path / 'folder')!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
+    assert not (tmp_path / "folder").exists()
+    mend(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_above_are_made(tmp_path):
@@ -59,13 +167,10 @@ def test_folders_above_are_made(tmp_path):
     assert not (tmp_path / "nan.json").exists()
 
 
-def test_writers_of_one_path_have_names_of_their_own(tmp_path, monkeypatch):
+def test_writers_of_one_path_have_names_of_their_own(tmp_path):
     names = []
-    for process in (11, 12):
-        monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        write_atomically(
-            tmp_path / "f", lambda path: names.append(path.name) or path.write_text("whole"), contested=True
-        )
+    for _ in range(2):
+        write_atomically(tmp_path / "f", lambda path: names.append(path) or path.write_text("whole"))
     assert names[0] != names[1]
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 

@@ -70,7 +70,7 @@ class Recorded:
     poisoned_steps: tuple[int, ...] = ()
 
     def __init__(self, run_config):
-        accelerator = start_run(run_config, FlashDiTTask.fixed_on_resume)
+        accelerator = start_run(run_config, FlashDiTTask)
         self.task = FlashDiTTask(run_config, accelerator)
         self._move_off_zeros()
         self.loop = TrainingLoop(run_config, self.task, accelerator)

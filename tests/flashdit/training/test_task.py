@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, start_run
 from flashdit.training.ema import EmaOptions
-from flashdit.training.guard import TermSignal
+from flashdit.training.guard import StopSignals
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions
@@ -62,7 +62,7 @@ class Line(Task):
 def line(tmp_path, *actions, **training):
     options = {"steps": 6, "global_batch_size": 8, "save_every": 100, "log_every": 3} | training
     config = LineConfig(run=RunOptions(dir=str(tmp_path / "line")), training=TrainingOptions(**options))
-    accelerator = start_run(config, Line.fixed_on_resume)
+    accelerator = start_run(config, Line)
     return TrainingLoop(config, Line(*actions), accelerator)
 
 
@@ -112,9 +112,9 @@ def test_a_step_waits_for_the_device_once(tmp_path, accumulation, limit):
     run.config.optimizer.max_grad_norm = limit
     batches = run._batches()
     run.meter.start_clock(0)
-    with TermSignal() as term, Waits() as waits:
+    with StopSignals() as stop, Waits() as waits:
         for step in range(1, 4):
-            assert run._make_step(batches, term) is False
+            assert run._make_step(batches, stop) is False
             assert waits.count == step
 
 

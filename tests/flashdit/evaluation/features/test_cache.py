@@ -121,3 +121,30 @@ def test_default_folder_is_the_variables_or_below_home(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHDIT_CACHE")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert default_folder() == tmp_path / ".cache" / "flashdit" / "features"
+
+
+def test_what_was_used_longest_ago_goes_once_the_cache_is_full(tmp_path, monkeypatch):
+    one = {"pool": torch.zeros(1000)}  # 4,000 bytes and a header
+    monkeypatch.setenv("FLASHDIT_CACHE_GB", str(13_000 / 1e9))
+    cache = FeatureCache(tmp_path / "cache")
+    for age, key in enumerate("abc"):
+        cache.write(key * 64, "pool", one)
+        os.utime(cache._path(key * 64, "pool"), (1000 + age, 1000 + age))
+    assert cache.read("a" * 64, "pool") is not None  # now used last
+    cache.write("d" * 64, "pool", one)
+    assert [key for key in "abcd" if cache.read(key * 64, "pool") is not None] == ["a", "c", "d"]
+    assert sorted(path.name[0] for path in (tmp_path / "cache").glob("*/*")) == ["a", "c", "d"]
+
+
+def test_a_cache_of_size_0_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHDIT_CACHE_GB", "0")
+    cache = FeatureCache(tmp_path)
+    cache.write("a" * 64, "pool", {"pool": torch.zeros(3)})
+    assert cache.read("a" * 64, "pool") is None
+
+
+@pytest.mark.parametrize("given", ["-1", "much", "nan"])
+def test_a_size_that_is_none_is_named(monkeypatch, given):
+    monkeypatch.setenv("FLASHDIT_CACHE_GB", given)
+    with pytest.raises(ValueError, match=f"FLASHDIT_CACHE_GB must be a number of gigabytes.* got '{given}'"):
+        FeatureCache()

@@ -1,0 +1,118 @@
+"""What a run goes on from: its newest whole checkpoint, with the same configuration and the same data."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from flashdit.shared.files import discard, mend
+from flashdit.shared.runs import PREFIX, DamagedCheckpoint, list_checkpoints
+from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
+from flashdit.training.task import Task
+
+logger = logging.getLogger(__name__)
+DAMAGED = "damaged_"
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Runs work on the main process alone and returns what it gives there, None elsewhere.
+
+    What a user can cause ends all processes; the main one tells.
+    """
+    failure, given = None, None
+    if accelerator.is_main_process:
+        try:
+            given = work()
+        except (ValueError, OSError) as error:
+            failure = error
+    if accelerator.num_processes > 1 and broadcast_object_list([failure is not None])[0] and not failure:
+        sys.exit(2)
+    if failure is not None:
+        raise failure
+    return given
+
+
+def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] | None:
+    """Returns the newest checkpoint that can be read to its end; damaged ones after it are named.
+
+    Raises:
+        ValueError: If there are checkpoints and none of them is whole.
+    """
+
+    def search() -> tuple[Path, Saved] | None:
+        reasons = []
+        for folder in reversed(list_checkpoints(run_dir)):
+            try:
+                saved = read_checkpoint(folder)
+            except DamagedCheckpoint as error:
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                logger.warning("%s; the run goes on from %s", reason, folder.name)
+            return folder, saved
+        if reasons:
+            raise ValueError(f"a run must have a whole checkpoint to go on from: {'; '.join(reasons)}")
+        return None
+
+    found = main_first(accelerator, search)
+    if accelerator.num_processes > 1:
+        folder = broadcast_object_list([found and found[0]])[0]
+        found = found or (folder and (folder, read_checkpoint(folder)))
+    return found
+
+
+def open_run_folder(run_dir: Path, step: int) -> None:
+    """Mends what kills left in a run's folder, and renames the damaged checkpoints after a step."""
+    for folder in (run_dir, *(path for path in run_dir.glob("*") if path.is_dir())):
+        mend(folder)
+    for folder in list_checkpoints(run_dir):
+        if int(folder.name.removeprefix(PREFIX)) > step:
+            aside = folder.with_name(DAMAGED + folder.name)
+            discard(aside)
+            folder.rename(aside)
+            logger.warning("%s is now called %s; remove it when it is of no use", folder, aside.name)
+
+
+def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> list[str]:
+    """Refuses to resume with another model or other options of the data.
+
+    Args:
+        checkpoint: What is resumed.
+        config_text: The new configuration as YAML.
+        task: What is trained: says which keys may not change, and which are compared by content later.
+
+    Returns:
+        A line for every other key that has changed.
+
+    Raises:
+        ValueError: If one of the fixed keys has another value.
+    """
+    old, new = task.filled(stored_config(checkpoint)), task.filled(yaml.safe_load(config_text))
+    lines = []
+    for key, (before, after) in changes(old, new).items():
+        if key in task.by_content or key == "run.dir":
+            continue
+        if old and key.startswith(task.fixed_on_resume):
+            rule = f"{checkpoint.parent.parent} holds a run whose {key} is {before}, not {after}"
+            raise ValueError(f"{rule}: give another run.dir")
+        lines.append(f"resumed with another {key}: {after}, was {before}")
+    return lines if old else []
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns the dotted keys in which two plain configurations differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[prefix + key] = (before, after)
+    return found

@@ -1,0 +1,253 @@
+"""What a run goes on from: whole checkpoints, the same data wherever they lie, one writer."""
+
+import gzip
+import json
+import logging
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from flashdit import config
+from flashdit.shared.locks import only_writer
+from flashdit.shared.process import check_processes
+from flashdit.shared.runs import list_checkpoints
+from flashdit.trainer import Trainer
+from flashdit.training.contents import difference_in_words
+from flashdit.training.guard import StopSignals
+from flashdit.training.task import PeriodicAction
+
+
+def trainer(overrides, *more):
+    return Trainer(config.load(None, [*overrides, *more]))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("optimizer.pt", b"", r"readable torch .*optimizer\.pt is not"),
+        ("processes.pt", b"", r"readable torch .*processes\.pt is not"),
+        ("state.json", b"", r"state\.json is damaged: Expecting value"),
+        ("state.json", b'{"format": 1}', r"state\.json is damaged: it has no step, images_seen"),
+        ("ema/diffusion_pytorch_model.safetensors", b"half", r"readable safetensors file, .*ema"),
+        ("config.yaml", b"", None),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from(
+    tiny_overrides, tmp_path, caplog, file, damage, reason
+):
+    trainer(tiny_overrides, "training.steps=4", "training.keep_last=2").fit()
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    (newest / file).write_bytes(damage)
+    with caplog.at_level("INFO"):
+        run = trainer(tiny_overrides, "training.keep_last=2")
+    if reason is None:
+        assert run.step == 4
+        return
+    assert run.step == 2
+    named = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(named) == 1
+    assert named[0].endswith("; the run goes on from step_00000002")
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(named[0])
+    run.fit()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["damaged_step_00000004", "step_00000004", "step_00000006"]
+
+
+def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    (tmp_path / "run/checkpoints/step_00000002/optimizer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*optimizer\.pt is not"):
+        trainer(tiny_overrides)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_bad_line_of_the_metrics_is_named_and_left_out(tiny_overrides, tmp_path, caplog):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first, second = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(f"{first}\0\0 half\n{second}")
+    trainer(tiny_overrides, "training.steps=4").fit()
+    assert "metrics.jsonl: line 2 is no record and is left out" in caplog.text
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_what_kills_left_in_a_run_is_removed_by_the_next(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    leftovers = [tmp_path / "run/checkpoints/.step_00000003.abc.tmp", tmp_path / "run/.config.yaml.x.tmp"]
+    for leftover in leftovers:
+        leftover.mkdir()
+    trainer(tiny_overrides).fit()
+    assert not [path for path in leftovers if path.exists()]
+
+
+def move_data(shards, tmp_path):
+    shards.rename(tmp_path / "moved")
+    return tmp_path / "moved"
+
+
+def test_moved_data_and_defaults_that_are_written_out_are_the_same(
+    tiny_overrides, tiny_shards, tmp_path, caplog
+):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    moved = move_data(tiny_shards, tmp_path)
+    os.utime(next(moved.glob("*.safetensors")))
+    written = ("data.mirrors=true", "model.qk_norm=false", "model.attention.kernel=3")
+    with caplog.at_level("INFO"):
+        run = trainer(tiny_overrides, f"data.path={moved}/", *written)
+    assert run.step == 2
+    assert f"data.path is {moved}/, was {tiny_shards}: its content is the same" in caplog.text
+    assert "resumed with another data" not in caplog.text
+
+
+def test_a_relative_path_or_a_slash_is_the_same_for_a_run_that_kept_no_contents(
+    tiny_overrides, tiny_shards, tmp_path, monkeypatch
+):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    (tmp_path / "run" / "contents.json.gz").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert trainer(tiny_overrides, "data.path=shards/").step == 2
+
+
+def test_changed_shards_are_refused_with_what_changed(tiny_overrides, tiny_shards, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    one, other = sorted(tiny_shards.glob("*.safetensors"))
+    shutil.copy(one, tiny_shards / "latents_rank00_shard002.safetensors")
+    other.write_bytes(one.read_bytes())
+    said = (
+        r"another data\.path: files 1 more, 1 changed, such as latents_rank00_shard002\.safetensors, latents"
+    )
+    with pytest.raises(ValueError, match=said):
+        trainer(tiny_overrides)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000002"]
+
+
+@pytest.fixture
+def image_run(tmp_path):
+    """Returns the overrides of a run on two classes of three pictures each."""
+    for name, number in ((name, number) for name in ("cat", "hen") for number in range(3)):
+        path = tmp_path / "images" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draws = torch.Generator().manual_seed(number)
+        Image.fromarray(torch.randint(256, (16, 16, 3), generator=draws).byte().numpy()).save(path)
+    return [
+        *(f"run.dir={tmp_path / 'run'}", "data.name=images", "data.image_size=16", "latents.vae=digits"),
+        *("model.num_classes=2", "model.sample_size=8", "model.hidden_size=16", "model.depth=1"),
+        *("training.steps=2", "training.global_batch_size=4", "training.preview_every=0"),
+    ]
+
+
+def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run, tmp_path):
+    trainer(image_run, f"data.path={tmp_path / 'images'}").fit()
+    shutil.copytree(tmp_path / "images", tmp_path / "staged")  # other times
+    assert trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3").step == 2
+    kept = json.loads(gzip.decompress((tmp_path / "run" / "contents.json.gz").read_bytes()))
+    assert len(kept["data.path"]["files"]) == 6
+    assert all(size > 0 for size in kept["data.path"]["files"].values())
+    (tmp_path / "staged/cat/0.png").rename(tmp_path / "staged/cat/9.png")
+    with pytest.raises(ValueError, match=r"files 1 more, 1 fewer, such as cat/9\.png, cat/0\.png; give"):
+        trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ("abc", "abc", ""),
+        ("abc", "abd", "its configuration or weights are others"),
+        ({"classes": ["a", "x"]}, {"classes": ["a"]}, "class 'x' is gone"),
+        ({"classes": ["a"]}, {"classes": ["a", *"bcde"]}, "classes 'b', 'c', 'd', … are new"),
+        ({"classes": ["a", "b"]}, {"classes": ["b", "a"]}, "its classes have another order"),
+        ({"classes": None}, {"classes": None, "files": {"x": 1}}, ""),
+        ({"files": {"x": 1, "y": 2}}, {"files": {"x": 1}}, "files 1 fewer, such as y"),
+    ],
+)
+def test_differences_are_told_in_words(before, now, words):
+    assert difference_in_words(before, now) == words
+
+
+def test_a_vae_may_be_added_to_a_run_without_one_and_not_taken_away(tiny_overrides, tmp_path):
+    small = ("model.sample_size=8",)
+    trainer(tiny_overrides, *small, "training.steps=2").fit()
+    added = trainer(tiny_overrides, *small, "latents.vae=digits", "training.preview_every=0")
+    assert added.step == 2
+    added.fit()
+    with pytest.raises(ValueError, match=r"another latents\.vae: it is None, was digits"):
+        trainer(tiny_overrides, *small, "training.steps=8")
+
+
+def test_a_run_that_another_process_trains_is_refused(tiny_overrides, tmp_path):
+    run = trainer(tiny_overrides, "training.steps=2")
+    with only_writer(tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"run must have one writer at a time"):
+            trainer(tiny_overrides)
+        with pytest.raises(ValueError, match=r"run must have one writer at a time"):
+            run.fit()
+    late = trainer(tiny_overrides)
+    run.fit()
+    with pytest.raises(ValueError, match=r"was trained by another process meanwhile: start again"):
+        late.fit()
+
+
+def test_the_precision_that_changed_is_said(tiny_overrides, caplog):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with caplog.at_level("INFO"):
+        trainer(tiny_overrides, "training.precision=bf16")
+    assert "resumed with another training.precision: bf16, was fp32" in caplog.text
+
+
+def test_variables_of_a_launcher_change_no_update_and_are_told(tiny_overrides, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with caplog.at_level("INFO"):
+        trainer(tiny_overrides, "training.steps=2").fit()
+    norms = [
+        json.loads(line)["grad_norm"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert min(norms) > 0, "an update was left out"
+    said = "training.precision=fp32 decides, the launcher's mixed_precision=bf16 is not used"
+    assert caplog.text.count(said) == 1
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+    with pytest.raises(ValueError, match=r"launcher's 2 processes \(WORLD_SIZE\) must work together"):
+        check_processes(1)
+
+
+def test_a_start_says_what_is_trained(tiny_overrides, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer(tiny_overrides, "training.steps=2").fit()
+        run = trainer(tiny_overrides)
+        run.fit()
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    rest = f"{count:,} parameters in fp32 on cpu; 37 images in 3 classes"
+    assert f"{tmp_path / 'run'}: new run, to step 2; {rest}" in caplog.text
+    assert f"{tmp_path / 'run'}: goes on after step 2, to step 6; {rest}" in caplog.text
+    assert run.outcome == f"trained to step 6: {tmp_path / 'run'}"
+
+
+def test_a_signal_within_an_evaluation_ends_it_and_saves(tiny_overrides, tmp_path):
+    run = trainer(tiny_overrides, "training.save_every=100")
+
+    def long_evaluation(step, average):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("the evaluation went on")
+
+    run.task.actions = [PeriodicAction(every=3, run=long_evaluation)]
+    run.fit()
+    assert run.outcome == "stopped at step 3 of 6 by SIGUSR1: run the same command again to go on"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
+
+
+def test_signals_that_a_platform_lacks_are_left_out(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    with StopSignals() as stop:
+        assert set(stop.previous) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
