@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashdit.config import RunConfig
 from flashdit.data.encode import open_latents
+from flashdit.data.inspection import RECORD
 from flashdit.data.latents import LatentSpace
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
@@ -113,7 +114,9 @@ class FlashDiTTask(Task):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         self.run_dir = Path(config.run.dir)
         self.model = FlashDiT(**config.model)
-        self.data, self.space = open_latents(config.data, config.latents, self.device, self.main)
+        self.data, self.space = open_latents(
+            config.data, config.latents, self.device, self.main, self.run_dir / RECORD
+        )
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()
         preview_every = config.training.preview_every if self.space.vae is not None else 0

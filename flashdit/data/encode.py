@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashdit.data.autoencoders import encode_images, load_vae, vae_factor
+from flashdit.data.inspection import leave_out_unreadable
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
+from flashdit.data.sources import DATASETS, ImageFolder, MemoryLatents, PixelSource
 from flashdit.shared.process import computing_in
 from flashdit.shared.seeds import generator_for
 
@@ -22,7 +24,11 @@ STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 
 
 def open_latents(
-    data: Mapping[str, Any], options: LatentOptions, device: torch.device, progress: bool = True
+    data: Mapping[str, Any],
+    options: LatentOptions,
+    device: torch.device,
+    progress: bool = True,
+    record: Path | None = None,
 ) -> tuple[LatentShards | MemoryLatents, LatentSpace]:
     """Returns latents and labels, and the space that normalises them.
 
@@ -33,6 +39,7 @@ def open_latents(
         options: The VAE and the multiplier.
         device: Where the VAE encodes.
         progress: Whether to show a bar, where somebody watches.
+        record: File of the run that lists an image folder's files; None keeps none.
 
     Raises:
         ValueError: If the data cannot be read, images come without a VAE, or latents come from another VAE.
@@ -46,6 +53,8 @@ def open_latents(
         return source, space
     if vae is None:
         raise ValueError("images need a VAE: give latents.vae, a folder of a diffusers AutoencoderKL")
+    if isinstance(source, ImageFolder):
+        source = leave_out_unreadable(source, record, progress)
     vae.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType]
     latents = encode_source(vae, source, mirrored=False, progress=progress)
     mirrored = encode_source(vae, source, mirrored=True, progress=progress) if source.mirrors else None

@@ -7,7 +7,7 @@ from PIL import Image
 
 from flashdit.data.autoencoders import encode_images, load_vae
 from flashdit.data.encode import MirrorEncoder, open_latents
-from flashdit.data.images import ReadableImages
+from flashdit.data.inspection import ReadableImages
 from flashdit.data.latents import LatentOptions
 
 CPU = torch.device("cpu")

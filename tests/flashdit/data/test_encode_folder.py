@@ -25,7 +25,7 @@ from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
 from flashdit.data.latents import LatentOptions
 from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import centre_crop
+from flashdit.data.images import centre_crop
 from flashdit.digits.images import digits
 from flashdit.shared.files import file_sha256
 

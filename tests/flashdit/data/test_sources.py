@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flashdit.data.sources import DATASETS, centre_crop
+from flashdit.data.images import centre_crop
+from flashdit.data.sources import DATASETS
 from flashdit.digits.images import digits
 
 
