@@ -84,6 +84,7 @@ class InTrainingEvaluation:
             extractor=options.extractor,
             extractor_weights=options.weights,
             metrics=options.metrics,
+            background=config.data.get("background", "white"),
             device=str(device),
             cache=False,
         )

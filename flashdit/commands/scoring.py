@@ -57,6 +57,12 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         "package.module:callable (default: the one that the reference's data set brings, or inception)",
     )
     add("--extractor-weights", "--inception-weights", metavar="PATH", help="the extractor's weights file")
+    add(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent pixels of images in folders show: a name or #rrggbb (default: white)",
+    )
     add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
     add("--no-cache", action="store_true", help="neither read nor keep features (in $FLASHDIT_CACHE)")
     add_device(parser)
@@ -80,6 +86,7 @@ def make_request(
         extractor=arguments.extractor,
         extractor_weights=arguments.extractor_weights,
         metrics=arguments.metrics,
+        background=arguments.background,
         batch_size=arguments.batch_size,
         device=arguments.device,
         cache=not arguments.no_cache,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from flashdit.data.walk import FORMATS, IMAGE_SUFFIXES, Walk, printable
+from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk, printable
 
 logger = logging.getLogger(__name__)
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
@@ -112,7 +112,7 @@ def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Im
     applied.
 
     Args:
-        path: A file of one of `FORMATS`, whatever its name.
+        path: A file of one of `IMAGE_FORMATS`, whatever its name.
         background: Red, green and blue, 0–255.
 
     Raises:
@@ -122,7 +122,7 @@ def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Im
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no regular file")  # opening a pipe would wait for ever
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
             _check_pixels(file.width, file.height)
             ImageOps.exif_transpose(file, in_place=True)
             return _to_rgb(file, background)
@@ -215,10 +215,12 @@ def parse_background(name: str) -> tuple[int, int, int]:
         ValueError: If it is neither.
     """
     try:
-        red, green, blue = ImageColor.getrgb(name)
-    except (ValueError, AttributeError) as error:  # also for too many values: a colour with alpha
-        raise ValueError(f"background must be a colour's name or #rrggbb, got {name!r}") from error
-    return red, green, blue
+        colour = ImageColor.getrgb(name)
+    except (ValueError, AttributeError):
+        colour = ()
+    if len(colour) != 3:  # four with alpha
+        raise ValueError(f"background must be a colour's name or #rrggbb, got {name!r}")
+    return colour
 
 
 def enlarged_images(short_sides: Mapping[str, int], image_size: int) -> str:

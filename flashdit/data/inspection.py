@@ -88,7 +88,8 @@ def leave_out_unreadable(
     Raises:
         ValueError: If no image of a class can be read, or a resumed run began with other images.
     """
-    source = _with_classes_of_run(source, record)
+    if record is not None:
+        source = with_classes_of_run(source, record.parent)
     before = _from_main(_read_record(record))
     sizes = dict(zip(source.names, source.num_bytes, strict=True))
     known = {name: seen for name, seen in before.items() if sizes.get(name) == seen.num_bytes}
@@ -101,7 +102,7 @@ def leave_out_unreadable(
         _write_record(record, found)
     readable = [row for row, seen in enumerate(found.values()) if seen.size]
     _check_classes(source, readable)
-    unreadable = source.found.unreadable | {
+    unreadable = dict(source.found.unreadable) | {
         name: seen.unreadable for name, seen in found.items() if seen.unreadable is not None
     }
     sides = {name: min(seen.size) for name, seen in found.items() if seen.size}
@@ -111,9 +112,13 @@ def leave_out_unreadable(
     return source.subset(readable)
 
 
-def _with_classes_of_run(source: ImageFolder, record: Path | None) -> ImageFolder:
-    """Returns the source with the classes in the order in which the run of a record knows them."""
-    for checkpoint in list_checkpoints(record.parent)[-1:] if record else ():
+def with_classes_of_run(source: ImageFolder, run_dir: Path) -> ImageFolder:
+    """Returns the source with the classes in the order in which a run that has a checkpoint knows them.
+
+    Raises:
+        ValueError: If the folder has not the run's classes.
+    """
+    for checkpoint in list_checkpoints(run_dir)[-1:]:
         names = read_state(checkpoint).get("class_names") or source.class_names
         if names != source.class_names:
             source = ImageFolder(source.options, names)

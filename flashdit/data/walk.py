@@ -13,7 +13,7 @@ from PIL import features
 
 OPTIONAL = {"avif": ("AVIF", ".avif"), "jpg_2000": ("JPEG2000", ".jp2")}  # where Pillow was built with them
 DECODERS = [names for feature, names in OPTIONAL.items() if features.check(feature)]
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(name for name, _ in DECODERS)]
+IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(name for name, _ in DECODERS)]
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {suffix for _, suffix in DECODERS}

@@ -98,7 +98,7 @@ class FolderSource:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the images are known by: names, sizes and times of the files, and how they are read."""
+        """Returns what the images are known by: names, sizes and times of the files, and the background."""
         return {
             "kind": "folder",
             "files": self._digest(times=True),
