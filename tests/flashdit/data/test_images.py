@@ -207,6 +207,20 @@ def test_what_is_no_picture_is_one_sentence_with_the_files_name(tmp_path, name, 
     assert capfd.readouterr() == ("", "")
 
 
+def test_more_pixels_than_pillows_limit_are_refused_before_they_are_decoded(tmp_path):
+    (tmp_path / "a.png").write_bytes(BROKEN["above the limit"])
+    with pytest.raises(
+        ValueError, match=r"a.png is not: an image must have at most 89,478,485 pixels, got 10000"
+    ):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_format_that_is_not_listed_is_not_read_under_another_name(tmp_path):
+    square(8, 8).save(tmp_path / "a.png", format="PPM")
+    with pytest.raises(ValueError, match=r"a.png is not: cannot identify image file"):
+        read_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_truncated_files_are_named(tmp_path, suffix, share, capfd):
