@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
+from flashdit.data.inspection import RECORD
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.sources import DATASETS
 from flashdit.evaluation.evaluate import evaluate
@@ -88,6 +89,7 @@ class InTrainingEvaluation:
             extractor=options.extractor,
             extractor_weights=options.weights,
             metrics=options.metrics,
+            background=config.data.get("background", "white"),
             device=str(device),
             cache=False,
         )
@@ -119,7 +121,9 @@ class FlashDiTTask(Task):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         self.run_dir = Path(config.run.dir)
         self.model = FlashDiT(**config.model_arguments)
-        self.data, self.space = open_latents(config.data, config.latents, self.device, self.main)
+        self.data, self.space = open_latents(
+            config.data, config.latents, self.device, self.main, self.run_dir / RECORD
+        )
         self._check_same_space()
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         self._check_fit()

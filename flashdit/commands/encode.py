@@ -33,6 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=path_text, help="folder of the shards; the same folder resumes")
     add("--verify", type=path, metavar="OUT", help="only check the checksums of a folder of shards")
     add("--image-size", type=int, help="side of the centre crop, in pixels (default: 256)")
+    add("--background", help="what transparent pixels show: a colour's name or #rrggbb (default: white)")
     add("--batch-size", type=int, help="images the VAE encodes at a time (default: 64)")
     add("--workers", type=int, help="reading processes of each encoding process (default: 4)")
     add("--shard-rows", type=int, help="images of a shard (default: 10000)")
@@ -72,8 +73,11 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
         if state.is_main_process:
             manifest = encoding.finish()
             counts = f"{manifest['encoded']:,} of {manifest['listed']:,} images"
-            counts = f"{counts} in {len(manifest['shards'])} shards"
-            print(f"{counts}, {len(manifest['unreadable']):,} unreadable: {encoding.out / MANIFEST}")
+            counts = (
+                f"{counts} in {len(manifest['shards'])} shards, {len(manifest['unreadable']):,} unreadable"
+            )
+            enlarged = f"; {manifest['enlarged']}" if manifest["enlarged"] else ""
+            print(f"{counts}{enlarged}: {encoding.out / MANIFEST}")
     state.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -155,7 +156,7 @@ def make_reference(argv: Sequence[str]) -> None:
 
     with processes(device) as ranks:
         with ranks.agree():
-            source = open_reference(arguments.images)
+            source = open_reference(arguments.images, arguments.background)
             name = arguments.extractor or default_extractor(arguments.images)
             extractor = build_extractor(name, arguments.extractor_weights).to(device)
         with only_writer(arguments.output, is_file=True) if ranks.is_main else nullcontext():
@@ -211,6 +212,7 @@ SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sw
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first word names; without one, scores."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in SUBCOMMANDS:
         SUBCOMMANDS[words[0]](words[1:])

@@ -65,6 +65,12 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         metavar="PATH",
         help="the extractor's weights file",
     )
+    add(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="what transparent pixels of images in folders show: a name or #rrggbb (default: white)",
+    )
     add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
     add("--no-cache", action="store_true", help="neither read nor keep features (in $FLASHDIT_CACHE)")
     add_device(parser)
@@ -88,6 +94,7 @@ def make_request(
         extractor=arguments.extractor,
         extractor_weights=arguments.extractor_weights,
         metrics=arguments.metrics,
+        background=arguments.background,
         batch_size=arguments.batch_size,
         device=arguments.device,
         cache=not arguments.no_cache,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdit.data.autoencoders import Autoencoder, latent_size
+from flashdit.data.inspection import leave_out_unreadable
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.pixels import PixelImages, Pixels
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import DATASETS, MemoryLatents, PixelSource
+from flashdit.data.sources import DATASETS, ImageFolder, MemoryLatents, PixelSource
 from flashdit.shared.process import computing_in
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.seeds import generator_for
@@ -28,7 +30,11 @@ Data = LatentShards | MemoryLatents | PixelImages
 
 
 def open_latents(
-    data: Mapping[str, Any], options: LatentOptions, device: torch.device, progress: bool = True
+    data: Mapping[str, Any],
+    options: LatentOptions,
+    device: torch.device,
+    progress: bool = True,
+    record: Path | None = None,
 ) -> tuple[Data, LatentSpace]:
     """Returns latents and labels, and the space that normalises them.
 
@@ -40,11 +46,14 @@ def open_latents(
         options: The space, the autoencoder and the multiplier.
         device: Where the autoencoder encodes.
         progress: Whether to show a bar, where somebody watches, and to warn.
+        record: File of the run that lists an image folder's files; None keeps none.
 
     Raises:
         ValueError: If the data cannot be read, or does not fit the autoencoder or the space.
     """
     source = DATASETS.build(data)
+    if isinstance(source, ImageFolder):
+        source = leave_out_unreadable(source, record, progress)
     if options.space == "pixels":
         return _pixels_of(source), LatentSpace.of_pixels(options)
     vae = options.autoencoder()

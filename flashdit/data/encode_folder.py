@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +15,25 @@ from tqdm import tqdm
 
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import STORED_DTYPES, MirrorEncoder
-from flashdit.data.images import ReadableImages, ReadBatch
-from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
+from flashdit.data.encode_plan import (
+    PLAN,
+    assign,
+    check_plan,
+    describe_update,
+    known_classes,
+    listing_sha256,
+    read_plan,
+    read_records,
+    record_file,
+    records_of,
+    tidy_records,
+)
+from flashdit.data.images import enlarged_images, report_images
+from flashdit.data.inspection import ReadableImages, ReadBatch
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
-from flashdit.shared.locks import LOCK
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.progress import progress_bar
@@ -30,7 +41,7 @@ from flashdit.shared.readers import read_batches
 from flashdit.shared.registry import unknown
 
 logger = logging.getLogger(__name__)
-PLAN = f"{RECORDS}/plan.json"
+ENLARGED_MUCH = 4  # times; said at once, not only at the end
 
 
 @dataclass(kw_only=True)
@@ -45,6 +56,8 @@ class EncodingOptions:
     """Folder of the shards; the same folder resumes."""
     image_size: int = 256
     """Side of ADM's centre crop, in pixels."""
+    background: str = "white"
+    """What transparent pixels show: a colour's name or `#rrggbb`."""
     batch_size: int = 64
     workers: int = 4
     """Processes that read images, for each encoding process."""
@@ -74,8 +87,9 @@ class EncodingOptions:
 class FolderEncoding:
     """The encoding of one folder into one folder; what it will be is fixed before the first image.
 
-    Shard n holds images n·R to (n+1)·R − 1 of the sorted listing, whoever encodes it, so that a resume may
-    run on another number of processes. A shard counts as done once its record lies beside it.
+    Shard n of a new encoding holds images n·R to (n+1)·R − 1 of the listing, whoever encodes it, so that a
+    resume may run on another number of processes. A shard counts as done once its record lies beside it.
+    Where the folder lost or gained images since, `assign` says which shards are written again.
 
     Args:
         options: How to encode what.
@@ -87,9 +101,9 @@ class FolderEncoding:
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
         self.options, self.out = options, Path(options.out)
-        self.source = _open_folder(options)
-        self.num_images = len(self.source.paths)
-        self.num_shards = math.ceil(self.num_images / options.shard_rows)
+        self.before = read_plan(self.out)
+        self.source = _open_folder(options, self.out, self.before)
+        self.listing = dict(zip(self.source.names, self.source.num_bytes, strict=True))
         self.vae = load_vae(options.vae)
         seed = options.seed if options.sample else None
         self.encode = MirrorEncoder(self.vae, torch.device(device), options.precision, options.dtype, seed)
@@ -97,44 +111,33 @@ class FolderEncoding:
         self.fixed = {
             "format": MANIFEST_FORMAT,
             "vae_identity": self.vae.identity,
-            "listing_sha256": self._listing(),
             "image_size": options.image_size,
+            "background": options.background,
             "posterior": "sample" if options.sample else "mean",
             "seed": seed,
             "dtype": options.dtype,
             "precision": options.precision,
             "shard_rows": options.shard_rows,
         }
-        self._check_out()
-
-    def _listing(self) -> str:
-        """Returns the SHA-256 of the names and sizes of all images, in order."""
-        digest = hashlib.sha256()
-        for row, path in enumerate(self.source.paths):
-            digest.update(f"{self._name(row)}\0{path.stat().st_size}\n".encode())
-        return digest.hexdigest()
-
-    def _check_out(self) -> None:
-        """Refuses a folder that holds anything but this encoding or a part of it."""
-        plan = self.out / PLAN
-        if not plan.exists():
-            if self.out.exists() and (
-                not self.out.is_dir() or any(path.name != LOCK for path in self.out.iterdir())
-            ):
-                raise ValueError(f"--out must be a new folder or one of an earlier encoding, got {self.out}")
-            return
-        before = json.loads(plan.read_text())
-        for key, now in self.fixed.items():
-            if before.get(key) != now:
-                was, now = (str(value)[:12] for value in (before.get(key), now))
-                raise ValueError(
-                    f"{self.out} holds latents whose {key} is {was}, not {now}: give another --out"
-                )
+        check_plan(self.out, self.before, self.fixed)
+        self.plan = self.fixed | {
+            "listing_sha256": listing_sha256(self.listing),
+            "class_names": self.source.class_names,
+        }
+        self.records = records_of(self.out, self.before, self.listing, options.images)
+        self.row_of = {name: row for row, name in enumerate(self.source.names)}
+        self.said_enlarged = False
+        self.shards, self.kept = assign(self.listing, self.records, options.shard_rows)
 
     def begin(self) -> None:
-        """Writes what the encoding will be; one process calls it before any writes."""
-        if not (self.out / PLAN).exists():
-            write_json(self.out / PLAN, self.fixed)
+        """Writes what the encoding will be, and says so; one process calls it before any writes."""
+        report_images(self.source.found.describe(), self.source.found.unreadable)
+        if update := describe_update(self.listing, self.records, self.kept) if self.records else "":
+            logger.info("%s", update)
+        if self.before != self.plan:
+            (self.out / MANIFEST).unlink(missing_ok=True)  # an encoding that is cut off is not complete
+            write_json(self.out / PLAN, self.plan)
+        tidy_records(self.out, self.records, self.listing, self.shards, self.kept)
 
     def write(self, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
         """Writes those missing shards that fall to this process.
@@ -144,13 +147,10 @@ class FolderEncoding:
             ranks: How many processes there are.
             progress: Whether to show a bar.
         """
-        if ranks > self.num_shards and rank == 0:
-            logger.info(
-                "%d shards keep %d of %d processes idle", self.num_shards, ranks - self.num_shards, ranks
-            )
-        mine = progress_bar(
-            range(rank, self.num_shards, ranks), desc="check", leave=False, disable=not progress
-        )
+        count = len(self.shards)
+        if ranks > count and rank == 0:
+            logger.info("%d shards keep %d of %d processes idle", count, ranks - count, ranks)
+        mine = progress_bar([*self.shards][rank::ranks], desc="check", leave=False, disable=not progress)
         missing = [shard for shard in mine if not self._is_done(shard)]
         batches = [batch for shard in missing for batch in self._batches(shard)]
         workers = min(self.options.workers, len(batches))
@@ -161,21 +161,16 @@ class FolderEncoding:
             for shard in missing:
                 self._write_shard(shard, read, bar)
 
-    def _batches(self, shard: int) -> list[range]:
+    def _batches(self, shard: int) -> list[list[int]]:
         """Returns the rows of a shard in batches."""
-        size, first = self.options.batch_size, shard * self.options.shard_rows
-        end = min(first + self.options.shard_rows, self.num_images)
-        return [range(row, min(row + size, end)) for row in range(first, end, size)]
-
-    def _record(self, shard: int) -> Path:
-        """Returns where the record of a shard lies."""
-        return self.out / RECORDS / f"shard{shard:03d}.json"
+        rows, size = [self.row_of[name] for name in self.shards[shard]], self.options.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _is_done(self, shard: int) -> bool:
         """Returns whether a shard lies there as its record says; one that differs is named."""
-        if not self._record(shard).exists():
+        if shard not in self.kept:
             return False
-        record = json.loads(self._record(shard).read_text())
+        record = self.records[shard]
         path = self.out / record["file"]
         if path.is_file() and file_sha256(path) == record["sha256"]:
             return True
@@ -186,13 +181,19 @@ class FolderEncoding:
         """Encodes one shard from the batches that come next, and writes it with its record."""
         parts = [torch.empty(2, 0, *self.shape, dtype=STORED_DTYPES[self.options.dtype])]
         rows: list[int] = []
+        small: dict[str, int] = {}
         unreadable: dict[str, str] = {}
+        first = shard * self.options.shard_rows  # numbers of posterior noise: each image has its own
         for batch in self._batches(shard):
             found = next(read)
+            numbers = {row: first + place for place, row in enumerate(batch)}
             if found.images is not None:
-                parts.append(self._encode(found.images, found.rows))
+                parts.append(self._encode(found.images, found.rows, [numbers[row] for row in found.rows]))
             rows += found.rows
-            unreadable |= {self._name(row): why for row, why in found.unreadable.items()}
+            names = (self.source.names[row] for row in found.rows)
+            small |= self._small(dict(zip(names, found.short_sides, strict=True)))
+            unreadable |= {self.source.names[row]: why for row, why in found.unreadable.items()}
+            first += len(batch)
             bar.update(len(batch))
         latents, mirrored = torch.cat(parts, 1)
         path = write_shard(self.out, 0, shard, latents, mirrored, self.source.labels[rows])
@@ -203,24 +204,35 @@ class FolderEncoding:
             "rows": len(rows),
             "bytes": path.stat().st_size,
             "sha256": file_sha256(path),
+            "images": {name: self.listing[name] for name in self.shards[shard]},
+            "small": small,
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
-        write_json(self._record(shard), record)
+        write_json(record_file(self.out, shard), record)
 
-    def _encode(self, images: Tensor, rows: list[int]) -> Tensor:
+    def _small(self, short_sides: dict[str, int]) -> dict[str, int]:
+        """Returns the short sides of the images that are enlarged; the first much enlarged one is named."""
+        size = self.options.image_size
+        much = [name for name, side in short_sides.items() if side * ENLARGED_MUCH <= size]
+        if much and not self.said_enlarged:
+            self.said_enlarged = True
+            logger.warning(
+                "%s is enlarged %.1f times, perhaps others too: see --image-size",
+                much[0],
+                size / short_sides[much[0]],
+            )
+        return {name: side for name, side in short_sides.items() if side < size}
+
+    def _encode(self, images: Tensor, rows: list[int], numbers: list[int]) -> Tensor:
         """Returns latents of images and mirrors (2, B, C, H, W), all finite."""
-        latents = self.encode(images, rows)
+        latents = self.encode(images, numbers)
         finite = latents.isfinite().all(0).flatten(1).all(1)
         if not finite.all():
-            name = self._name(rows[int(finite.int().argmin())])
+            name = self.source.names[rows[int(finite.int().argmin())]]
             kinds = f"precision={self.options.precision} and dtype={self.options.dtype}"
             raise ValueError(f"latents must be finite, those of {name} are not with {kinds}")
         return latents
-
-    def _name(self, row: int) -> str:
-        """Returns the path of an image below its folder."""
-        return self.source.paths[row].relative_to(self.options.images).as_posix()
 
     def finish(self) -> dict[str, Any]:
         """Writes class names, statistics and manifest once all shards are done, and returns the manifest.
@@ -228,21 +240,27 @@ class FolderEncoding:
         Raises:
             ValueError: If no image could be read, or a latent channel is constant.
         """
-        records = [json.loads(self._record(shard).read_text()) for shard in range(self.num_shards)]
+        records = [*read_records(self.out).values()]
         count = sum(record["rows"] for record in records)
         if not count:
-            raise ValueError(f"at least one image must be readable, none of {self.num_images} is")
+            raise ValueError(f"at least one image must be readable, none of {len(self.listing)} is")
         moments = ChannelMoments.joined(ChannelMoments(**record["moments"]) for record in records)
         std = moments.std()
-        manifest = self.fixed | {
+        unreadable = dict(self.source.found.unreadable)
+        for record in records:
+            unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
+        manifest = self.plan | {
             "vae": self.options.vae,
             "vae_config": self.vae.config,
             "images": str(Path(self.options.images).resolve()),
-            "listed": self.num_images,
+            "listed": len(self.listing) + len(self.source.found.unreadable),
             "encoded": count,
-            "unreadable": {image: why for record in records for image, why in record["unreadable"].items()},
+            "unreadable": unreadable,
+            "enlarged": enlarged_images(
+                {name: side for record in records for name, side in record.get("small", {}).items()},
+                self.options.image_size,
+            ),
             "shape": self.shape,
-            "class_names": self.source.class_names,
             "mean": moments.mean,
             "std": std,
             "shards": [
@@ -258,9 +276,11 @@ class FolderEncoding:
         return manifest
 
 
-def _open_folder(options: EncodingOptions) -> Any:
-    """Returns the folder of images; an error names it as the command does."""
-    try:
-        return ImageFolder(ImagesOptions(path=options.images, image_size=options.image_size))
-    except ValueError as error:
-        raise ValueError(str(error).replace("data.path", "--images")) from error
+def _open_folder(options: EncodingOptions, out: Path, before: dict[str, Any]) -> ImageFolder:
+    """Returns the folder of images, its classes in the order of an earlier encoding."""
+    images = ImagesOptions(path=options.images, image_size=options.image_size, background=options.background)
+    names = known_classes(out, before)
+    source = ImageFolder(images, names, called="--images")
+    if before and not names:  # cut off, by a version that ordered classes by their plain text
+        return ImageFolder(images, sorted(source.class_names), called="--images")
+    return source

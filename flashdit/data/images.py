@@ -1,48 +1,254 @@
-"""Images of a folder in batches, those left out and named that cannot be read."""
+"""Which images does a folder hold, and what are the RGB pixels of each? The one walker and the one reader."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import numpy as np
+from PIL import Image, ImageColor, ImageOps
 
-from flashdit.data.sources import PixelSource
+from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk, printable
 
-
-@dataclass
-class ReadBatch:
-    """What became of some rows of a source."""
-
-    rows: list[int]
-    """Those that could be read, in order."""
-    images: Tensor | None
-    """Of these rows, uint8 (B, 3, S, S); None if there is none."""
-    unreadable: dict[int, str]
-    """Why the others could not be read, by row."""
+logger = logging.getLogger(__name__)
+READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
+WHITE = (255, 255, 255)
+NAMED_AT_MOST = 10  # unreadable files that are named one by one
 
 
-class ReadableImages(Dataset):
-    """Rows → ReadBatch; an item is a batch, so a data loader takes `batch_size=None` and batches as sampler.
+@dataclass(frozen=True)
+class FoundImages:
+    """The images below a folder, by class and within each by their path, and what else lies there."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    paths: tuple[Path, ...]
+    num_bytes: tuple[int, ...]
+    """Of each file."""
+    labels: tuple[int, ...]
+    """Place of each image's class in `class_names`."""
+    left_out: Mapping[str, int]
+    """How many entries were left out, by the reason: `.txt`, `hidden`, `loose`."""
+    unreadable: Mapping[str, str]
+    """Why an entry is no image though it should be one, by its name below the root: a link to nothing."""
+    links: int
+    """Links that were followed."""
+
+    def describe(self, unreadable: int | None = None, enlarged: str = "") -> str:
+        """Returns one line: what was found, and what was left out and why.
+
+        Args:
+            unreadable: Files left out because they cannot be read; None: those that the walk knows of.
+            enlarged: What `enlarged_images` says, where sizes are known.
+        """
+        broken = len(self.unreadable) if unreadable is None else unreadable
+        count = len(self.paths) + len(self.unreadable) - broken
+        line = f"{_counted(count, 'image')} in {_counted(len(self.class_names), 'class', 'classes')}"
+        left_out = [f"{number:,} {reason}" for reason, number in self.left_out.items()]
+        left_out += [f"{broken:,} unreadable"] if broken else []
+        parts = [line, f"left out: {', '.join(left_out)}" if left_out else "", enlarged]
+        parts += [f"{_counted(self.links, 'link')} followed"] if self.links else []
+        return f"{printable(self.root)}: {'; '.join(part for part in parts if part)}"
+
+
+def find_images(root: Path, class_names: Sequence[str] = (), called: str = "data.path") -> FoundImages:
+    """Returns the images below a folder: its visible sub-folders are the classes, each searched to any depth.
+
+    Hidden files and folders are no data. Links are followed; one that leads nowhere or back is noted. A
+    folder without sub-folders is one class of the folder's name.
 
     Args:
-        source: The images.
+        root: The folder.
+        class_names: Of an earlier walk, which keep their place; new ones come after them. Empty: natural
+            order, 2 before 10.
+        called: What messages call the folder.
+
+    Raises:
+        ValueError: If it is no folder or holds no image, or a class has none.
     """
+    if not root.is_dir():
+        raise ValueError(f"{called} must be a folder of images, got {printable(root)}")
+    walk = Walk(root)
+    classes = walk.folders(class_names)
+    empty = [
+        name for name, files in classes.items() if not files and (name in class_names or not class_names)
+    ]
+    if not any(classes.values()):
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{called} must hold images ({suffixes}), got none in {printable(root)}")
+    if empty:
+        raise ValueError(
+            f"every class folder must hold an image, {printable(root)} has without: {', '.join(empty)}"
+        )
+    missing = [name for name in class_names if name not in classes]
+    if missing:
+        raise ValueError(
+            f"the classes of before must still be in {printable(root)}, it lacks {', '.join(missing)}"
+        )
+    names = [*class_names, *(name for name, files in classes.items() if files and name not in class_names)]
+    files = [(path, size, label) for label, name in enumerate(names) for path, size in classes[name]]
+    return FoundImages(
+        root=root,
+        class_names=tuple(names),
+        paths=tuple(Path(path) for path, _, _ in files),
+        num_bytes=tuple(size for _, size, _ in files),
+        labels=tuple(label for _, _, label in files),
+        left_out=dict(walk.left_out),
+        unreadable=walk.unreadable,
+        links=walk.links,
+    )
 
-    def __init__(self, source: PixelSource):
-        self.source = source
 
-    def __getitem__(self, rows: Sequence[int]) -> ReadBatch:
-        """Returns the images of some rows."""
-        images, unreadable = {}, {}
-        for row in rows:
-            try:
-                images[row] = self.source.image(row)
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders raise SyntaxError, struct.error and others on a broken file
-                unreadable[row] = str(error.__cause__ or error)
-        stacked = torch.stack([*images.values()]) if images else None
-        return ReadBatch(list(images), stacked, unreadable)
+def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Returns an image file as upright RGB, 8 bits a channel; of an animation the first frame.
+
+    Transparent pixels show the background. 16-bit grey is scaled from 0–65,535, 32-bit integers likewise
+    where none is larger and else from 0–2,147,483,647, floating point from 0–1. Colour profiles are not
+    applied.
+
+    Args:
+        path: A file of one of `IMAGE_FORMATS`, whatever its name.
+        background: Red, green and blue, 0–255.
+
+    Raises:
+        ValueError: If it cannot be read, has more pixels than Pillow's limit, or numbers out of range.
+    """
+    _silence_pillow()
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")  # opening a pipe would wait for ever
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
+            _check_pixels(file.width, file.height)
+            ImageOps.exif_transpose(file, in_place=True)
+            return _to_rgb(file, background)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise SyntaxError, struct.error and others on a broken file
+        reason = printable(error.strerror or error) if isinstance(error, OSError) else printable(error)
+        raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    """Raises ValueError for more pixels than Pillow's limit, at which it would only warn."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(f"an image must have at most {limit:,} pixels, got {width} × {height}")
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Returns an image of any mode as RGB, transparent pixels in the background's colour."""
+    if image.mode[0] in "IF":
+        image = _scaled_grey(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """Returns grey of 16 or 32 bits or floating point as 8 bits; alpha where one value is transparent."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    top = 1.0 if image.mode == "F" else 2.0**31 - 1 if high > 65535 else 65535.0
+    if not (low >= 0 and high <= top):  # also NaN
+        kind = "floating-point" if image.mode == "F" else "integer"
+        raise ValueError(f"{kind} grey values must be from 0 to {top:,.0f}, got {low:g} to {high:g}")
+    grey = Image.fromarray((values.astype(np.float32) * np.float32(255 / top)).round().astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return grey
+    return Image.merge(
+        "LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    )
+
+
+def _silence_pillow() -> None:
+    """Keeps Pillow's warnings of a file's inside off the terminal, once a process.
+
+    Not `catch_warnings`, which restores the wrong filters where several threads read.
+    """
+    kept = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+    if kept not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def check_crop(extent: tuple[int, int], size: int) -> None:
+    """Raises ValueError for an image so elongated that scaling its short side to `size` exceeds the limit.
+
+    Args:
+        extent: Width and height.
+        size: In pixels.
+    """
+    short, long = sorted(extent)
+    _check_pixels(size, size * long // short)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Returns the central square of an image at the given side.
+
+    Halves with a box filter while the short side is at least twice the target, then bicubic, then crops.
+
+    Raises:
+        ValueError: As `check_crop` does.
+
+    Source: ADM's `center_crop_arr` (Dhariwal & Nichol 2021), which ImageNet figures are made with.
+    """
+    check_crop(image.size, size)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def parse_background(name: str) -> tuple[int, int, int]:
+    """Returns red, green and blue, 0–255, of a colour's name or `#rrggbb`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    try:
+        colour = ImageColor.getrgb(name)
+    except (ValueError, AttributeError):
+        colour = ()
+    if len(colour) != 3:  # four with alpha
+        raise ValueError(f"background must be a colour's name or #rrggbb, got {name!r}")
+    return colour
+
+
+def enlarged_images(short_sides: Mapping[str, int], image_size: int) -> str:
+    """Returns how many images are enlarged for a side, in words; nothing where none is.
+
+    Args:
+        short_sides: Short side of each image in pixels, by name; larger ones may be missing.
+        image_size: In pixels.
+    """
+    small = {name: side for name, side in short_sides.items() if side < image_size}
+    if not small:
+        return ""
+    name = min(small, key=small.__getitem__)
+    were, times = "was" if len(small) == 1 else "were", image_size / small[name]
+    return f"{len(small):,} smaller than {image_size} px {were} enlarged, {name} {times:.1f} times"
+
+
+def report_images(line: str, unreadable: Mapping[str, str]) -> None:
+    """Logs what was found, and each unreadable file with the reason, on the main process alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    for name, why in [*unreadable.items()][:NAMED_AT_MOST]:
+        logger.warning("skipped %s, which cannot be read: %s", name, why)
+    if len(unreadable) > NAMED_AT_MOST:
+        logger.warning("and %s more that cannot be read", f"{len(unreadable) - NAMED_AT_MOST:,}")
+    logger.info(line)
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    """Returns a number with its noun."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from flashdit.data.images import centre_crop, find_images, parse_background, read_image
 from flashdit.data.shards import LatentShards
 from flashdit.shared.registry import Buildable, Registry
 
 DATASETS = Registry("data", "flashdit.data")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class PixelSource(Protocol):
@@ -110,70 +111,68 @@ class ImagesOptions:
     """Images are cropped to a square of this side, in pixels."""
     mirrors: bool | None = None
     """Whether images are mirrored half the time; null: where they are encoded, but not as pixels."""
+    background: str = "white"
+    """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+        parse_background(self.background)
 
 
 @DATASETS.register("images", ImagesOptions)
 class ImageFolder:
-    """Images in class sub-folders.
+    """Images in class sub-folders; an image is read when it is asked for.
 
     Args:
-        options: Folder, side and mirroring.
+        options: Folder, side, mirroring and background.
+        class_names: Of an earlier run or encoding, which keep their places; as `find_images` takes them.
+        called: What messages call the folder.
+
+    Attributes:
+        found: What the walk found.
+        names: Path of each image below the folder, with `/`.
 
     Raises:
-        ValueError: If the folder holds no image.
+        ValueError: If the folder holds no image, or a class has none.
     """
 
-    def __init__(self, options: ImagesOptions):
-        root = Path(options.path)
-        if not root.is_dir():
-            raise ValueError(f"data.path must be a folder of images, got {root}")
-        folders = sorted(child for child in root.iterdir() if child.is_dir()) or [root]
-        files = {folder.name: _images_in(folder) for folder in folders}
-        files = {name: paths for name, paths in files.items() if paths}
-        if not files:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"data.path must hold images ({suffixes}), got none in {root}")
-        self.root, self.image_size = root, options.image_size
-        self.mirrors = options.mirrors
-        self.class_names = list(files)
-        self.paths = [path for paths in files.values() for path in paths]
-        self.labels = torch.tensor([i for i, paths in enumerate(files.values()) for _ in paths])
+    def __init__(self, options: ImagesOptions, class_names: Sequence[str] = (), called: str = "data.path"):
+        self.options = options
+        self.found = find_images(Path(options.path), class_names, called)
+        self.background = parse_background(options.background)
+        self.image_size, self.mirrors = options.image_size, options.mirrors
+        self.class_names = list(self.found.class_names)
+        self.paths, self.num_bytes = list(self.found.paths), list(self.found.num_bytes)
+        self.names = [path.relative_to(self.found.root).as_posix() for path in self.paths]
+        self.labels = torch.tensor(self.found.labels)
+
+    def picture(self, index: int) -> Image.Image:
+        """Returns one whole image, RGB."""
+        return read_image(self.paths[index], self.background)
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Returns one centre-cropped image, uint8 (3, S, S), and the short side that its file has."""
+        picture = self.picture(index)
+        try:
+            cropped = centre_crop(picture, self.image_size)
+        except ValueError as error:
+            raise ValueError(f"every image must be readable, {self.paths[index]} is not: {error}") from error
+        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1), min(picture.size)
 
     def identity(self) -> dict[str, Any]:
         """Returns what the images are known by: their classes, names below the folder and sizes."""
-        sizes = {path.relative_to(self.root).as_posix(): path.stat().st_size for path in self.paths}
-        return {"classes": self.class_names, "files": sizes}
+        return {"classes": self.class_names, "files": dict(zip(self.names, self.num_bytes, strict=True))}
 
     def image(self, index: int) -> Tensor:
         """Returns one centre-cropped image, uint8 (3, S, S)."""
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                image = centre_crop(file.convert("RGB"), self.image_size)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"every image must be readable, {path} is not: {error}") from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return self.read(index)[0]
 
-
-def _images_in(folder: Path) -> list[Path]:
-    """Returns the image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Returns the central square of an image at the given side.
-
-    Halves with a box filter while the short side is at least twice the target, then bicubic, then crops.
-
-    Source: ADM's `center_crop_arr` (Dhariwal & Nichol 2021), which ImageNet figures are made with.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    def subset(self, rows: Sequence[int]) -> ImageFolder:
+        """Returns the same folder with only the images of some rows, in their order."""
+        chosen = copy(self)
+        chosen.paths, chosen.num_bytes, chosen.names = (
+            [values[row] for row in rows] for values in (self.paths, self.num_bytes, self.names)
+        )
+        chosen.labels = self.labels[torch.tensor(rows, dtype=torch.long)]
+        return chosen

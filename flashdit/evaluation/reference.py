@@ -45,12 +45,13 @@ class Reference:
     Args:
         spec: A data set that brings one, the path of an npz, or a folder of images.
         extractor: Whose features are compared.
+        background: What transparent pixels of a folder's images show.
 
     Raises:
         ValueError: If there is nothing there, or its statistics are another extractor's.
     """
 
-    def __init__(self, spec: str, extractor: Extractor):
+    def __init__(self, spec: str, extractor: Extractor, background: str = "white"):
         self.spec, self.extractor = spec, extractor
         self.stored: dict[str, torch.Tensor] = {}
         self.about: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class Reference:
         if self.companions.reference is None and path.is_file():
             self.stored, self.about, self.source = open_npz(path, extractor)
         else:
-            self.source = open_reference(spec)
+            self.source = open_reference(spec, background)
 
     @property
     def count(self) -> int | None:

@@ -43,6 +43,7 @@ class EvaluationRequest:
             or else Inception.
         extractor_weights: The extractor's weights file; None means its default.
         metrics: Names of `METRICS`; None means every default one that applies.
+        background: What transparent pixels of images in folders show: a colour's name or `#rrggbb`.
         batch_size: Images whose features are extracted at a time; changes no number.
         device: Where features are computed.
         cache: Whether features are kept in, and read from, the cache.
@@ -61,6 +62,7 @@ class EvaluationRequest:
     extractor: str | None = None
     extractor_weights: str | None = None
     metrics: Sequence[str] | None = None
+    background: str = "white"
     batch_size: int = 100
     device: str = "cpu"
     cache: bool = True
@@ -123,7 +125,7 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
         return Plan(
             open_samples(request, extractor),
             extractor,
-            Reference(spec, extractor),
+            Reference(spec, extractor, request.background),
             metrics,
             FeatureCache() if request.cache else None,
             request.batch_size,
@@ -134,7 +136,8 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
 def open_samples(request: EvaluationRequest, extractor: Extractor) -> Source:
     """Returns the images that are scored; those of folders by class get the extractor's class numbers."""
     if request.samples is not None:
-        return open_source(request.samples, request.num_images, extractor.class_names or ())
+        classes = extractor.class_names or ()
+        return open_source(request.samples, request.num_images, classes, request.background)
     assert request.generator is not None
     assert request.sampling is not None
     count = request.num_images or companions_of(request.reference_spec).num_images

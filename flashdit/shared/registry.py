@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Piece = TypeVar("Piece")
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 
 def nearest_name(name: object, known: Iterable[object]) -> str:
@@ -141,10 +142,10 @@ class Registry(Generic[Piece]):
         """Registers a piece under a name."""
         self.entries[name] = piece
 
-    def register(self, name: str, options_type: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(self, name: str, options_type: type) -> Callable[[Builder], Builder]:
         """Returns a decorator that registers `builder(options, *context)` under `name`."""
 
-        def registered(builder: Callable[..., Any]) -> Callable[..., Any]:
+        def registered(builder: Builder) -> Builder:
             self.add(name, cast(Piece, Buildable(options_type, builder)))
             return builder
 
@@ -185,7 +186,20 @@ class Registry(Generic[Piece]):
         if "name" not in given:
             raise ValueError(f"a {self.kind} needs a 'name' (known: {', '.join(self.names())}), got {given}")
         name = given.pop("name")
-        return name, make_options(cast(Any, self[name]).options_type, given, f"{self.kind} '{name}'")
+        options_type = cast(Any, self[name]).options_type
+        for key in given.keys() - {field.name for field in fields(options_type)}:
+            if owners := self._with_option(key):
+                have = "has it" if len(owners) == 1 else "have it"
+                names = " and ".join(f"{self.kind}.name={owner}" for owner in owners)
+                raise ValueError(f"unknown option of {self.kind} '{name}' '{key}': {names} {have}")
+        return name, make_options(options_type, given, f"{self.kind} '{name}'")
+
+    def _with_option(self, key: str) -> list[str]:
+        """Returns the names of the registered pieces that have an option."""
+        types = {name: getattr(piece, "options_type", None) for name, piece in self.entries.items()}
+        return sorted(
+            name for name, kind in types.items() if kind and key in {field.name for field in fields(kind)}
+        )
 
     def build(self, spec: str | Mapping[str, Any], *context: Any) -> Any:
         """Builds the part that a spec names; `context` is what the builder needs beside its options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flashdit.data.images import parse_background
+from flashdit.data.inspection import RECORD, leave_out_unreadable, with_classes_of_run
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.shared.registry import Registry, unknown
@@ -28,6 +31,7 @@ from iwin_tasks.classification.augmentation import (
 from iwin_tasks.classification.model import InputFormat
 
 CLASSIFICATION_DATASETS = Registry("data")
+VAL_RECORD = f"val_{RECORD}"
 SPLITS = {"train": "train", "held-out": "val"}  # and the sub-folder of each
 NAMED_IN_ERRORS = 5  # classes in an error
 
@@ -48,12 +52,22 @@ class FolderOptions:
     """Options of a folder of images."""
 
     path: str
-    """Folder with sub-folders train and val, in each of which the sub-folders are the classes."""
+    """Folder with sub-folders train and val, in each of which the sub-folders are the classes; with held_out
+    the folder of the classes itself."""
+    held_out: float | None = None
+    """Share of each class that is held out of a folder without train and val, chosen by the files' names."""
+    background: str = "white"
+    """What transparent pixels show: a colour's name or `#rrggbb`."""
+
+    def __post_init__(self):
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"data.held_out must be between 0 and 1, got {self.held_out}")
+        parse_background(self.background)
 
 
 @CLASSIFICATION_DATASETS.register("images", FolderOptions)
 class FolderImages:
-    """One split of an ImageNet-like folder; an image is read when it is asked for.
+    """One split of an ImageNet-like folder, or of a folder of classes; an image is read when it is asked for.
 
     Args:
         options: The folder.
@@ -65,25 +79,67 @@ class FolderImages:
     """
 
     def __init__(self, options: FolderOptions, split: str, image_size: tuple[int, int]):
+        self.options, self.split = options, split
         root = Path(options.path)
-        folder = root / SPLITS[split]
+        folder = root if options.held_out is not None else root / SPLITS[split]
         classes = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
         if not classes:
+            where = f"{folder.name}/" if folder != root else "it"
             raise ValueError(
-                "data.path must be a folder with sub-folders train and val, whose own are the classes, "
-                f"got {root}, where {folder.name}/ {'has no class' if folder.is_dir() else 'is not there'}"
+                "data.path must be a folder with sub-folders train and val, whose own are the classes, or of "
+                "the classes themselves with data.held_out=0.1, "
+                f"got {root}, where {where} {'has no class' if folder.is_dir() else 'is not there'}"
             )
-        files = ImageFolder(ImagesOptions(path=str(folder)))
-        self.paths, self.labels, self.class_names = files.paths, files.labels, files.class_names
+        images = ImagesOptions(path=str(folder), image_size=min(image_size), background=options.background)
+        self._take(ImageFolder(images))
+
+    def _take(self, whole: ImageFolder) -> None:
+        """Takes the split's images out of the folder's."""
+        self.whole, self.source = whole, whole
+        if self.options.held_out is not None:
+            held_out = held_out_rows(whole, self.options.held_out)
+            rows = [row for row in range(len(whole.names)) if (row in held_out) == (self.split == "held-out")]
+            self.source = whole.subset(rows)
+        self.labels, self.class_names = self.source.labels, self.source.class_names
+
+    def keep_classes(self, run_dir: Path) -> None:
+        """Numbers the classes as the run of a folder does."""
+        self._take(with_classes_of_run(self.whole, run_dir))
+
+    def leave_out_unreadable(self, run_dir: Path, progress: bool) -> None:
+        """Leaves images that cannot be read out of training; raises ValueError for one of val/."""
+        is_val = self.split == "held-out" and self.options.held_out is None
+        readable = leave_out_unreadable(self.whole, run_dir / (VAL_RECORD if is_val else RECORD), progress)
+        broken = sorted(set(self.whole.names) - set(readable.names))
+        if is_val and broken:
+            raise ValueError(
+                f"every held-out image must be readable, {self.whole.found.root / broken[0]} is not"
+            )
+        self._take(readable)
 
     def picture(self, index: int) -> Image.Image:
         """Returns one image of any size, RGB."""
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                return file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow reports a broken PNG by any of the three
-            raise ValueError(f"every image must be readable, {path} is not: {error}") from error
+        return self.source.picture(index)
+
+
+def held_out_rows(folder: ImageFolder, share: float) -> set[int]:
+    """Returns the rows that are held out: those whose name's hash, as a fraction, is below the share.
+
+    So a file stays on its side when others come or go. Of each class at least one is on either side.
+
+    Raises:
+        ValueError: If a class has only one image.
+    """
+    held_out: set[int] = set()
+    for label, name in enumerate(folder.class_names):
+        rows = (folder.labels == label).nonzero().flatten().tolist()
+        if len(rows) < 2:
+            raise ValueError(f"data.held_out requires two images of each class, {name} has {len(rows)}")
+        digests = {row: hashlib.sha256(folder.names[row].encode()).digest()[:8] for row in rows}
+        places = {row: int.from_bytes(digest, "big") / 2**64 for row, digest in digests.items()}
+        first, *_, last = sorted(rows, key=places.__getitem__)
+        held_out |= ({row for row in rows if places[row] < share} | {first}) - {last}
+    return held_out
 
 
 @dataclass(kw_only=True)
@@ -105,7 +161,11 @@ class DigitsImages:
 
 
 def open_split(
-    spec: Mapping[str, Any], split: str, image_size: tuple[int, int], num_classes: int
+    spec: Mapping[str, Any],
+    split: str,
+    image_size: tuple[int, int],
+    num_classes: int,
+    run_dir: Path | None = None,
 ) -> LabelledImages:
     """Returns one split of the images that a spec names.
 
@@ -114,6 +174,7 @@ def open_split(
         split: `train` or `held-out`.
         image_size: Height and width that the model takes.
         num_classes: That the model tells apart.
+        run_dir: Of the run whose order of classes is kept, where it has a checkpoint.
 
     Raises:
         ValueError: If the images are not there, or of another number of classes.
@@ -121,6 +182,8 @@ def open_split(
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     images = CLASSIFICATION_DATASETS.build(spec, split, image_size)
+    if run_dir is not None and isinstance(images, FolderImages):
+        images.keep_classes(run_dir)
     if len(images.class_names) != num_classes:
         raise ValueError(
             f"model.num_classes must be the data's {len(images.class_names)} classes, got {num_classes}"

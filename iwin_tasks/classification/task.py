@@ -26,6 +26,7 @@ from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinTransformer
 from iwin_tasks.classification.config import ClassifierConfig
 from iwin_tasks.classification.data import (
+    FolderImages,
     HeldOutExamples,
     TrainExamples,
     check_same_classes,
@@ -49,7 +50,8 @@ def form_of(config: ClassifierConfig, model: IwinTransformer) -> InputFormat:
 def open_held_out(config: ClassifierConfig, model: IwinTransformer) -> HeldOutExamples:
     """Returns the held-out images as the model takes them."""
     form = form_of(config, model)
-    images = open_split(config.data, "held-out", form.image_size, model.num_classes)
+    run_dir = Path(config.run.dir)
+    images = open_split(config.data, "held-out", form.image_size, model.num_classes, run_dir)
     return HeldOutExamples(images, form)
 
 
@@ -77,9 +79,13 @@ class ClassifierTask(Task):
         if config.weights is not None and not list_checkpoints(Path(config.run.dir)):
             load_weights(self.model, config.weights)
         self.form = form_of(config, self.model)
-        self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes)
+        run_dir = Path(config.run.dir)
+        self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes, run_dir)
         self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
+        for images in (self.images, self.held_out.images):
+            if isinstance(images, FolderImages):
+                images.leave_out_unreadable(run_dir, accelerator.is_main_process)
         shown = [pil_to_tensor(self.images.picture(row)) for row in range(min(16, len(self.images.labels)))]
         self.colours = "colour" if any(colours_of(image[None]) == "colour" for image in shown) else "grey"
         self.criterion = SoftTargetCrossEntropy()

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from flashdit.data.images import find_images, read_image, report_images
 from flashdit.shared.pictures import FONT_SIZE, GAP
 
 STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, every quarter
-PHOTOGRAPH_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def colours(values: Tensor) -> Tensor:
@@ -63,25 +63,19 @@ def read_photographs(folder: Path, size: tuple[int, int], at_most: int) -> Tenso
     """Returns the folder's first images in name order, cropped to the centre: float (N, 3, H, W) in [0, 1].
 
     Args:
-        folder: Holds PNG, JPEG, WebP or BMP files.
+        folder: Of images, as `find_images` takes it.
         size: H and W.
         at_most: How many to read.
 
     Raises:
-        ValueError: If the folder does not exist or holds no image.
+        ValueError: If the folder does not exist or holds no image, or one cannot be read.
     """
-    paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in PHOTOGRAPH_SUFFIXES][
-        :at_most
-    ]
-    if not paths:
-        raise ValueError(
-            f"images must be a folder that holds {', '.join(sorted(PHOTOGRAPH_SUFFIXES))}, got {folder}"
-        )
+    found = find_images(folder, called="images")
+    report_images(found.describe(), found.unreadable)
     height, width = size
     images = []
-    for path in paths:
-        with Image.open(path) as opened:
-            fitted = ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    for path in found.paths[:at_most]:
+        fitted = ImageOps.fit(read_image(path), (width, height), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
         images.append(pixels.reshape(height, width, 3).permute(2, 0, 1) / 255)
     return torch.stack(images)

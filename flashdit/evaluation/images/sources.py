@@ -127,11 +127,12 @@ def take(source: Source, ids: Tensor) -> Tensor:
 
 
 def open_source(
-    path: Path, limit: int | None = None, class_names: Sequence[str] = ()
+    path: Path, limit: int | None = None, class_names: Sequence[str] = (), background: str = "white"
 ) -> NpzSource | FolderSource:
     """Returns the source that a path names: a file is an npz, a directory a folder of images.
 
     A folder of `flashdit sample` is read from its samples.npz, which has the labels and not the grid picture.
+    `background` is what transparent pixels of a folder's images show.
 
     Raises:
         ValueError: If it is neither, or what it holds is no image set.
@@ -139,14 +140,16 @@ def open_source(
     if (path / SAMPLES_FILE).is_file():
         return NpzSource(path / SAMPLES_FILE, limit)
     if path.is_dir():
-        return FolderSource(path, limit, class_names)
+        return FolderSource(path, limit, class_names, background)
     if not path.is_file():
         raise ValueError(f"images must be an existing npz or folder, got {path}")
     return NpzSource(path, limit)
 
 
-def open_reference(spec: str) -> ReferenceSource:
+def open_reference(spec: str, background: str = "white") -> ReferenceSource:
     """Returns the images that a spec names: those that a data set brings, or those of an npz or a folder.
+
+    `background` is what transparent pixels of a folder's images show.
 
     Raises:
         ValueError: If it is none of these.
@@ -155,7 +158,7 @@ def open_reference(spec: str) -> ReferenceSource:
     if brought is not None:
         return brought()
     check_reference(spec)
-    return open_source(Path(spec))
+    return open_source(Path(spec), background=background)
 
 
 def check_reference(spec: str) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import MirrorEncoder, open_latents
-from flashdit.data.images import ReadableImages
+from flashdit.data.inspection import ReadableImages
 from flashdit.data.latents import LatentOptions
 
 CPU = torch.device("cpu")
@@ -52,15 +52,16 @@ class Broken:
     def __init__(self, error):
         self.error = error
 
-    def image(self, row):
+    def read(self, row):
         if row == 1:
             raise self.error
-        return torch.full((3, 2, 2), row)
+        return torch.full((3, 2, 2), row), 5 + row
 
 
 def test_a_broken_image_is_left_out_and_named_but_a_full_memory_ends_the_reading():
-    read = ReadableImages(Broken(SyntaxError("not a PNG file")))[range(3)]
+    read = ReadableImages(Broken(ValueError("not a PNG file")))[range(3)]
     assert (read.rows, read.unreadable) == ([0, 2], {1: "not a PNG file"})
+    assert read.short_sides == [5, 7]
     assert read.images[:, 0, 0, 0].tolist() == [0, 2]
     with pytest.raises(MemoryError):
         ReadableImages(Broken(MemoryError()))[range(3)]

@@ -22,17 +22,17 @@ from flashdit.commands import train
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.encode import open_latents
 from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
+from flashdit.data.images import centre_crop
 from flashdit.data.latents import LatentOptions
 from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import centre_crop
 from flashdit.digits.images import digits
 from flashdit.shared.files import file_sha256
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-CLASSES = {"cat": 9, "dog": 0, "eel": 14}  # a class without images is none
+CLASSES = {"cat": 9, "eel": 14}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,8 @@ def test_a_second_run_writes_only_what_is_missing_or_corrupt(options, tmp_path, 
         ({"shard_rows": 6}, r"whose shard_rows is 5, not 6"),
         ({"dtype": "float16"}, r"whose dtype is float32, not float16"),
         ({"vae": "other"}, r"whose vae_identity is [0-9a-f]{12}, not [0-9a-f]{12}"),
-        ({"images": "other"}, r"whose listing_sha256 is [0-9a-f]{12}, not [0-9a-f]{12}"),
+        ({"background": "#000"}, r"whose background is white, not #000"),
+        ({"images": "other"}, r"out holds latents of other images, none of which is in .*other"),
     ],
 )
 def test_another_encoding_into_the_same_folder_is_refused(options, images, tmp_path, change, message):
@@ -165,13 +166,157 @@ def test_another_encoding_into_the_same_folder_is_refused(options, images, tmp_p
         torch.nn.init.ones_(vae.module.encoder.conv_in.bias)
         vae.module.save_pretrained(tmp_path / "other")
     if "images" in change:
-        shutil.copytree(images, tmp_path / "other")
-        (tmp_path / "other" / "eel" / "00.jpg").unlink()
+        for name in CLASSES:
+            (tmp_path / "other" / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40), "red" if name == "cat" else "blue").save(
+                tmp_path / "other" / name / "a.png"
+            )
     change = {name: str(tmp_path / "other") if value == "other" else value for name, value in change.items()}
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         FolderEncoding(replace(options, **change))
     assert contents(tmp_path / "out") == before
+
+
+def labels_by_name(options):
+    """Returns the label of each encoded image by its name, from records and shards as they lie there."""
+    found = {}
+    for path in sorted(Path(options.out, "records").glob("shard*.json")):
+        record = json.loads(path.read_text())
+        names = [name for name in record["images"] if name not in record["unreadable"]]
+        labels = load_file(Path(options.out) / record["file"])["labels"].tolist()
+        found |= dict(zip(names, labels, strict=True))
+    return found
+
+
+def state(folder):
+    """Returns when each shard was written, by name."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+@pytest.fixture
+def copied(images, options, tmp_path):
+    """Returns options of an encoding of a folder of its own, done once."""
+    shutil.copytree(images, tmp_path / "copy")
+    options = replace(options, images=str(tmp_path / "copy"))
+    encode(options)
+    return options
+
+
+def test_deleting_a_skipped_file_writes_no_shard_again(copied):
+    before = state(copied.out)
+    Path(copied.images, "cat", "07.png").unlink()
+    manifest = encode(copied)
+    assert state(copied.out) == before
+    assert (manifest["listed"], manifest["encoded"]) == (22, 21)
+    assert list(manifest["unreadable"]) == ["eel/03.png"]
+
+
+def test_lost_and_new_images_change_only_their_shards(copied, tmp_path, caplog):
+    caplog.set_level("INFO")
+    before = state(copied.out)
+    Path(copied.images, "cat", "01.png").unlink()
+    for name in ("cat/aa.png", "eel/zz.png"):
+        Image.new("RGB", (40, 40), "red").save(Path(copied.images, name))
+    caplog.clear()
+    manifest = encode(copied, ranks=2)
+    after = state(copied.out)
+    assert "images since the last encoding: 1 gone, 2 new; 4 of 5 shards stay as they are" in caplog.text
+    assert [name for name in before if after[name] != before[name]] == ["latents_rank00_shard000.safetensors"]
+    assert len(after) == 6  # the first has room for one of the two
+    assert manifest["encoded"] == 22
+    labels = labels_by_name(copied)
+    files = {path.relative_to(copied.images).as_posix() for path in Path(copied.images).rglob("*.*")}
+    assert labels.keys() == files - {"cat/07.png", "eel/03.png"}
+    assert all(label == ["cat", "eel"].index(name[:3]) for name, label in labels.items())
+    vae, source = load_vae("digits"), LatentShards(Path(copied.out))
+    expected = vae.encode(
+        torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 32, 32, 3).permute(0, 3, 1, 2)
+    )
+    assert sum(torch.allclose(source.latent(row), expected[0], atol=1e-4) for row in range(22)) == 2
+    assert manifest["mean"] == pytest.approx(source.sample().double().mean((0, 2, 3)).tolist(), rel=1e-6)
+    assert encode(copied) == manifest
+    assert state(copied.out) == after
+
+
+def test_an_update_that_is_cut_off_is_finished_by_the_next(copied):
+    for name in ("cat/01.png", "eel/09.png"):
+        Path(copied.images, name).unlink()
+    Image.new("RGB", (40, 40), "red").save(Path(copied.images, "cat", "aa.png"))
+    cut = FolderEncoding(copied)
+    cut.begin()
+    with pytest.raises(ValueError, match=r"an encoding must be complete"):
+        LatentShards(Path(copied.out))
+    cut.write(0, 3, progress=False)  # a third of the shards
+    manifest = encode(copied)
+    assert manifest["encoded"] == 20
+    assert len(labels_by_name(copied)) == 20
+
+
+def test_a_repaired_image_is_encoded_and_a_new_class_comes_last(copied):
+    before = state(copied.out)
+    Image.new("RGB", (40, 40), "red").save(Path(copied.images, "eel", "03.png"))
+    Path(copied.images, "bee").mkdir()
+    Image.new("RGB", (40, 40), "blue").save(Path(copied.images, "bee", "0.png"))
+    manifest = encode(copied)
+    assert manifest["class_names"] == ["cat", "eel", "bee"]
+    assert json.loads(Path(copied.out, "class_names.json").read_text()) == ["cat", "eel", "bee"]
+    assert before.items() <= state(copied.out).items()
+    labels = labels_by_name(copied)
+    assert (labels["eel/03.png"], labels["bee/0.png"], len(labels)) == (1, 2, 23)
+    shutil.rmtree(Path(copied.images, "bee"))
+    with pytest.raises(ValueError, match=r"classes of before must still be in .*, it lacks bee"):
+        encode(copied)
+
+
+def as_an_earlier_version(options):
+    """Makes an encoding what a version left that kept no names and took no background."""
+    for path in Path(options.out, "records").glob("*.json"):
+        content = json.loads(path.read_text())
+        for key in ("images", "small", "background", "class_names"):
+            content.pop(key, None)
+        path.write_text(json.dumps(content))
+
+
+def test_an_encoding_of_an_earlier_version_resumes_and_can_then_be_updated(copied, caplog):
+    before, manifest = state(copied.out), json.loads(Path(copied.out, MANIFEST).read_text())
+    as_an_earlier_version(copied)
+    assert json.loads(json.dumps(encode(copied))) == manifest
+    assert state(copied.out) == before
+    assert "a version that ignored transparency" in caplog.text
+    Path(copied.images, "eel", "13.png").unlink()
+    assert encode(copied)["encoded"] == 20
+    as_an_earlier_version(copied)
+    Path(copied.images, "eel", "12.jpg").unlink()
+    with pytest.raises(
+        ValueError, match=r"encoded by a version that did not keep names, and .* give another"
+    ):
+        FolderEncoding(copied)
+
+
+def test_enlarged_images_are_told_at_once_and_at_the_end(options, caplog):
+    manifest = encode(replace(options, image_size=128))
+    assert manifest["enlarged"] == "21 smaller than 128 px were enlarged, cat/00.jpg 4.0 times"
+    assert caplog.text.count("cat/00.jpg is enlarged 4.0 times, perhaps others too: see --image-size") == 1
+
+
+def test_a_name_that_is_no_utf_8_is_skipped_and_counted(copied):
+    with open(os.fsencode(copied.images) + b"/cat/caf\xe9.png", "wb") as file:
+        file.write(Path(copied.images, "cat", "01.png").read_bytes())
+    manifest = encode(copied)
+    assert (manifest["listed"], manifest["encoded"]) == (24, 21)
+    assert manifest["unreadable"]["cat/caf\\xe9.png"] == "its name is not UTF-8"
+
+
+def test_transparent_pixels_have_the_background_that_is_asked_for(options, tmp_path):
+    folder = tmp_path / "clear"
+    folder.mkdir()
+    for n, colour in enumerate(((0, 255, 0, 0), (0, 0, 0, 255))):
+        Image.new("RGBA", (32, 32), colour).save(folder / f"{n}.png")
+    encode(replace(options, images=str(folder), background="#ff0000"))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 32, 32, 3).permute(0, 3, 1, 2)
+    expected = load_vae("digits").encode(red)[0]
+    torch.testing.assert_close(LatentShards(Path(options.out)).latent(0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_space_without_vae_still_knows_which_vae_made_its_latents(options):

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flashdit.data.sources import DATASETS, centre_crop
+from flashdit.data.images import centre_crop
+from flashdit.data.sources import DATASETS
 from flashdit.digits.images import digits
 
 
@@ -50,9 +51,13 @@ def test_centre_crop_is_a_square_around_the_centre(size):
 def test_image_folders_that_cannot_be_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"data.path must be a folder of images, got .*absent"):
         open_images(tmp_path / "absent")
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"data.path must hold images \(.bmp.*\), got none in .*empty"):
-        open_images(tmp_path / "empty")
+    (folder / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"data.path must hold images \(.*.bmp.*\), got none in .*empty"):
+        open_images(folder / "empty")
+    with pytest.raises(ValueError, match=r"every class folder must hold an image, .* has without: empty"):
+        open_images(folder)
+    (folder / "empty" / "class").rmdir()
+    (folder / "empty").rmdir()
     (folder / "cat" / "1.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"every image must be readable, .*cat/1.png is not"):
         open_images(folder).image(1)
@@ -87,3 +92,21 @@ def test_enlarged_digits_keep_their_picture():
     originals = torch.from_numpy(load_digits().images).float() / 16 * 255
     nearest = torch.cdist(small.flatten(1)[:50], originals.flatten(1)).min(1).values
     assert (nearest / 8 < 20).all()  # root mean square, in grey levels
+
+
+def test_a_path_without_a_data_sets_name_says_which_have_one():
+    with pytest.raises(
+        ValueError, match=r"unknown option of data 'digits' 'path': data.name=images and data.name="
+    ):
+        DATASETS.options({"name": "digits", "path": "pictures"})
+
+
+def test_a_background_that_is_none_is_named(folder):
+    with pytest.raises(ValueError, match=r"background must be a colour's name or #rrggbb, got 'clear'"):
+        DATASETS.build({"name": "images", "path": str(folder), "background": "clear"})
+
+
+def test_an_image_too_long_to_crop_is_named(folder):
+    Image.new("L", (100_000, 1)).save(folder / "cat" / "1.png")
+    with pytest.raises(ValueError, match=r"cat/1.png is not: an image must have at most"):
+        open_images(folder, 256).image(1)

@@ -1,9 +1,11 @@
+import hashlib
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
@@ -118,3 +120,70 @@ def test_an_image_that_cannot_be_read_is_named_when_it_is_reached(folder):
     assert images.picture(5).size == (30, 20)
     with pytest.raises(ValueError, match=r"every image must be readable, .*dog/1.png is not"):
         images.picture(6)
+
+
+def open_flat(folder, split, **options):
+    return open_split(
+        {"name": "images", "path": str(folder / "train"), "held_out": 0.3, **options}, split, (8, 12), 3
+    )
+
+
+def test_a_folder_of_classes_is_split_by_name(folder):
+    train, held_out = open_flat(folder, "train"), open_flat(folder, "held-out")
+    names = {split: set(images.source.names) for split, images in (("train", train), ("held-out", held_out))}
+    assert names["train"] | names["held-out"] == {
+        path.relative_to(folder / "train").as_posix() for path in (folder / "train").rglob("*.png")
+    }
+    assert not names["train"] & names["held-out"]
+    assert train.class_names == held_out.class_names == ["cat", "dog", "owl"]
+    assert train.labels.unique().tolist() == held_out.labels.unique().tolist() == [0, 1, 2]
+
+    def place(name):
+        return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64
+
+    cats = sorted((f"cat/{n}.png" for n in range(5)), key=place)
+    expected = {name for name in cats if place(name) < 0.3} or {cats[0]}
+    assert {name for name in names["held-out"] if name.startswith("cat")} == expected
+
+
+def test_a_split_that_cannot_be_is_named(folder):
+    with pytest.raises(ValueError, match=r"data.held_out must be between 0 and 1, got 1.5"):
+        open_flat(folder, "train", held_out=1.5)
+    (folder / "train" / "owl" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"data.held_out requires two images of each class, owl has 1"):
+        open_flat(folder, "train")
+    with pytest.raises(
+        ValueError, match=r"or of the classes themselves with data.held_out=0.1, got .*train, where"
+    ):
+        open_images(folder / "train")
+
+
+def test_broken_images_are_left_out_of_training_and_refused_among_the_held_out(folder, tmp_path):
+    run = tmp_path / "run"
+    (folder / "train" / "dog" / "1.png").write_bytes(b"not a picture")
+    train = open_images(folder)
+    train.leave_out_unreadable(run, False)
+    assert len(train.labels) == 8
+    assert (run / "images.json").is_file()
+    held_out = open_images(folder, "held-out")
+    held_out.leave_out_unreadable(run, False)
+    (folder / "val" / "owl" / "0.png").write_bytes(b"")
+    held_out = open_images(folder, "held-out")
+    with pytest.raises(ValueError, match=r"every held-out image must be readable, .*val/owl/0.png is not"):
+        held_out.leave_out_unreadable(run, False)
+
+
+def test_a_run_keeps_the_order_of_its_classes(folder, tmp_path):
+    state = tmp_path / "run" / "checkpoints" / "step_00000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"format": 1, "class_names": ["owl", "cat", "dog"]}')
+    images = open_split({"name": "images", "path": str(folder)}, "train", (8, 12), 3, tmp_path / "run")
+    assert images.class_names == ["owl", "cat", "dog"]
+    assert images.labels.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2]
+
+
+def test_pictures_with_alpha_show_the_background(folder):
+    Image.new("RGBA", (9, 9), (0, 255, 0, 0)).save(folder / "train" / "cat" / "0.png")
+    spec = {"name": "images", "path": str(folder), "background": "#102030"}
+    assert open_split(spec, "train", (8, 12), 3).picture(0).getpixel((4, 4)) == (16, 32, 48)
+    assert open_images(folder).picture(0).getpixel((4, 4)) == (255, 255, 255)

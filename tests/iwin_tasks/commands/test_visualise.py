@@ -34,6 +34,14 @@ def test_photographs_are_read_in_name_order(photographs):
     torch.testing.assert_close(images[1], torch.full((3, 4, 6), 0.2))
 
 
+def test_photographs_with_alpha_are_white_where_they_are_clear(photographs):
+    Image.new("RGBA", (50, 30), (0, 255, 0, 0)).save(photographs / "a.png")
+    assert read_photographs(photographs, (4, 6), 1).unique().tolist() == [1]
+    (photographs / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"every image must be readable, .*a.png is not"):
+        read_photographs(photographs, (4, 6), 1)
+
+
 @pytest.mark.parametrize(
     ("model", "layer", "kind", "size"),
     [
@@ -61,7 +69,7 @@ def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp
             "model must be a name that timm knows, nearest are resnet10t",
         ),
         (["--layer", "layer9"], "layer must be a module of the model, nearest are layer"),
-        (["--layer", "layer1", "--images", "nowhere"], "images must be a folder that holds .bmp"),
+        (["--layer", "layer1", "--images", "nowhere"], "images must be a folder of images, got nowhere"),
         (
             ["--layer", "layer1", "--checkpoint", "nowhere.pth"],
             "must be a file of weights or a run, got nowhere.pth",

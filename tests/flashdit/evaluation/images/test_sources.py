@@ -195,7 +195,7 @@ def test_identity_of_generated_images_follows_the_recipe_and_not_the_batch(tiny_
 
 def test_empty_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="a folder of images must hold at least one"):
+    with pytest.raises(ValueError, match="a folder of images must hold images"):
         FolderSource(tmp_path)
 
 
@@ -246,7 +246,7 @@ def test_identity_of_a_folder_follows_its_files(tmp_path, images):
 def test_unreadable_image_is_named(tmp_path, images, keep):
     save_folder(tmp_path, images[:2], ["0.png", "1.png"])
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"every image of a folder must be readable, got .*1\.png"):
+    with pytest.raises(ValueError, match=r"every image must be readable, .*1\.png is not"):
         read(FolderSource(tmp_path), 10)
 
 
@@ -265,3 +265,44 @@ def test_folder_of_the_sampler_is_read_from_its_npz(tmp_path, images):
 def test_a_path_that_is_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be an existing npz or folder, got .*absent"):
         open_source(tmp_path / "absent")
+
+
+def test_a_folder_with_links_is_the_same_images(tmp_path, images):
+    """Its own reference: the full set against itself, not against what is there without links."""
+    names = [f"class{n % 3}/{n}.png" for n in range(NUM_IMAGES)]
+    whole = save_folder(tmp_path / "whole", images, names)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for n in range(3):
+        (linked / f"class{n}").symlink_to(whole / f"class{n}")
+    one, other = FolderSource(whole), FolderSource(linked)
+    assert other.sha256 == one.sha256
+    assert_close(read(other, 3), read(one, 3))
+    assert other.labels is not None
+    assert other.labels.tolist() == [n % 3 for n in range(NUM_IMAGES)]
+
+
+def test_scoring_composites_as_encoding_does_and_a_background_is_another_content(tmp_path):
+    Image.new("RGBA", (4, 5), (0, 255, 0, 0)).save(tmp_path / "0.png")
+    white, red = open_source(tmp_path), open_source(tmp_path, background="red")
+    assert read(white, 1).unique().tolist() == [255]
+    assert read(red, 1)[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert white.identity() != red.identity()
+    assert white.sha256 != red.sha256
+
+
+def test_scoring_refuses_what_training_would_leave_out(tmp_path, images):
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    with pytest.raises(
+        ValueError, match=r"every image must be readable, .*gone.png is not: a link to nothing"
+    ):
+        FolderSource(tmp_path)
+
+
+def test_scoring_says_what_it_found(tmp_path, images, caplog):
+    caplog.set_level("INFO")
+    save_folder(tmp_path, images[:2], ["0.png", "1.png"])
+    (tmp_path / "notes.txt").touch()
+    FolderSource(tmp_path)
+    assert caplog.messages[-1].endswith(": 2 images in 1 class; left out: 1 .txt")

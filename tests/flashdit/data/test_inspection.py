@@ -1,0 +1,143 @@
+"""The pass over a folder before the first step: what it leaves out, keeps beside the run, and refuses."""
+
+import json
+import logging
+
+import pytest
+import torch
+from hard_pictures import CLASSES, READABLE, make_hard_pictures, square
+
+from flashdit.data import inspection
+from flashdit.data.encode import open_latents
+from flashdit.data.inspection import leave_out_unreadable
+from flashdit.data.latents import LatentOptions
+from flashdit.data.sources import ImageFolder, ImagesOptions
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_hard_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def record(tmp_path):
+    return tmp_path / "run" / "images.json"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Returns the list of names that are decoded from here on."""
+    names, look = [], inspection._look
+    monkeypatch.setattr(
+        inspection, "_look", lambda source, row: names.append(source.names[row]) or look(source, row)
+    )
+    return names
+
+
+def open_folder(folder, image_size=32):
+    return ImageFolder(ImagesOptions(path=str(folder), image_size=image_size))
+
+
+def checkpoint(record, class_names):
+    """Makes the run of a record one that has a checkpoint."""
+    state = record.parent / "checkpoints" / "step_00000002" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"format": 1, "class_names": class_names}))
+
+
+def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, record, caplog):
+    caplog.set_level(logging.INFO)
+    source = leave_out_unreadable(open_folder(folder), record)
+    assert len(source.paths) == len(source.labels) == READABLE
+    assert source.labels.bincount().tolist() == [5, 5, 2]
+    assert [source.image(row).shape for row in range(READABLE)] == [(3, 32, 32)] * READABLE
+    broken, line = caplog.messages
+    assert broken.startswith("skipped formes/broken.png, which cannot be read: ")
+    assert line.endswith(
+        "pictures: 12 images in 3 classes; left out: 3 hidden, 1 loose beside the class folders, 1 .txt, "
+        "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times"
+    )
+
+
+def test_the_record_keeps_names_bytes_and_sizes(folder, record):
+    leave_out_unreadable(open_folder(folder), record)
+    content = json.loads(record.read_text())
+    path = folder / "10 squares" / "phone.jpg"
+    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60]
+    size, why = content["unreadable"]["formes/broken.png"]
+    assert size == (folder / "formes" / "broken.png").stat().st_size
+    assert why
+    assert len(content["images"]) == READABLE
+
+
+def test_a_second_pass_reads_only_what_is_new(folder, record, decoded):
+    first = leave_out_unreadable(open_folder(folder), record)
+    assert len(decoded) == READABLE + 1
+    decoded.clear()
+    folder = folder.rename(folder.with_name("moved"))
+    again = leave_out_unreadable(open_folder(folder), record)
+    assert decoded == []
+    assert again.names == first.names
+    square(50, 51).save(folder / "formes" / "new.png")
+    leave_out_unreadable(open_folder(folder), record)
+    assert decoded == ["formes/new.png"]
+
+
+def test_a_resumed_run_needs_the_images_that_it_began_with(folder, record):
+    leave_out_unreadable(open_folder(folder), record)
+    checkpoint(record, CLASSES)
+    (folder / "formes" / "broken.png").unlink()  # which it did without
+    before = leave_out_unreadable(open_folder(folder), record)
+    assert len(before.paths) == READABLE
+    (folder / "10 squares" / "phone.jpg").rename(folder / "10 squares" / "renamed.jpg")
+    square(90, 91).save(folder / "formes" / "small.png")
+    kept = record.read_text()
+    message = (
+        r"resumed run needs the 12 images that it began with, in .*pictures 1 gone \(10 squares/phone.jpg\), "
+        r"1 new \(10 squares/renamed.jpg\), 1 of another size \(formes/small.png\): give another run.dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        leave_out_unreadable(open_folder(folder), record)
+    assert record.read_text() == kept
+
+
+def test_a_resumed_run_keeps_the_order_of_its_classes(folder, record):
+    old = sorted(CLASSES)  # as an earlier version ordered them
+    assert old != CLASSES
+    checkpoint(record, old)
+    source = leave_out_unreadable(open_folder(folder), record)
+    assert source.class_names == old
+    assert source.labels.bincount().tolist() == [5, 5, 2]
+    assert source.names[0].startswith("10 squares/")
+    (folder / "extra").mkdir()
+    square(9, 9).save(folder / "extra" / "a.png")
+    with pytest.raises(ValueError, match=r"a resumed run keeps its classes, .* has others too: extra"):
+        leave_out_unreadable(open_folder(folder), record)
+
+
+def test_a_class_of_broken_images_is_named(folder):
+    for name in ("small.png", "deeper/größe 絵.bmp"):
+        (folder / "formes" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"every class must have a readable image, .* has none of formes"):
+        leave_out_unreadable(open_folder(folder))
+
+
+def test_a_damaged_record_is_named(folder, record):
+    record.parent.mkdir()
+    record.write_text("{")
+    with pytest.raises(ValueError, match=r"images.json must be as it was written, delete it"):
+        leave_out_unreadable(open_folder(folder), record)
+
+
+def test_an_image_that_breaks_later_is_named(folder):
+    source = leave_out_unreadable(open_folder(folder))
+    source.paths[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"every image must be readable, .*animated.gif is not"):
+        source.image(0)
+
+
+def test_training_on_images_leaves_broken_ones_out(folder, record):
+    data = {"name": "images", "path": str(folder), "image_size": 16, "mirrors": False}
+    latents, _ = open_latents(data, LatentOptions(vae="digits"), torch.device("cpu"), False, record)
+    assert len(latents.labels) == len(latents.latents) == READABLE
+    assert record.is_file()
