@@ -28,10 +28,10 @@ from flashdit.sampling.classes import class_ids, flattened
 from flashdit.sampling.generator import check_latents, latent_shape, warn_of_guidance
 from flashdit.sampling.schedulers import (
     check_scheduler,
-    forget_flow,
     is_flow_matching,
     remember_flow,
     set_timesteps,
+    without_flow,
 )
 from flashdit.shared.files import write_json
 from flashdit.shared.pictures import check_pixels
@@ -303,18 +303,24 @@ class FlashDiTPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, *arguments, **options)
 
     def _complete(self, folder: Path) -> None:
-        """Writes card and code, and makes the other files such as diffusers reads from a hub, unwarned."""
+        """Writes card and code, and makes the other files such as diffusers reads from a hub, unwarned.
+
+        Names of folders on this machine are left out of them.
+        """
         (folder / "README.md").write_text(self.card(), encoding="utf-8")
         (folder / CODE).write_text(CODE_TEXT)
-        index = json.loads((folder / self.config_name).read_text())
-        if index["transformer"][0] == FlashDiT.__module__:  # a name that is refused in a repository
-            write_json(folder / self.config_name, index | {"transformer": ["diffusers", FlashDiT.__name__]})
-        if is_flow_matching(self.scheduler):
-            forget_flow(folder / "scheduler" / "scheduler_config.json")
+        for path in (folder / self.config_name, *folder.glob("*/*config.json")):
+            content = json.loads(path.read_text())
+            content.pop("_name_or_path", None)
+            if content.get("transformer", [None])[0] == FlashDiT.__module__:  # refused in a repository
+                content["transformer"] = ["diffusers", FlashDiT.__name__]
+            if path.parent.name == "scheduler" and is_flow_matching(self.scheduler):
+                content = without_flow(content)
+            write_json(path, content)
 
 
 # One of the two writes to another package's names at import (the other registers the backbones with timm).
-# A model_index.json can name classes of few packages, diffusers among them: the transformer's is found by this
-# name, and the pipeline's where no `custom_pipeline` is given.
+# A model_index.json can name classes of few packages, diffusers among them: thus the model's is found, and
+# the pipeline's where no `custom_pipeline` is given.
 for _kind in (FlashDiT, FlashDiTPipeline):
     setattr(diffusers, _kind.__name__, _kind)

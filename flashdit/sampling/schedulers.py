@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-from flashdit.shared.files import write_json
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """What makes diffusers' multistep schedulers follow the linear path."""
@@ -27,10 +23,9 @@ def remember_flow(scheduler: Any) -> None:
     scheduler.register_to_config(**FLOW, flow_shift=scheduler.config.get("shift", 1.0))
 
 
-def forget_flow(path: Path) -> None:
-    """Takes out of a flow-matching scheduler's file what its own class would warn of."""
-    config = json.loads(path.read_text())
-    write_json(path, {key: value for key, value in config.items() if key not in (*FLOW, "flow_shift")})
+def without_flow(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a flow-matching scheduler's configuration without what its own class would warn of."""
+    return {key: value for key, value in config.items() if key not in (*FLOW, "flow_shift")}
 
 
 def check_scheduler(scheduler: Any) -> None:
