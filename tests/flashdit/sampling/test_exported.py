@@ -102,6 +102,7 @@ def test_an_uploaded_export_is_loaded_by_its_hub_name(exported, tmp_path, monkey
     monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *_, revision, **__: revision)
     monkeypatch.setattr(pipeline_utils, "snapshot_download", lambda *_, **__: str(exported))
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the folder is added
     name = "someone/birds"
     if by_diffusers:
         pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
