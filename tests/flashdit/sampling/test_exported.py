@@ -279,9 +279,10 @@ def test_classes_of_imagenet_go_by_word_and_the_card_lists_words():
     assert "    'tench', guidance_scale" in card
 
 
-def test_the_example_of_the_card_is_a_number_where_a_word_names_two_classes():
+@pytest.mark.parametrize("first", ["crane", "all"])
+def test_the_example_of_the_card_is_a_number_where_a_word_is_not_one_class(first):
     parts = (tiny(in_channels=3), None, FlowMatchEulerDiscreteScheduler())
-    names = {"0": "crane", "1": "crane", "2": "hen"}
+    names = {"0": first, "1": "crane", "2": "hen"}
     pipe = FlashDiTPipeline(*parts, id2label=names, latents_space="pixels")
     assert "    0, guidance_scale" in pipe.card()
 
