@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     mfu, peak = arguments.mfu, arguments.peak_tflops
-    if mfu is not None and not 0 < mfu <= 1 or peak is not None and not 0 < peak < float("inf"):
+    if not (0 < (1 if mfu is None else mfu) <= 1 and 0 < (1 if peak is None else peak) < float("inf")):
         rule = "--mfu must be above 0 and at most 1, and --peak-tflops positive"
         raise ValueError(f"{rule}, got {mfu} and {peak}")
     return arguments

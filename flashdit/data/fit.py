@@ -50,9 +50,7 @@ class DataFacts(NamedTuple):
         return {"in_channels": channels, "sample_size": side, "num_classes": self.num_classes}
 
 
-def check_fit(
-    arguments: Mapping[str, Any], data: LabelledLatents, vae: Autoencoder | Pixels | None
-) -> None:
+def check_fit(arguments: Mapping[str, Any], data: LabelledLatents, vae: Autoencoder | Pixels | None) -> None:
     """Raises ValueError unless a model takes these latents and labels.
 
     Args:
