@@ -32,7 +32,7 @@ from flashdit.training.options import TrainingOptions, share_of_batch
 
 NOT_READ = "not read"  # the path of data that need not be there
 IMAGENET_IMAGES = 1_281_167  # of its training split
-MFU = {"cpu": 0.25, "cuda": 0.4}  # assumed of a kind of device
+MFU = {"cpu": 0.2, "cuda": 0.4}  # assumed of a kind of device
 H100_TFLOPS = 989.0  # in bf16
 
 

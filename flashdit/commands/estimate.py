@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--mfu",
         type=float,
-        help="assumed share of that peak; metrics.jsonl says what it is (default: 0.4; on a CPU 0.25)",
+        help="assumed share of that peak; metrics.jsonl says what it is (default: 0.4; on a CPU 0.2)",
     )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.here and (arguments.gpus is not None or arguments.peak_tflops is not None):
