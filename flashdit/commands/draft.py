@@ -11,7 +11,7 @@ from flashdit.data.autoencoders import Autoencoder, latent_size
 from flashdit.data.pixels import Pixels
 from flashdit.models.sizes import SIZES
 
-GRID, SMALL_GRID, LEAST_GRID = 16, 8, 4
+LARGEST_GRID, SMALL_GRID, LEAST_GRID = 16, 8, 4
 """Tokens of a side: at most, for few images on a CPU, and at least."""
 FEWEST_FOR_COSINE = 16
 """Channels from which the angle between velocities says something; LightningDiT's have 32."""
@@ -22,7 +22,7 @@ EVALUATIONS, PREVIEWED, PREVIEW_SHARE = 40, 40, 0.1
 SEEN_AFTER_S, SAVED_AFTER_S, LOGGED_AFTER_S = 180, 300, 30
 
 FOR_SMALL = "  time_scale: 1000.0\n  label_init_std: 1.0\n"
-TEMPLATE = """\
+CONFIGURATION = """\
 {header}
 run:
   dir: {run_dir}  # the same folder resumes
@@ -144,14 +144,14 @@ class Draft:
     @property
     def patch_size(self) -> int:
         """Side of a patch: the smallest one whose grid is no larger than wanted."""
-        few = self.scale is SCALES[0] and self.device == "cpu" and self.image_size <= GRID * SMALL_GRID
-        wanted = SMALL_GRID if few and self.latents is None else GRID
+        few = self.scale is SCALES[0] and self.device == "cpu" and self.image_size <= LARGEST_GRID * SMALL_GRID
+        wanted = SMALL_GRID if few and self.latents is None else LARGEST_GRID
         grid = max(grid for grid in range(1, wanted + 1) if self.side % grid == 0)
         if grid < LEAST_GRID:
             unit = LEAST_GRID * self.space.factor
             raise ValueError(
                 f"--image-size must be a multiple of {unit} or of another number that gives {LEAST_GRID} to "
-                f"{GRID} patches a side, got {self.image_size}"
+                f"{LARGEST_GRID} patches a side, got {self.image_size}"
             )
         return self.side // grid
 
@@ -193,7 +193,7 @@ class Draft:
         """
         scale, steps, pixels, several = self.scale, self.steps, self.latents is None, self.num_classes > 1
         small = scale in SCALES[:2]
-        return TEMPLATE.format(
+        return CONFIGURATION.format(
             header=header,
             run_dir=quoted(self.run_dir),
             images=quoted(self.images),
@@ -206,7 +206,7 @@ class Draft:
             window=LEAST_GRID,
             embeddings=FOR_SMALL if small else "",
             flow=self._flow(),
-            lr=number(scale.lr),
+            lr=f"{scale.lr:.1e}",
             about_lr="large batches and models need less" if small else "LightningDiT's",
             warmup_steps=max(50, steps // 30),
             steps=steps,
@@ -247,9 +247,3 @@ def round_count(value: float) -> int:
 def quoted(text: str) -> str:
     """Returns a text as YAML has it between double quotes."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def number(value: float) -> str:
-    """Returns a small number as YAML takes it for one: 2.0e-4."""
-    digits, _, power = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(power)}"

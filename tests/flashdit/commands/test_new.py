@@ -57,14 +57,18 @@ def test_pictures_that_are_hard_to_read_train_by_the_printed_command_from_anothe
     assert command == ["flashdit", "train", "--config", "my run.yaml"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    short = ["training.steps=2", "training.global_batch_size=4", "sampling.steps=1", "training.preview_every=0"]
+    short = [
+        "training.steps=2",
+        "training.global_batch_size=4",
+        "sampling.steps=1",
+        "training.preview_every=0",
+    ]
     train.main(["--config", str(tmp_path / "my run.yaml"), *short, "training.workers=0"])
     assert "trained to step 2: runs/my run" in capsys.readouterr().out
     made = config.load(tmp_path / "elsewhere" / "runs" / "my run" / "config.yaml")
     assert made.data["path"] == str(tmp_path / "my pics")
     assert (made.model["num_classes"], made.model["sample_size"], made.flow.prediction) == (3, 32, "data")
     listing = (tmp_path / "elsewhere" / "runs" / "my run" / "images.json").read_text()
-    assert listing.count(".png") + listing.count(".jpg") > 0
     assert len(yaml.safe_load(listing)["images"]) == READABLE
 
 
