@@ -159,6 +159,8 @@ class FlashDiTTask(Task):
             if begun.options.space != self.space.options.space:
                 before, now = begun.options.space, self.space.options.space
                 raise ValueError(f"{self.run_dir} holds a run with latents.space={before}, got {now}")
+            if begun.options.vae is not None and self.space.options.vae is None:
+                raise ValueError(f"{self.run_dir} holds a run with latents.vae={begun.options.vae}, got null")
             self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
 
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:

@@ -6,10 +6,8 @@ import time
 from collections.abc import Collection
 from typing import NamedTuple
 
-import torch
-
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.extractor import Extractor, colours_of
+from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import GeneratedSource, Source
@@ -24,13 +22,10 @@ from flashdit.evaluation.metrics.scoring import (
     parts_needed,
     score_names,
 )
-from flashdit.evaluation.reference import Reference
+from flashdit.evaluation.reference import Reference, first_colours
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
-
-COLOURS_SEEN = 16
-"""Images of a set that are asked whether they are grey."""
 
 
 class Plan(NamedTuple):
@@ -95,21 +90,13 @@ def check_image_sizes(plan: Plan) -> None:
 
 def colour_warnings(plan: Plan) -> list[str]:
     """Returns a sentence for each set of existing images that is grey or coloured unlike the extractor's."""
-    sources = {"samples": plan.samples, "reference": plan.reference.source}
-    if isinstance(plan.samples, GeneratedSource):
-        del sources["samples"]
-    found = {
-        side: colours_of(
-            next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count)))))
-        )
-        for side, source in sources.items()
-        if source is not None
-    }
+    own, found = plan.extractor.colours, {"reference": plan.reference.colours}
+    if not isinstance(plan.samples, GeneratedSource):
+        found["samples"] = first_colours(plan.samples)
     return [
-        f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on "
-        f"{plan.extractor.colours} ones"
+        f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on {own} ones"
         for side, colours in found.items()
-        if plan.extractor.colours not in (None, colours)
+        if None not in (own, colours) and own != colours
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdit.data.sources import companions_of
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.extractor import Extractor
+from flashdit.evaluation.features.extractor import Extractor, colours_of
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.npz import NpzSource, check_headers
@@ -32,6 +32,7 @@ REFERENCE_KEYS = (
     "image_size",
 )  # what make-reference adds to ADM's keys
 REFERENCE_SCHEMA = 1
+COLOURS_SEEN = 16  # images of a set that are asked whether they are grey
 COVARIANCE_TOLERANCE = 1e-5  # of its largest entry, above what float32 features round to
 
 
@@ -85,6 +86,11 @@ class Reference:
         return []
 
     @cached_property
+    def colours(self) -> str | None:
+        """Whether its images are `grey` or `colour`; None where it has none."""
+        return None if self.source is None else first_colours(self.source)
+
+    @cached_property
     def sha256(self) -> str:
         """The hash of the file, or of what the images are known by."""
         return file_sha256(Path(self.spec)) if self.source is None else self.source.sha256
@@ -125,6 +131,11 @@ class Reference:
             found = collect(self.source, self.extractor, of_images, *reading)
             statistics.pool, statistics.logits, statistics.labels = found.pool, found.logits, found.labels
         return statistics
+
+
+def first_colours(source: Source) -> str:
+    """Returns whether the first images of a source are `grey` or `colour`."""
+    return colours_of(next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count))))))
 
 
 def open_npz(
