@@ -12,7 +12,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.models.sizes import SIZES
 
 LARGEST_GRID, SMALL_GRID, LEAST_GRID = 16, 8, 4
-"""Tokens of a side: at most, for few images on a CPU, and at least."""
+"""Tokens of a side: at most, for pixels and a small model on a CPU, and at least."""
 FEWEST_FOR_COSINE = 16
 """Channels from which the angle between velocities says something; LightningDiT's have 32."""
 EMA_SHARE = 0.04
@@ -121,6 +121,8 @@ class Draft:
     """`cpu`, or a GPU's kind."""
     workers: int
     """Processes that read images."""
+    smaller: int = 0
+    """Scales below the one that suits so many images, where that one takes too long."""
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
@@ -133,8 +135,18 @@ class Draft:
 
     @property
     def scale(self) -> Scale:
-        """What suits the number of images."""
-        return next(scale for scale in SCALES if self.num_images <= scale.up_to)
+        """What suits the number of images, or a smaller one."""
+        suits = next(place for place, scale in enumerate(SCALES) if self.num_images <= scale.up_to)
+        return SCALES[max(0, suits - self.smaller)]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the YAML leaves to the data."""
+        return {
+            "in_channels": self.space.channels,
+            "sample_size": self.side,
+            "num_classes": self.num_classes,
+        }
 
     @property
     def side(self) -> int:
@@ -144,8 +156,8 @@ class Draft:
     @property
     def patch_size(self) -> int:
         """Side of a patch: the smallest one whose grid is no larger than wanted."""
-        few = self.scale is SCALES[0] and self.device == "cpu" and self.image_size <= LARGEST_GRID * SMALL_GRID
-        wanted = SMALL_GRID if few and self.latents is None else LARGEST_GRID
+        cheaper = self.device == "cpu" and self.latents is None and self.scale in SCALES[:2]
+        wanted = SMALL_GRID if cheaper and self.image_size <= LARGEST_GRID * SMALL_GRID else LARGEST_GRID
         grid = max(grid for grid in range(1, wanted + 1) if self.side % grid == 0)
         if grid < LEAST_GRID:
             unit = LEAST_GRID * self.space.factor

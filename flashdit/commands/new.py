@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from flashdit.commands.arguments import path, path_text
 
 if TYPE_CHECKING:
+    from flashdit.commands.budget import Machine
     from flashdit.commands.draft import Draft
     from flashdit.commands.survey import Survey
     from flashdit.config import RunConfig
     from flashdit.data.fit import DataFacts
 
 SCORED_ON_CPU, SCORED_ON_GPU = 1_000, 50_000  # samples at most
-LONG_S = 3 * 86_400  # above which it is said how to spend less
+LONG_S = 86_400  # above which a CPU gets a smaller model, and a GPU's user a word
 MEMORY_SHARE = 0.8  # of the device's that a step may take
 MANY_LATENTS_GIB = 1.0  # in memory, above which they are better kept on the disk
 
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run_dir = Path("runs", arguments.name)
     if run_dir.exists():
         raise ValueError(f"--name must be that of a new run, {run_dir} exists: give another --name")
-    for text in (str(arguments.images.absolute()), arguments.name):
+    for text in (str(arguments.images.absolute()), arguments.name, arguments.latents):
         if "$" in text:
             raise ValueError(f"a path with $ stands for a variable in a configuration: rename it, got {text}")
     return arguments
@@ -128,32 +129,58 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
     from flashdit.config import with_sizes
     from flashdit.models.costs import activations, forward_flops
 
+    machine = budget.this_machine(parsed(draft.to_yaml("")).training)
+    draft, seconds, costs = affordable(draft, machine)
     config, data = budget.with_data(parsed(draft.to_yaml("")))
     assert data is not None
     counts, multiply_adds = budget.count_parameters(config), forward_flops(config.model_arguments) / 2
     saved = activations(config.model_arguments, config.training.precision != "fp32")["all kept"]
-    machine, memory = budget.this_machine(config.training), budget.device_memory()
-    batch = config.training.global_batch_size
-    parts, needed = 1, budget.memory_bytes(config, counts, saved, 1, False)["sum"]
+    memory, batch, parts = budget.device_memory(), config.training.global_batch_size, 1
+    needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
     while memory is not None and needed > MEMORY_SHARE * memory and batch % (2 * parts) == 0:
         parts *= 2
         config.training.accumulation = parts
         needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
-    rates = machine.devices, machine.peak_tflops, machine.mfu
-    seconds = budget.train_seconds(budget.train_flops(config, multiply_adds), batch, *rates)
     draft = replace(draft, pace=draft.paced(seconds, parts))
     config = with_sizes(parsed(draft.to_yaml("")), data)
     found = budget.facts(config, counts, multiply_adds, machine, data)
-    costs = {"time": f"about {budget.duration(seconds * draft.steps)}, previews not counted"}
     costs |= {key: found[key] for key in ("assumed", "length", "parameters", "checkpoints")}
     costs["memory"] = budget.size(needed)
     if memory is not None and needed > MEMORY_SHARE * memory:
         costs["memory"] += (
             f", of {budget.size(memory)} here: set training.gradient_checkpointing, or hidden_size"
         )
-    if seconds * draft.steps > LONG_S:
-        costs["for less"] = "a smaller --image-size, or model.hidden_size, model.depth, training.steps"
     return draft, costs | latents_in_memory(data)
+
+
+def affordable(draft: Draft, machine: Machine) -> tuple[Draft, float, dict[str, str]]:
+    """Returns the draft, on a CPU with a smaller model where the one that suits takes more than a day.
+
+    Returns:
+        The draft, the expected seconds of a step, and what is to be said of the time, name → text.
+    """
+    from flashdit.commands import budget
+    from flashdit.commands.draft import SCALES
+    from flashdit.models.costs import forward_flops
+
+    def seconds_of(draft: Draft) -> float:
+        config = parsed(draft.to_yaml(""))
+        flops = budget.train_flops(config, forward_flops(config.model_arguments | draft.sizes) / 2)
+        batch = config.training.global_batch_size
+        return budget.train_seconds(flops, batch, 1, machine.peak_tflops, machine.mfu)
+
+    seconds, about = seconds_of(draft), {}
+    suits, whole_s = draft.scale, seconds * draft.steps
+    while draft.device == "cpu" and seconds * draft.steps > LONG_S and draft.scale is not SCALES[0]:
+        draft = replace(draft, smaller=draft.smaller + 1)
+        seconds = seconds_of(draft)
+    if draft.scale is not suits:
+        larger = f"hidden_size {suits.model['hidden_size']}, depth {suits.model['depth']}"
+        about["model"] = f"smaller than suits so many images: {larger} would take {budget.duration(whole_s)}"
+    elif whole_s > LONG_S:
+        about["for less"] = "a smaller --image-size, or model.hidden_size, model.depth, training.steps"
+    total = budget.duration(seconds * draft.steps)
+    return draft, seconds, {"time": f"about {total}, previews not counted"} | about
 
 
 def latents_in_memory(data: DataFacts) -> dict[str, str]:
@@ -181,7 +208,8 @@ def header(draft: Draft, out: Path, costs: Mapping[str, str]) -> str:
     what = f"{draft.num_images:,} images at {draft.image_size}×{draft.image_size}"
     on = "pixels" if draft.latents is None else f"latents of {draft.latents}"
     return "\n".join(
-        (
+        line.replace("\n", " ")
+        for line in (
             f"# {what}, trained on as {on}; written by flashdit new, yours to change.",
             f"#   {train_command(out)}",
             f"# {costs['parameters']} parameters; {costs['time']}, on the {draft.device} it was written on.",

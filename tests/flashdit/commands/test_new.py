@@ -7,10 +7,12 @@ from PIL import Image
 
 from flashdit import config
 from flashdit.commands import budget, new, sample, train
+from flashdit.commands.budget import Machine
 from flashdit.commands.draft import SCALES, Draft, round_count
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.pixels import Pixels
 from flashdit.evaluation.features import inception
+from flashdit.models.costs import forward_flops
 from flashdit.models.sizes import SIZES
 
 
@@ -178,10 +180,10 @@ def test_the_model_grows_with_the_images(images, sizes):
         ({}, 4),
         ({"device": "cpu"}, 8),  # 8×8 tokens: a quarter of the work
         ({"device": "cpu", "image_size": 256}, 16),  # patches of 32 would be coarse
-        ({"device": "cpu", "num_images": 5_000}, 4),
+        ({"device": "cpu", "num_images": 5_000}, 8),
+        ({"device": "cpu", "num_images": 50_000}, 4),
         ({"image_size": 96}, 6),
         ({"image_size": 60}, 4),  # 15×15: windows are padded
-        ({"image_size": 4}, 1),
     ],
 )
 def test_patches_make_a_grid_of_at_most_sixteen(options, patch_size):
@@ -209,6 +211,22 @@ def test_what_does_not_fit_the_memory_is_accumulated(tmp_path, capsys, monkeypat
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] == made["training"]["global_batch_size"]
     assert "of 1.00 MiB here" in printed
+
+
+def test_a_cpu_gets_a_smaller_model_where_the_one_that_suits_takes_more_than_a_day():
+    fast, slow = (Machine(devices=1, peak_tflops=peak, mfu=0.5, measured="cpu") for peak in (100.0, 0.03))
+    suits = draft_of(5_000, device="cpu")
+    kept, _, about = new.affordable(suits, fast)
+    assert (kept, [*about]) == (suits, ["time"])
+    smaller, seconds, about = new.affordable(suits, slow)
+    assert smaller.scale is SCALES[0]
+    assert seconds * smaller.steps < 86_400
+    assert about["model"].endswith("hidden_size 384, depth 8 would take 3.2 days")
+    flops = 3 * forward_flops(kept.scale.model | kept.sizes | {"patch_size": 8}) * 64 * kept.steps
+    assert flops / (0.5 * 0.03e12) / 86_400 == pytest.approx(3.2, abs=0.05)
+    gpu, _, about = new.affordable(draft_of(5_000), slow)
+    assert gpu.scale is SCALES[1]
+    assert "for less" in about
 
 
 def test_counts_are_round():
