@@ -103,7 +103,10 @@ def first_draft(survey: Survey, arguments: argparse.Namespace) -> Draft:
 
     pixels = arguments.latents == "pixels"
     options = LatentOptions(space="pixels") if pixels else LatentOptions(vae=arguments.latents)
-    space = options.autoencoder()
+    try:
+        space = options.autoencoder()
+    except ValueError as error:
+        raise ValueError(f"--latents: {error}") from error
     assert space is not None
     size = arguments.image_size or space.image_side or survey.image_size(LEAST_GRID * space.factor)
     return Draft(

@@ -250,7 +250,7 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(tmp_path, exit_messag
     assert "--images must be a folder of images, got absent" in about("--images", "absent")
     assert "--images must hold images" in about("--images", "empty")
     assert "at least 2 images that can be read, got 1" in about("--images", one)
-    assert "an autoencoder, a folder or a hub name OWNER/NAME" in about("--latents", "sd-vae")
+    assert "--latents: latents.vae and --vae must be a data set that brings" in about("--latents", "sd-vae")
     assert "--image-size must be a multiple of 4 or" in about("--image-size", "61")
     assert "--image-size must be at least 1, got 0" in about("--image-size", "0")
     assert "--image-size: the image size must be a multiple of the VAE's factor=2" in about(
