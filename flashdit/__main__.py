@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from flashdit.shared.command import Command, run_command
 
 COMMANDS = {
+    "new": Command("flashdit.commands.new", "write a configuration for a folder of one's own images"),
     "train": Command("flashdit.commands.train", "train a model; without arguments, a small one on digits"),
     "sample": Command("flashdit.commands.sample", "draw images from a checkpoint"),
     "eval": Command("flashdit.commands.evaluate", "score images or a checkpoint; make-reference, compare"),

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import torch
 
-from flashdit.data.encode import data_sizes
+from flashdit.data.encode import data_facts
+from flashdit.data.fit import DataFacts
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
 from flashdit.flow.loss import LossOptions
@@ -152,9 +153,16 @@ def with_sizes_of_data(config: RunConfig) -> RunConfig:
     Raises:
         ValueError: If the data, which is read for it, cannot be read.
     """
-    wanted = open_sizes(config)
-    if not wanted:
-        return config
+    return with_sizes(config, facts_of_data(config)) if open_sizes(config) else config
+
+
+def facts_of_data(config: RunConfig) -> DataFacts:
+    """Returns what a model must fit of the run's data; raises ValueError if they cannot be read."""
     with torch.random.fork_rng(devices=[]):  # whatever the loading of an autoencoder draws
-        sizes = data_sizes(config.data, config.latents)
-    return replace(config, model=config.model | {key: sizes[key] for key in wanted})
+        return data_facts(config.data, config.latents)
+
+
+def with_sizes(config: RunConfig, data: DataFacts) -> RunConfig:
+    """Returns a configuration in which the sizes of the model that were null are those of the data."""
+    sizes = data.sizes
+    return replace(config, model=config.model | {key: sizes[key] for key in open_sizes(config)})

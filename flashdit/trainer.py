@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
+from flashdit.data.fit import check_fit
 from flashdit.data.inspection import RECORD
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.sources import DATASETS
@@ -127,7 +128,7 @@ class FlashDiTTask(Task):
         )
         self._check_same_space()
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
-        self._check_fit()
+        check_fit(self.model.config, self.data, self.space.vae)
         if not self.model.num_classes:
             self.class_names = []
             if self.main:
@@ -162,29 +163,6 @@ class FlashDiTTask(Task):
             if begun.options.vae is not None and self.space.options.vae is None:
                 raise ValueError(f"{self.run_dir} holds a run with latents.vae={begun.options.vae}, got null")
             self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
-
-    def _check_fit(self) -> None:
-        """Raises ValueError unless the model takes these latents and labels."""
-        shape, labels, num_classes = self.data.shape, self.data.labels, self.model.num_classes
-        channels, side = (self.model.config[name] for name in ("in_channels", "sample_size"))
-        if shape != (channels, side, side):
-            vae, got = self.space.vae, " × ".join(map(str, shape))
-            if vae is not None:
-                got += f" (images of data.image_size={shape[1] * vae.factor}, factor {vae.factor})"
-            raise ValueError(
-                f"the data's latents must be what the model takes, model.in_channels={channels} and "
-                f"model.sample_size={side}, got {got}; null takes them from the data"
-            )
-        lowest, highest = int(labels.min()), int(labels.max())
-        if not num_classes:  # every label is null
-            return
-        if lowest < 0 or highest >= num_classes:
-            raise ValueError(
-                f"labels must be from 0 to below model.num_classes={num_classes}, got {lowest} to {highest}"
-            )
-        if self.data.class_names and len(self.data.class_names) != num_classes:
-            count = len(self.data.class_names)
-            raise ValueError(f"model.num_classes must be the data's {count} classes, got {num_classes}")
 
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""

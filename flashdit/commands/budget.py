@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,16 +11,74 @@ from typing import cast
 import torch
 from rich.table import Column, Table
 
-from flashdit.config import DEFAULT_CONFIG, RunConfig, check_run_config, open_sizes, with_sizes_of_data
-from flashdit.data.sources import DATASETS, companions_of
+from flashdit.config import (
+    DEFAULT_CONFIG,
+    RunConfig,
+    check_run_config,
+    facts_of_data,
+    open_sizes,
+    with_sizes,
+)
+from flashdit.data.fit import DataFacts, check_fit
+from flashdit.data.sources import DATASETS
 from flashdit.models.costs import Activations
 from flashdit.models.dit import FlashDiT
+from flashdit.shared.command import resolve_device
+from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.registry import Buildable
 from flashdit.shared.settings import read_settings
+from flashdit.training.meter import matmul_peak
 from flashdit.training.options import TrainingOptions, share_of_batch
 
 NOT_READ = "not read"  # the path of data that need not be there
 IMAGENET_IMAGES = 1_281_167  # of its training split
+MFU = {"cpu": 0.2, "cuda": 0.4}  # assumed of a kind of device
+H100_TFLOPS = 989.0  # in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run is made on."""
+
+    devices: int = 8
+    """How many share the batch."""
+    peak_tflops: float = H100_TFLOPS
+    """Of one device."""
+    mfu: float = MFU["cuda"]
+    """Share of the peak that is reached."""
+    measured: str | None = None
+    """The device whose peak was measured; None where it is assumed."""
+
+    def describe(self) -> str:
+        """Returns in words what the times rest on."""
+        if self.measured is None:
+            return f"{self.mfu:.0%} of {self.peak_tflops:g} TFLOP/s on each GPU"
+        peak = f"{self.peak_tflops:.3g} TFLOP/s that a matrix product was measured to reach"
+        return f"{self.mfu:.0%} of the {peak} on this machine's {self.measured}"
+
+
+def this_machine(training: TrainingOptions, mfu: float | None = None) -> Machine:
+    """Returns one device of this machine, its peak measured in the run's precision.
+
+    Args:
+        training: Of the run.
+        mfu: Share of the peak that is reached; None assumes one that suits the kind of device.
+    """
+    device = torch.device(resolve_device(None))
+    with float32_products(tf32=training.tf32):
+        peak = matmul_peak(device, AUTOCAST[training.precision] or torch.float32)
+    share = MFU[device.type] if mfu is None else mfu
+    return Machine(devices=1, peak_tflops=peak / 1e12, mfu=share, measured=device.type)
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of memory of this machine's device; None where the system does not tell."""
+    if resolve_device(None) == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not on Windows
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +93,15 @@ class Counts:
     """Of what is in no block."""
 
 
+def model_without_memory(config: RunConfig) -> FlashDiT:
+    """Returns the configured model on torch's meta device."""
+    with torch.device("meta"):
+        return FlashDiT(**config.model_arguments)
+
+
 def count_parameters(config: RunConfig) -> Counts:
     """Returns the parameters of the configured model."""
-    with torch.device("meta"):
-        model = FlashDiT(**config.model_arguments)
+    model = model_without_memory(config)
     total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
     return Counts(
         all=total,
@@ -98,6 +161,12 @@ def snapshot_bytes(config: RunConfig, counts: Counts) -> float:
     return 4 * counts.all * len(ema.power_widths) * (config.training.steps // ema.snapshot_every)
 
 
+def train_flops(config: RunConfig, multiply_adds: float) -> float:
+    """Returns the FLOPs of training on one image, of whose forward pass the multiply-adds are given."""
+    again = config.training.gradient_checkpointing and not config.training.keep_matmuls
+    return 6 * multiply_adds * (4 / 3 if again else 1)
+
+
 def train_seconds(flops: float, images: int, gpus: int, peak_tflops: float, mfu: float) -> float:
     """Returns the time of so many images.
 
@@ -120,19 +189,33 @@ def duration(seconds: float) -> str:
 
 
 def read_config(path: Path | str | None, overrides: Sequence[str]) -> RunConfig:
-    """Returns the checked configuration, None as for training.
-
-    The data need not be there, unless sizes of the model are null: those are read from it.
-    """
+    """Returns the checked configuration, None as for training; the data need not be named."""
     config = read_settings(path or DEFAULT_CONFIG, overrides, RunConfig)
     if "name" in config.data:
         options_type = cast(Buildable, DATASETS[config.data["name"]]).options_type
         if "path" in {option.name for option in fields(options_type)}:
             config.data.setdefault("path", NOT_READ)
     check_run_config(config)
-    if config.data.get("path") == NOT_READ and open_sizes(config):
-        raise ValueError(f"model.{open_sizes(config)[0]}=null is read from the data: give data.path")
-    return with_sizes_of_data(config)
+    return config
+
+
+def with_data(config: RunConfig) -> tuple[RunConfig, DataFacts | None]:
+    """Returns the configuration with the sizes that the data have, and the data; None if they are not there.
+
+    Raises:
+        ValueError: If the data cannot be read, model and data do not fit together as training requires, or a
+            size of the model is null and the data are not there.
+    """
+    path = config.data.get("path")
+    if path is not None and not Path(path).exists():
+        if open_sizes(config):
+            got = "" if path == NOT_READ else f", got {path}, and there is no such path"
+            raise ValueError(f"model.{open_sizes(config)[0]}=null is read from the data: give data.path{got}")
+        return config, None
+    data = facts_of_data(config)
+    config = with_sizes(config, data)
+    check_fit(model_without_memory(config).config, data, data.vae)
+    return config, data
 
 
 def scaled(value: float, base: int, units: Sequence[str]) -> str:
@@ -149,28 +232,43 @@ def size(count: float) -> str:
 
 
 def facts(
-    config: RunConfig, counts: Counts, multiply_adds: float, arguments: argparse.Namespace
+    config: RunConfig,
+    counts: Counts,
+    multiply_adds: float,
+    machine: Machine,
+    data: DataFacts | None,
+    images: int | None = None,
 ) -> dict[str, str]:
-    """Returns what holds whatever the strategy, name → text: the model, its time and its disk space."""
-    training, gpus, peak, mfu = config.training, arguments.gpus, arguments.peak_tflops, arguments.mfu
-    own = companions_of(config.data["name"]).floor
-    epoch = arguments.images or (own().count if own else IMAGENET_IMAGES)
+    """Returns what holds whatever the strategy, name → text: the model, its time and its disk space.
+
+    Args:
+        config: Of the run.
+        counts: Its model's parameters.
+        multiply_adds: Of a forward pass of one image.
+        machine: That it is made on.
+        data: What it is trained on; None where that is not there.
+        images: Of an epoch; None: those of the data, or as many as ImageNet's.
+    """
+    training, devices = config.training, machine.devices
+    epoch = images or (IMAGENET_IMAGES if data is None else len(data.labels))
     run = training.steps * training.global_batch_size
-    again = training.gradient_checkpointing and not training.keep_matmuls
-    flops = 6 * multiply_adds * (4 / 3 if again else 1)
-    epoch_s, run_s = (train_seconds(flops, images, gpus, peak, mfu) for images in (epoch, run))
-    shares = f"{gpus} × {training.accumulation} × {share_of_batch(training, gpus)}"
+    flops = train_flops(config, multiply_adds)
+    rates = machine.devices, machine.peak_tflops, machine.mfu
+    epoch_s, run_s = (train_seconds(flops, count, *rates) for count in (epoch, run))
+    shares = f"{devices} × {training.accumulation} × {share_of_batch(training, devices)}"
     kept, one = kept_checkpoints(training), checkpoint_bytes(config, counts)
     prefixes = ("", "k", "M", "G", "T", "P", "E")
+    whose = " images of ImageNet, assumed" if data is None and images is None else ""
     lines = {
+        "data": describe_data(data),
         "parameters": f"{counts.all:,}",
         "multiply-adds": f"{scaled(multiply_adds, 1000, prefixes)} a forward pass of one image",
         "FLOPs": f"{scaled(flops * training.global_batch_size, 1000, prefixes)} a step",
-        "batch": f"{training.global_batch_size:,} images = {shares} (GPUs × accumulated × each)",
-        "length": f"{training.steps:,} steps = {run:,} images = {run / epoch:.1f} epochs of {epoch:,}",
-        "assumed": f"{mfu:.0%} of {peak:g} TFLOP/s on each GPU",
+        "batch": f"{training.global_batch_size:,} images = {shares} (devices × accumulated × each)",
+        "length": f"{training.steps:,} steps = {run:,} images = {run / epoch:.1f} epochs of {epoch:,}{whose}",
+        "assumed": machine.describe(),
         "time then": f"{duration(epoch_s)} an epoch, {duration(run_s)} in all",
-        "GPU hours": f"{run_s * gpus / 3600:,.1f}",
+        **({} if machine.measured else {"GPU hours": f"{run_s * devices / 3600:,.1f}"}),
         "checkpoints": f"{kept} kept × {size(one)} = {size(kept * one)}",
     }
     if config.ema.power_widths:
@@ -178,12 +276,20 @@ def facts(
     return lines
 
 
+def describe_data(data: DataFacts | None) -> str:
+    """Returns in words what the data are."""
+    if data is None:
+        return "data not read: what training checks of them is not checked"
+    images, classes = f"{len(data.labels):,} images", f"{data.num_classes:,} classes"
+    return f"{images}, {classes}, {' × '.join(map(str, data.shape))} numbers each; the model fits them"
+
+
 def memory_table(
     config: RunConfig, counts: Counts, ways: Mapping[str, Activations], gpus: int, sharded: bool
 ) -> Table:
     """Returns the memory of one GPU: a row for what it holds, a column for each way of `activations`."""
     columns = {way: memory_bytes(config, counts, saved, gpus, sharded) for way, saved in ways.items()}
-    name = "FSDP2" if sharded else "DDP" if gpus > 1 else "1 GPU"
+    name = "FSDP2" if sharded else "DDP" if gpus > 1 else "one device"
     table = Table(f"{name}: each holds", *(Column(way, justify="right") for way in columns))
     for row in next(iter(columns.values())):
         cells = [column[row] for column in columns.values()]

@@ -5,7 +5,8 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
   multiply-adds    counted by torch's FlopCounterMode on a model without memory; matrix products alone
   FLOPs            3 × 2 × multiply-adds an image, since the backward pass counts twice; × 4/3 where matrix
                    products are recomputed
-  time             images × FLOPs / (N × --peak-tflops × --mfu); peak and MFU are assumed, not measured
+  time             images × FLOPs / (N × --peak-tflops × --mfu); peak and MFU are assumed, not measured;
+                   with --here the peak is measured on this machine
   weights, EMA     4 P bytes each (float32), and 4 P for each of ema.power_widths
   AdamW            8 P bytes (two moments, float32)
   gradients        4 P bytes; under DDP as much again for the buckets that processes exchange
@@ -30,9 +31,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path_text
 from flashdit.shared.command import open_console
+
+if TYPE_CHECKING:
+    from flashdit.commands.budget import Machine
+    from flashdit.training.options import TrainingOptions
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,31 +54,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="as for training; data.path may stay open unless model sizes are null",
+        help="as for training; data.path may stay open unless model sizes are null, and is read and checked "
+        "as training does where it is there",
     )
-    add("--gpus", type=int, default=8, help="how many share the batch (default: 8)")
-    add("--images", type=int, help="of an epoch (default: those that the data set brings, or ImageNet's)")
     add(
+        "--here",
+        action="store_true",
+        help="on one device of this machine, whose matrix products are timed, instead of --gpus and "
         "--peak-tflops",
-        type=float,
-        default=989.0,
-        help="of one GPU (default: 989, an H100's or H200's in bf16)",
     )
+    add("--gpus", type=int, help="how many share the batch (default: 8)")
+    add("--images", type=int, help="of an epoch (default: those of the data, or ImageNet's)")
+    add("--peak-tflops", type=float, help="of one GPU (default: 989, an H100's or H200's in bf16)")
     add(
         "--mfu",
         type=float,
-        default=0.4,
-        help="assumed share of that peak; metrics.jsonl says what it is (0.4)",
+        help="assumed share of that peak; metrics.jsonl says what it is (default: 0.4; on a CPU 0.2)",
     )
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, got {arguments.gpus}")
-    if arguments.images is not None and arguments.images < 1:
-        raise ValueError(f"--images must be at least 1, got {arguments.images}")
-    if not 0 < arguments.mfu <= 1 or not 0 < arguments.peak_tflops < float("inf"):
+    if arguments.here and (arguments.gpus is not None or arguments.peak_tflops is not None):
+        raise ValueError("--here is for one device of this machine, give no --gpus and no --peak-tflops")
+    for name in ("gpus", "images"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    mfu, peak = arguments.mfu, arguments.peak_tflops
+    if not (0 < (1 if mfu is None else mfu) <= 1 and 0 < (1 if peak is None else peak) < float("inf")):
         rule = "--mfu must be above 0 and at most 1, and --peak-tflops positive"
-        raise ValueError(f"{rule}, got {arguments.mfu} and {arguments.peak_tflops}")
+        raise ValueError(f"{rule}, got {mfu} and {peak}")
     return arguments
+
+
+def machine_of(arguments: argparse.Namespace, training: TrainingOptions) -> Machine:
+    """Returns what the command line says of the machine."""
+    from flashdit.commands.budget import Machine, this_machine
+
+    if arguments.here:
+        return this_machine(training, arguments.mfu)
+    given = {"devices": arguments.gpus, "peak_tflops": arguments.peak_tflops, "mfu": arguments.mfu}
+    return Machine(**{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,19 +100,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     from rich.table import Table
 
-    from flashdit.commands.budget import count_parameters, facts, memory_table, read_config
+    from flashdit.commands.budget import count_parameters, facts, memory_table, read_config, with_data
     from flashdit.models.costs import activations, forward_flops
 
     config = read_config(arguments.config, arguments.overrides)
+    machine = machine_of(arguments, config.training)
+    config, data = with_data(config)
     counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2
     about = Table(show_header=False, title=arguments.config or "the default run")
-    for name, text in facts(config, counts, multiply_adds, arguments).items():
+    for name, text in facts(config, counts, multiply_adds, machine, data, arguments.images).items():
         about.add_row(name, text)
     console = open_console()
     console.print(about)
     ways = activations(config.model_arguments, config.training.precision != "fp32")
-    for sharded in (False, True) if arguments.gpus > 1 else (False,):
-        console.print(memory_table(config, counts, ways, arguments.gpus, sharded))
+    for sharded in (False, True) if machine.devices > 1 else (False,):
+        console.print(memory_table(config, counts, ways, machine.devices, sharded))
     console.print(
         "recomputed: training.gradient_checkpointing=true; products kept: training.keep_matmuls=true too"
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashdit.data.autoencoders import Autoencoder, latent_size
+from flashdit.data.fit import DataFacts
 from flashdit.data.inspection import leave_out_unreadable
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.pixels import PixelImages, Pixels
@@ -55,13 +56,13 @@ def open_latents(
     if isinstance(source, ImageFolder):
         source = leave_out_unreadable(source, record, progress)
     if options.space == "pixels":
-        return _pixels_of(source), LatentSpace.of_pixels(options)
+        _check_images(source, options)
+        return PixelImages(source), LatentSpace.of_pixels(options)
     vae = options.autoencoder()
     if isinstance(source, LatentShards):
         mean, std = source.statistics() or channel_statistics(source.sample())
-        space = LatentSpace(mean, std, options, vae, source.vae_identity)
-        check_vae(source, space)
-        return source, space
+        check_vae(source, options.vae, vae)
+        return source, LatentSpace(mean, std, options, vae, source.vae_identity)
     vae = _needed(vae)
     _latent_shape(vae, source)
     vae.to(device)
@@ -76,30 +77,30 @@ def open_latents(
     return encoded, space
 
 
-def data_sizes(data: Mapping[str, Any], options: LatentOptions) -> dict[str, int]:
-    """Returns the arguments of a model that fits the data; nothing is encoded for it.
+def data_facts(data: Mapping[str, Any], options: LatentOptions) -> DataFacts:
+    """Returns what a model must fit of the data; nothing is encoded for it.
 
     Args:
         data: Spec of the data set, `{name, **options}`.
         options: The space and the autoencoder.
 
     Raises:
-        ValueError: If the data cannot be read, or images come without an autoencoder.
+        ValueError: If the data cannot be read, or do not fit the autoencoder or the space.
     """
     source = DATASETS.build(data)
+    vae = options.autoencoder()
     if isinstance(source, LatentShards):
-        shape, classes = source.shape, source.num_classes
-    else:
-        vae = _needed(options.autoencoder())
-        shape, classes = _latent_shape(vae, source), len(source.class_names)
-    return {"in_channels": shape[0], "sample_size": shape[1], "num_classes": classes}
+        _check_images(source, options)
+        check_vae(source, options.vae, vae)
+        return DataFacts(source.shape, source.labels, source.class_names, source.num_classes, vae)
+    shape, names = _latent_shape(_needed(vae), source), source.class_names
+    return DataFacts(shape, source.labels, names, len(names), vae)
 
 
-def _pixels_of(source: Any) -> PixelImages:
-    """Returns the images of a source; latents have none."""
-    if isinstance(source, LatentShards):
+def _check_images(source: Any, options: LatentOptions) -> None:
+    """Raises ValueError for latents where pixels are to be trained on."""
+    if options.space == "pixels" and isinstance(source, LatentShards):
         raise ValueError(f"latents.space=pixels requires images, got the latents in {source.folder}")
-    return PixelImages(source)
 
 
 def _needed(vae: Autoencoder | Pixels | None) -> Autoencoder | Pixels:
@@ -114,25 +115,28 @@ def _needed(vae: Autoencoder | Pixels | None) -> Autoencoder | Pixels:
 
 def _latent_shape(vae: Autoencoder | Pixels, source: PixelSource) -> tuple[int, int, int]:
     """Returns the shape (C, H, W) of the latents of a source's images; the key of their size is named."""
-    _, height, width = source.image(0).shape
+    side = source.image_size if isinstance(source, ImageFolder) else None  # its first one may be unreadable
+    height, width = (side, side) if side else source.image(0).shape[1:]
     try:
         return latent_size(vae, height, width)
     except ValueError as error:
         raise ValueError(f"data.image_size: {error}") from error
 
 
-def check_vae(source: LatentShards, space: LatentSpace) -> None:
-    """Raises ValueError unless the space's autoencoder can be the one that made the shards."""
-    made_by, vae = source.vae_identity, space.vae
-    if made_by and space.identity != made_by:
+def check_vae(source: LatentShards, name: str | None, vae: Autoencoder | Pixels | None) -> None:
+    """Raises ValueError unless the autoencoder of a name, if there is one, can have made the shards."""
+    made_by = source.vae_identity
+    if vae is None:
+        return
+    if made_by and vae.identity != made_by:
         raise ValueError(
             f"latents.vae must be the VAE of the latents in {source.folder} ({made_by[:12]}), "
-            f"got {space.options.vae} ({str(space.identity)[:12]})"
+            f"got {name} ({str(vae.identity)[:12]})"
         )
-    if vae is not None and vae.channels != source.shape[0]:
+    if vae.channels != source.shape[0]:
         raise ValueError(
             f"latents.vae must have the {source.shape[0]} channels of the latents in {source.folder}, "
-            f"got {space.options.vae} with {vae.channels}"
+            f"got {name} with {vae.channels}"
         )
 
 

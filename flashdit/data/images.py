@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,14 +119,31 @@ def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Im
     Raises:
         ValueError: If it cannot be read, has more pixels than Pillow's limit, or numbers out of range.
     """
+    with _opened(path) as file:
+        ImageOps.exif_transpose(file, in_place=True)
+        return _to_rgb(file, background)
+
+
+def image_sides(path: Path) -> tuple[int, int]:
+    """Returns the two sides of an image file in pixels, as its head has them; nothing is decoded.
+
+    Raises:
+        ValueError: If the head cannot be read, or tells of more pixels than Pillow's limit.
+    """
+    with _opened(path) as file:
+        return file.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Gives an image file, of which nothing is decoded yet; whatever goes wrong names the file."""
     _silence_pillow()
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no regular file")  # opening a pipe would wait for ever
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             _check_pixels(file.width, file.height)
-            ImageOps.exif_transpose(file, in_place=True)
-            return _to_rgb(file, background)
+            yield file
     except MemoryError:
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error and others on a broken file

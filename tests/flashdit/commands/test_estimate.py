@@ -1,8 +1,10 @@
+import re
 import resource
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from flashdit import config
@@ -215,6 +217,83 @@ def test_what_cannot_be_is_one_sentence(exit_message):
         estimate, "--config", "absent"
     )
     assert "did you mean 'model.depth'" in exit_message(estimate, "model.dept=3")
+
+
+def image_folder(root, classes=4, images=3):
+    for label in range(classes):
+        (root / f"class {label}").mkdir(parents=True)
+        for place in range(images):
+            Image.new("RGB", (20, 20), (label * 9, place, 5)).save(root / f"class {label}" / f"{place}.png")
+    return root
+
+
+def test_a_configuration_that_training_refuses_is_refused_in_its_words(tmp_path, exit_message, tiny_shards):
+    pixels = ["data.name=images", f"data.path={image_folder(tmp_path / 'p')}", "data.image_size=16"]
+    pixels += [
+        "latents.vae=null",
+        "latents.space=pixels",
+        "model.in_channels=3",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    shards = [
+        "data.name=shards",
+        f"data.path={tiny_shards}",
+        "latents.vae=null",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    shards += ["model.sample_size=8", "model.in_channels=3"]
+    for overrides, rule in (
+        ([*pixels, "model.num_classes=1000"], "model.num_classes must be the data's 4 classes, got 1000"),
+        ([*pixels, "model.num_classes=3"], "labels must be from 0 to below model.num_classes=3, got 0 to 3"),
+        ([*pixels, "model.num_classes=4", "model.sample_size=8"], "model.sample_size=8, got 3 × 16 × 16"),
+        ([*shards, "model.num_classes=2"], "labels must be from 0 to below model.num_classes=2, got 0 to 2"),
+        ([*shards, "model.num_classes=3", "model.in_channels=4"], "model.in_channels=4 and"),
+        ([*shards, "latents.vae=digits"], "must have the 3 channels of the latents in"),
+        ([*pixels, "latents.space=vae"], "images need a VAE"),
+        ([*shards, "latents.space=pixels"], "latents.space=pixels requires images, got the latents in"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(rule)) as refused:
+            Trainer(config.load(None, overrides))
+        assert str(refused.value) in exit_message(estimate, *overrides), overrides
+
+
+def test_an_epoch_has_the_images_of_the_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = image_folder(tmp_path / "p")
+    (folder / "class 0" / "0.png").write_bytes(b"broken")  # sizes are known without it
+    estimate.main(["--config", "pixels_64", f"data.path={folder}", "training.global_batch_size=8"])
+    printed = capsys.readouterr().out
+    assert "12 images, 4 classes, 3 × 64 × 64 numbers each; the model fits them" in printed
+    assert "6,000 steps = 48,000 images = 4000.0 epochs of 12 " in printed
+
+
+def test_data_that_are_not_there_are_not_read(tmp_path, capsys, monkeypatch, exit_message):
+    monkeypatch.setenv("COLUMNS", "200")
+    for path in ([], [f"data.path={tmp_path / 'absent'}"]):
+        estimate.main(["--config", "flashdit_b", *path])
+        printed = capsys.readouterr().out
+        assert "data not read" in printed
+        assert "55.9 epochs of 1,281,167 images of ImageNet, assumed" in printed
+    sentence = exit_message(estimate, "--config", "pixels_64", f"data.path={tmp_path / 'absent'}")
+    assert "model.in_channels=null is read from the data: give data.path, got" in sentence
+
+
+def test_here_is_one_device_of_this_machine_as_fast_as_it_was_measured(capsys, monkeypatch, exit_message):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("flashdit.commands.budget.matmul_peak", lambda device, dtype: 4e10)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    estimate.main(["--here", "--mfu", "0.5"])
+    printed = capsys.readouterr().out
+    assert (
+        "50% of the 0.04 TFLOP/s that a matrix product was measured to reach on this machine's cpu" in printed
+    )
+    seconds = 4_200 * 16 * 6 * forward_flops(config.load().model) / 2 / (0.5 * 4e10)
+    assert f"{duration(seconds)} in all" in printed
+    assert "1 × 1 × 16 (devices" in printed
+    assert "FSDP2" not in printed
+    assert "GPU hours" not in printed
+    assert "--here is for one device" in exit_message(estimate, "--here", "--gpus", 2)
+    assert "--here is for one device" in exit_message(estimate, "--here", "--peak-tflops", 2)
 
 
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])

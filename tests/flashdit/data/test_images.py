@@ -16,6 +16,7 @@ from flashdit.data.images import (
     centre_crop,
     enlarged_images,
     find_images,
+    image_sides,
     parse_background,
     read_image,
     report_images,
@@ -435,3 +436,15 @@ def test_only_the_main_process_reports(caplog, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     report_images("2 images", {})
     assert len(caplog.messages) == 12
+
+
+def test_sides_are_read_without_decoding(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 200), "red").save(path)
+    path.write_bytes(path.read_bytes()[:60])  # the head and the beginning of the pixels
+    assert image_sides(path) == (30, 200)
+    with pytest.raises(ValueError, match="truncated"):
+        read_image(path)
+    path.write_bytes(b"no head")
+    with pytest.raises(ValueError, match=r"^every image must be readable, .*a.png is not: cannot identify"):
+        image_sides(path)
