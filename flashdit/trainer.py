@@ -84,17 +84,26 @@ class InTrainingEvaluation:
             generator=generator,
             sampling=config.sampling,
             data=config.data["name"],
+            data_path=config.data.get("path") if config.data["name"] == "images" else None,
             num_images=options.num_images,
             reference=options.reference,
             extractor=options.extractor,
             extractor_weights=options.weights,
             metrics=options.metrics,
             background=config.data.get("background", "white"),
+            image_size=options.image_size or self._image_size(config, generator),
             device=str(device),
             cache=False,
         )
         self.ranks = Ranks.start(str(device))
         self.plan = open_plan(request, self.ranks)
+
+    @staticmethod
+    def _image_size(config: RunConfig, generator: TrainedGenerator) -> int | None:
+        """Returns the side of the samples, to which images of a reference folder are cropped."""
+        reference = config.evaluation.reference
+        height, width = generator.image_size(config.sampling)
+        return height if reference and Path(reference).is_dir() and height == width else None
 
     def __call__(self, generator: TrainedGenerator) -> dict[str, float]:
         """Returns the scores of samples that all processes draw and measure; no random state is touched."""

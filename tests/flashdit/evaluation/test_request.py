@@ -12,6 +12,7 @@ from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource
 from flashdit.evaluation.request import EvaluationRequest, open_plan
+from flashdit.evaluation.stored import extractor_of
 from flashdit.sampling.options import SamplingOptions
 
 
@@ -62,9 +63,8 @@ def test_a_data_set_gives_reference_extractor_and_number_of_samples():
 
 def test_a_reference_of_images_has_inception_and_fifty_thousand_samples_by_default(tmp_path):
     np.savez(tmp_path / "r.npz", np.zeros((5, 32, 32, 3), np.uint8))
-    request = drawn(reference=str(tmp_path / "r.npz"))
-    assert request.extractor_name == "inception"
-    assert drawn(reference="digits", data="shards").extractor_name == "digits"
+    assert extractor_of(str(tmp_path / "r.npz")) == ("inception", None)
+    assert extractor_of("digits") == ("digits", None)
     plan = open_plan(drawn(reference=str(tmp_path / "r.npz"), extractor="digits"), Ranks())
     assert plan.samples.count == 50_000
 

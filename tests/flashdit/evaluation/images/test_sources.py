@@ -72,15 +72,21 @@ def test_folder_order_is_by_integer_stem_and_then_by_name(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("folders", "labels"),
-    [(("two", "zero"), [2, 0]), (("7", "11"), [7, 11]), (("cat", "dog"), [0, 1])],
-    ids=["class names", "numbers", "anything else"],
+    ("folders", "labels", "names"),
+    [
+        (("two", "zero"), [0, 1], {0: "two", 1: "zero"}),
+        (("7", "11"), [7, 11], {7: "7", 11: "11"}),
+        (("b10", "b9"), [1, 0], {0: "b9", 1: "b10"}),
+        (("7", "07"), [1, 0], {0: "07", 1: "7"}),
+    ],
+    ids=["in order", "numbers", "natural order", "one number twice"],
 )
-def test_class_folders_give_labels(tmp_path, images, folders, labels):
-    names = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
-    source = FolderSource(save_folder(tmp_path, images[:2], names), class_names=["zero", "one", "two"])
+def test_class_folders_give_labels_with_their_names(tmp_path, images, folders, labels, names):
+    files = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
+    source = FolderSource(save_folder(tmp_path, images[:2], files))
     assert source.labels is not None
     assert source.labels.tolist() == labels
+    assert source.class_names == names
 
 
 def test_digits_source_reads_the_held_out_split():
