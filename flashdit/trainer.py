@@ -37,7 +37,6 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
-from flashdit.shared.registry import Registry
 from flashdit.shared.runs import LATENTS, list_checkpoints, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
@@ -274,11 +273,11 @@ class FlashDiTTask(Task):
         arguments = inspect.signature(FlashDiT.__init__).parameters.values()
         defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
         model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML
-        model["attention"] = _filled(ATTENTIONS, model["attention"])
+        model["attention"] = ATTENTIONS.filled(model["attention"])
         flow = {**config.get("flow", {})}
-        flow["times"] = _filled(TIMES, flow.get("times"))
+        flow["times"] = TIMES.filled(flow.get("times"))
         latents = {"space": LatentOptions.space, **config.get("latents", {})}
-        data = _filled(DATASETS, config.get("data"))
+        data = DATASETS.filled(config.get("data"))
         return {**config, "data": data, "latents": latents, "model": model, "flow": flow}
 
     def contents(self) -> dict[str, Any]:
@@ -297,15 +296,6 @@ class FlashDiTTask(Task):
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
         }
-
-
-def _filled(registry: Registry, spec: Any) -> Any:
-    """Returns the spec of a part with all its options, or as it is where it cannot be understood any more."""
-    try:
-        name, options = registry.options(spec)
-    except ValueError:
-        return spec
-    return {"name": name, **json.loads(json.dumps(asdict(options)))}
 
 
 def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:

@@ -256,18 +256,6 @@ def test_unreadable_image_is_named(tmp_path, images, keep):
         read(FolderSource(tmp_path), 10)
 
 
-def test_folder_of_the_sampler_is_read_from_its_npz(tmp_path, images):
-    save_folder(tmp_path, images, [f"{n:06d}.png" for n in range(NUM_IMAGES)])
-    Image.new("RGB", (90, 60)).save(tmp_path / "grid.png")
-    np.savez(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
-    source = open_source(tmp_path)
-    assert source.count == NUM_IMAGES
-    assert source.labels is not None
-    assert source.labels.tolist() == list(range(NUM_IMAGES))
-    (tmp_path / "recipe.json").write_text('{"seed": 7}')
-    assert source.recipe()["recipe"] == {"seed": 7}
-
-
 def test_a_path_that_is_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be an existing npz or folder, got .*absent"):
         open_source(tmp_path / "absent")
