@@ -93,8 +93,9 @@ def why_unknown(
     if not columns:
         return f"{who} has no classes"
     if theirs is None:
-        highest = 0 if labels is None else int(labels.max())
-        return "" if highest < len(columns) else f"{who} has {len(columns)} classes, labels reach {highest}"
+        lowest, highest = (0, 0) if labels is None else (int(labels.min()), int(labels.max()))
+        fit = lowest >= 0 and highest < len(columns)
+        return "" if fit else f"{who} has {len(columns)} classes, labels are from {lowest} to {highest}"
     if not theirs:
         return "the samples have no classes"
     if theirs == columns:  # even where two have one name

@@ -152,7 +152,7 @@ def extractor_of(reference: str) -> tuple[str, str | None]:
     """
     companions = companions_of(reference)
     path = Path(reference)
-    if companions.extractor or companions.reference or not path.is_file() or not zipfile.is_zipfile(path):
+    if companions.extractor or companions.reference or not path.is_file():
         return companions.extractor or DEFAULT_EXTRACTOR, None
     with open_archive(path, RULE) as archive:
         about = read_about(archive, read_headers(archive, path), path)

@@ -216,5 +216,5 @@ def read_npy_header(member: Any, name: str) -> Header:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         return Header(*read(member))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # numpy parses it as Python, which fails in many ways
         raise EOFError(f"{name} is no array ({error})") from error

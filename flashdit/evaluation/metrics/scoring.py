@@ -146,6 +146,7 @@ def check_counts(names: Collection[str], num_samples: int, reference: ImageStati
 
 
 def cautions(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
-    """Returns what makes the metrics' scores hard to compare."""
+    """Returns what makes the metrics' scores hard to compare, each sentence once."""
     found = (METRICS[name].cautions for name in in_order(names))
-    return [note for caution in found if caution for note in caution(samples, reference)]
+    notes = (note for caution in found if caution for note in caution(samples, reference))
+    return list(dict.fromkeys(notes))

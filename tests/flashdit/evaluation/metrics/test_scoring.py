@@ -126,6 +126,17 @@ def test_fewer_images_than_dimensions_are_cautioned():
     assert not cautions(["sfid"], few, few)
 
 
+def test_the_rank_of_all_covariances_is_one_sentence():
+    means = {"mu": torch.zeros(64), "mu_s": torch.zeros(112)}
+    samples, reference = (
+        ImageStatistics(name=name, count=count, **means) for name, count in (("few", 60), ("some", 90))
+    )
+    assert cautions(["fid", "sfid"], samples, reference) == [
+        "the covariance of 60 images of 'few' is rank-deficient in 64 and 112 dimensions, that of 90 images "
+        "of 'some' in 112 dimensions: compare Fréchet distances only at the same number of images"
+    ]
+
+
 def test_report_keeps_null_with_its_reason_and_leaves_no_temporary_file(tmp_path, held_out, result_of):
     reference = ImageStatistics(name="adm.npz", count=None, mu=held_out.mu, sigma=held_out.sigma)
     floor = Scores(count=1437, values={"fid": 1.0})
