@@ -144,7 +144,7 @@ def write_reference(
     ranks: Ranks | None = None,
     cache: FeatureCache | None = None,
 ) -> None:
-    """Writes mu, sigma, mu_s and sigma_s (float64) of all images, and up to num_images of them.
+    """Writes mu, sigma, mu_s and sigma_s (float64) of all images, and up to num_images of them with labels.
 
     Args:
         source: The images.
@@ -182,7 +182,19 @@ def write_reference(
             if value is not None:
                 arrays[key] = value.cpu().numpy()
         ids = chosen_ids(source.count, num_images, seed)
+        arrays |= classes_of(source, ids)
         write_atomically(path, lambda temporary: _write(temporary, arrays, source, ids, batch_size))
+
+
+def classes_of(source: Source, ids: Tensor) -> dict[str, np.ndarray]:
+    """Returns the labels of some images and what they are called, as far as a source knows."""
+    if source.labels is None:
+        return {}
+    labels, names = source.labels[ids].numpy(), getattr(source, "class_names", None)
+    if not names or not set(labels.tolist()) <= names.keys():
+        return {"arr_1": labels}
+    numbers = sorted(names)
+    return {"arr_1": np.searchsorted(numbers, labels), "class_names": np.array([names[n] for n in numbers])}
 
 
 def _write(path: Path, arrays: dict[str, Any], source: Source, ids: Tensor, batch_size: int) -> None:

@@ -42,7 +42,8 @@ class NpzSource:
         limit: Read only so many images from the start; None means all.
 
     Attributes:
-        class_names: What labels are called, where `flashdit sample` left its recipe beside the file.
+        class_names: What labels are called, where the file of make-reference, or the recipe that
+            `flashdit sample` left beside its file, says so.
 
     Raises:
         ValueError: If the file is no npz or its arrays have another type or shape.
@@ -61,6 +62,8 @@ class NpzSource:
             self._content = {"crc": about.CRC, "size": about.file_size}
             self.shape = headers["arr_0"].shape
             labels = self._read_labels(archive, headers["arr_1"]) if "arr_1" in headers else None
+            if "class_names" in headers:
+                self.class_names = self._read_names(archive, headers["class_names"])
         if self._recipe.get("num_images", self.shape[0]) != self.shape[0]:
             expected = self._recipe["num_images"]
             raise ValueError(
@@ -77,6 +80,14 @@ class NpzSource:
                 f"arr_1 must be one integer label per image, got {header.dtype} {header.shape} in {self.path}"
             )
         return torch.from_numpy(read_array(archive, "arr_1", header, self.path).astype(np.int64))
+
+    def _read_names(self, archive: zipfile.ZipFile, header: Header) -> dict[int, str]:
+        """Returns the names of labels, by label."""
+        if len(header.shape) != 1 or header.dtype.kind != "U":
+            raise ValueError(
+                f"class_names must be one name for each label, got {header.dtype} {header.shape} in {self.path}"
+            )
+        return dict(enumerate(read_array(archive, "class_names", header, self.path).tolist()))
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all, at most batch_size at a time."""

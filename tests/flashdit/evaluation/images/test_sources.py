@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from flashdit.data.images import centre_crop
 from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
-from flashdit.evaluation.images.sources import GeneratedSource, open_source, take
+from flashdit.evaluation.images.sources import GeneratedSource, open_reference, open_source, take
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import balanced_labels
 
@@ -300,3 +301,42 @@ def test_scoring_says_what_it_found(tmp_path, images, caplog):
     (tmp_path / "notes.txt").touch()
     FolderSource(tmp_path)
     assert caplog.messages[-1].endswith(": 2 images in 1 class; left out: 1 .txt")
+
+
+def test_images_of_a_folder_are_cropped_as_encoding_does_and_that_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    draws = np.random.default_rng(0)
+    for number, shape in enumerate([(9, 6, 3), (20, 31, 3), (8, 8, 3)]):
+        Image.fromarray(draws.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    source = open_source(tmp_path, image_size=8)
+    assert source.image_size == (8, 8)
+    images = read(source, 2)
+    for number in range(3):
+        expected = centre_crop(Image.open(tmp_path / f"{number}.png"), 8)
+        assert torch.equal(images[number], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert caplog.messages[-1].endswith(
+        ": 2 of 3 images are cropped to 8×8, as encoding does; 1 smaller than 8 px was enlarged, 0.png 1.3 times"
+    )
+    other = open_source(tmp_path, image_size=6)
+    assert other.identity() != source.identity()
+    assert other.sha256 != source.sha256
+    assert source.recipe()["cropped_to"] == 8
+
+
+def test_a_size_that_images_have_already_changes_nothing(tmp_path, images, caplog):
+    caplog.set_level("INFO")
+    save_folder(tmp_path, images[:, :, :6], [f"{n}.png" for n in range(NUM_IMAGES)])
+    plain, sized = open_source(tmp_path), open_source(tmp_path, image_size=6)
+    assert sized.identity() == plain.identity()
+    assert "cropped" not in caplog.text
+
+
+def test_an_npz_of_another_size_is_refused(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images)
+    message = r"crops images of folders alone, others must have it, got 9×6 in .*samples\.npz for 8×8"
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "samples.npz", image_size=8)
+    with pytest.raises(ValueError, match="got 32×32 in digits for 8×8"):
+        open_reference("digits", image_size=8)
+    with pytest.raises(ValueError, match="the image size must be at least 1, got 0"):
+        open_source(tmp_path, image_size=0)
