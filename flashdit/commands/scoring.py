@@ -84,7 +84,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
 
 
 def trained_images(generator: CheckpointGenerator) -> str | None:
-    """Returns the folder of images that a generator was trained on; None where its data are no such folder."""
+    """Returns the folder of images that a generator was trained on; None for other data."""
     from flashdit.training.checkpoint import stored_config
 
     is_folder = generator.data_name == "images"

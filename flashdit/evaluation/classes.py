@@ -12,7 +12,7 @@ from torch import Tensor
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.images.sources import Source
 
-NAMED = 3  # classes in a sentence
+UNKNOWN_NAMED = 3  # classes in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,6 @@ def why_unknown(
     missing = [name for name in theirs.values() if name not in known]
     doubled = sorted({name for name in theirs.values() if [*known, *theirs.values()].count(name) > 2})
     if missing:
-        more = f" and {len(missing) - NAMED:,} more" if missing[NAMED:] else ""
-        return f"{who} does not know {', '.join(missing[:NAMED])}{more} of {len(theirs):,} classes"
-    return f"several classes are called {', '.join(doubled[:NAMED])}" if doubled else ""
+        more = f" and {len(missing) - UNKNOWN_NAMED:,} more" if missing[UNKNOWN_NAMED:] else ""
+        return f"{who} does not know {', '.join(missing[:UNKNOWN_NAMED])}{more} of {len(theirs):,} classes"
+    return f"several classes are called {', '.join(doubled[:UNKNOWN_NAMED])}" if doubled else ""

@@ -7,11 +7,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from flashdit.evaluation.classes import Classes, match_classes
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.extractor import Extractor, colours_of
+from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import GeneratedSource, Source
@@ -26,13 +24,10 @@ from flashdit.evaluation.metrics.scoring import (
     parts_needed,
     score_names,
 )
-from flashdit.evaluation.reference import Reference
+from flashdit.evaluation.reference import Reference, colours_in
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
-
-COLOURS_SEEN = 16
-"""Images of a set that are asked whether they are grey."""
 
 
 class Plan(NamedTuple):
@@ -105,21 +100,14 @@ def check_image_sizes(plan: Plan) -> None:
 
 def colour_warnings(plan: Plan) -> list[str]:
     """Returns a sentence for each set of existing images that is grey or coloured unlike the extractor's."""
-    sources = {"samples": plan.samples, "reference": plan.reference.source}
-    if isinstance(plan.samples, GeneratedSource):
-        del sources["samples"]
-    found = {
-        side: colours_of(
-            next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count)))))
-        )
-        for side, source in sources.items()
-        if source is not None
-    }
+    found = {"reference": plan.reference.colours}
+    if not isinstance(plan.samples, GeneratedSource):
+        found["samples"] = colours_in(plan.samples)
     return [
         f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on "
         f"{plan.extractor.colours} ones"
         for side, colours in found.items()
-        if plan.extractor.colours not in (None, colours)
+        if colours is not None and plan.extractor.colours not in (None, colours)
     ]
 
 

@@ -15,13 +15,21 @@ from torch import Tensor
 
 from flashdit.data.sources import companions_of
 from flashdit.evaluation.features.cache import FeatureCache
-from flashdit.evaluation.features.extractor import Extractor
+from flashdit.evaluation.features.extractor import Extractor, colours_of
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
 from flashdit.evaluation.images.sources import ReferenceSource, Source, check_image_size, open_reference
 from flashdit.evaluation.stored import REFERENCE_SCHEMA, open_npz
 from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
+
+COLOURS_SEEN = 16
+"""Images of a set that are asked whether they are grey."""
+
+
+def colours_in(source: Source) -> str:
+    """Returns whether the first images of a set are `grey` or `colour`."""
+    return colours_of(next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count))))))
 
 
 class Reference:
@@ -82,6 +90,11 @@ class Reference:
     def sha256(self) -> str:
         """The hash of the file, or of what the images are known by."""
         return file_sha256(Path(self.spec)) if self.source is None else self.source.sha256
+
+    @cached_property
+    def colours(self) -> str | None:
+        """Whether its images are `grey` or `colour`, None where it has none."""
+        return None if self.source is None else colours_in(self.source)
 
     def recipe(self) -> dict[str, Any]:
         """Returns what a report says of it."""

@@ -16,9 +16,9 @@ from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.extractors import OF_RUNS
 from flashdit.evaluation.images.npz import Header, NpzSource, open_archive, read_array, read_headers
 
-RULE = "a reference must be an npz of arrays"
-MOMENTS = {"mu": "sigma", "mu_s": "sigma_s"}  # means and their covariances, ADM's keys
-ABOUT = ("schema", "n", "extractor", "fingerprint", "image_size")  # what make-reference adds to them
+REFERENCE_RULE = "a reference must be an npz of arrays"
+STORED = {"mu": "sigma", "mu_s": "sigma_s"}  # means and their covariances, ADM's keys
+REFERENCE_KEYS = ("schema", "n", "extractor", "fingerprint", "image_size")  # what make-reference adds to them
 EXTRACTOR_SPEC = ("extractor_spec", "extractor_weights")  # and how to build the extractor, since schema 1
 REFERENCE_SCHEMA = 1
 COVARIANCE_TOLERANCE = 1e-5  # of its largest entry, above what float32 features round to
@@ -26,9 +26,7 @@ ABOUT_AT_MOST = 2**16  # bytes of what a file says of itself
 DEFAULT_EXTRACTOR = "inception"
 
 
-def open_npz(
-    path: Path, extractor: Extractor
-) -> tuple[dict[str, Tensor], dict[str, Any], NpzSource | None]:
+def open_npz(path: Path, extractor: Extractor) -> tuple[dict[str, Tensor], dict[str, Any], NpzSource | None]:
     """Returns the stored moments of an npz, what it says of them and its images, as far as it has them.
 
     Raises:
@@ -36,12 +34,12 @@ def open_npz(
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"a reference must be a data set that brings one, an npz or a folder, got {path}")
-    with open_archive(path, RULE) as archive:
+    with open_archive(path, REFERENCE_RULE) as archive:
         headers = read_headers(archive, path)
         about = read_about(archive, headers, path)
         check_about(about, path, extractor)
         check_shapes(headers, path, extractor)
-        keys = [key for pair in MOMENTS.items() for key in pair if key in headers]
+        keys = [key for pair in STORED.items() for key in pair if key in headers]
         stored = {
             key: torch.from_numpy(read_array(archive, key, headers[key], path).astype(np.float64))
             for key in keys
@@ -57,7 +55,7 @@ def open_npz(
 def read_about(archive: zipfile.ZipFile, headers: Mapping[str, Header], path: Path) -> dict[str, Any]:
     """Returns what a file of make-reference says of itself; empty for another file."""
     about: dict[str, Any] = {}
-    for key in (*ABOUT, *EXTRACTOR_SPEC):
+    for key in (*REFERENCE_KEYS, *EXTRACTOR_SPEC):
         if key not in headers:
             continue
         kind = "U" if key in (*EXTRACTOR_SPEC, "extractor", "fingerprint") else "iu"
@@ -79,11 +77,11 @@ def check_about(about: Mapping[str, Any], path: Path, extractor: Extractor) -> N
     """Raises ValueError for a file of make-reference of another schema or of other features."""
     if not about:
         return
-    missing = sorted(set(ABOUT) - set(about))
+    missing = sorted(set(REFERENCE_KEYS) - set(about))
     if missing or about["schema"] != REFERENCE_SCHEMA:
         got = f"no {missing}" if missing else f"schema {about['schema']}"
         raise ValueError(
-            f"a file of make-reference must have all of {list(ABOUT)} in schema {REFERENCE_SCHEMA}, "
+            f"a file of make-reference must have all of {list(REFERENCE_KEYS)} in schema {REFERENCE_SCHEMA}, "
             f"got {got} in {path}"
         )
     if about["fingerprint"] != extractor.fingerprint:
@@ -95,12 +93,12 @@ def check_about(about: Mapping[str, Any], path: Path, extractor: Extractor) -> N
 
 def check_shapes(headers: Mapping[str, Header], path: Path, extractor: Extractor) -> None:
     """Raises ValueError for moments without their partner, of no numbers, or of another extractor's size."""
-    stored = sorted(key for pair in MOMENTS.items() for key in pair if key in headers)
+    stored = sorted(key for pair in STORED.items() for key in pair if key in headers)
     for key in stored:
         if headers[key].dtype.kind not in "fiu":
             raise ValueError(f"{key} of a reference must be real numbers, got {headers[key].dtype} in {path}")
     dimensions = {"mu": extractor.pool_dimensions, "mu_s": extractor.spatial_dimensions}
-    for mean, covariance in MOMENTS.items():
+    for mean, covariance in STORED.items():
         if (mean in headers) != (covariance in headers):
             raise ValueError(
                 f"{mean} and {covariance} of a reference must come together, got {stored} in {path}"
@@ -154,7 +152,7 @@ def extractor_of(reference: str) -> tuple[str, str | None]:
     path = Path(reference)
     if companions.extractor or companions.reference or not path.is_file():
         return companions.extractor or DEFAULT_EXTRACTOR, None
-    with open_archive(path, RULE) as archive:
+    with open_archive(path, REFERENCE_RULE) as archive:
         about = read_about(archive, read_headers(archive, path), path)
     if "extractor" not in about:
         return DEFAULT_EXTRACTOR, None

@@ -196,7 +196,7 @@ class Registry(Generic[Piece]):
         return name, make_options(options_type, given, f"{self.kind} '{name}'")
 
     def filled(self, spec: Any) -> Any:
-        """Returns a spec as YAML has it with all options, or as it is where it cannot be understood any more."""
+        """Returns a spec as YAML has it with all options, or as it is where it is no longer valid."""
         try:
             name, options = self.options(spec)
         except ValueError:

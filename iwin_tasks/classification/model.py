@@ -64,7 +64,7 @@ def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
 
 
 def filled_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a spec as YAML has it with all options, or as it is where it cannot be understood any more."""
+    """Returns a spec as YAML has it with all options, or as it is where it is no longer valid."""
     try:
         with torch.device("meta"):
             options = asdict(make_model(spec).config)

@@ -162,7 +162,9 @@ class ClassifierTask(Task):
 
     def contents(self) -> dict[str, Any]:
         """Returns what the files of both splits are, wherever they lie."""
-        splits = [images for images in (self.images, self.held_out.images) if isinstance(images, FolderImages)]
+        splits = [
+            images for images in (self.images, self.held_out.images) if isinstance(images, FolderImages)
+        ]
         files = {name: size for images in splits for name, size in images.files().items()}
         return {"data.path": {"classes": self.images.class_names, "files": files} if splits else None}
 

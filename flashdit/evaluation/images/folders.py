@@ -29,9 +29,9 @@ from flashdit.evaluation.images.reading import Batches, label_mode, limited, pre
 from flashdit.evaluation.images.recorded import (
     check_samples,
     names_in_recipe,
-    recipe_of,
+    recorded_labels,
     sample_files,
-    sample_labels,
+    sample_recipe,
 )
 
 FilesAndClasses = tuple[dict[Path, int], Tensor | None, dict[int, str] | None]
@@ -68,7 +68,7 @@ class FolderSource:
     ):
         self.path, self.name = path, path.name
         self.background = parse_background(background)
-        self._recipe = recipe_of(path)
+        self._recipe = sample_recipe(path)
         if self._recipe:
             sizes, self.labels, self.class_names = self._samples()
         else:
@@ -85,7 +85,7 @@ class FolderSource:
         """Returns the files of samples and their bytes, labels and what these are called."""
         check_samples(self.path, self._recipe)
         sizes = sample_files(self.path, self._recipe)
-        labels = sample_labels([*sizes], self._recipe)
+        labels = recorded_labels([*sizes], self._recipe)
         unknown = "" if labels is not None else "; the pictures do not tell their classes apart"
         report_images(f"{printable(self.path)}: {len(sizes):,} samples of `flashdit sample`{unknown}", {})
         return sizes, labels, None if labels is None else names_in_recipe(self._recipe)
@@ -149,7 +149,7 @@ class FolderSource:
                 yield torch.stack(images)
 
     def _digest(self, *, times: bool) -> str:
-        """Returns the hash of how images are read, unless as they are, and of names, sizes and perhaps times."""
+        """Returns the hash of names, sizes and perhaps times, and of how images are read where that is told."""
         reading = "" if self.background == WHITE else str(self.background)
         reading += "" if self.cropped_to is None else f"\0{self.cropped_to}"
         digest = hashlib.sha256(reading.encode())
@@ -159,7 +159,7 @@ class FolderSource:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the images are known by: names, sizes and times of the files, and how they are read."""
+        """Returns what the images are known by: names, sizes and times of files, and how they are read."""
         return {
             "kind": "folder",
             "files": self._digest(times=True),

@@ -1,4 +1,4 @@
-"""Images of an npz, as ADM's sampler writes it, read piece by piece; no header is believed before its check."""
+"""Which images does an npz hold, as ADM's sampler writes it? Headers are checked, images read in pieces."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
-from flashdit.evaluation.images.recorded import names_in_recipe, recipe_of
+from flashdit.evaluation.images.recorded import names_in_recipe, sample_recipe
 from flashdit.sampling.folder import ARRAYS
 from flashdit.shared.files import file_sha256
 
-RULE = "samples must be an npz with images in arr_0"
+SAMPLES_RULE = "samples must be an npz with images in arr_0"
 READ_AT_MOST = 2**28  # bytes of images at a time
 LOADED_AT_MOST = 2**32
 """Bytes of an array that is read whole; a few bytes in a file may claim, and unpack to, any number."""
@@ -51,12 +51,12 @@ class NpzSource:
 
     def __init__(self, path: Path, limit: int | None = None):
         self.path, self.name = path, path.name
-        self._recipe = recipe_of(path.parent) if path.name == ARRAYS else {}
+        self._recipe = sample_recipe(path.parent) if path.name == ARRAYS else {}
         self.class_names = names_in_recipe(self._recipe)
-        with open_archive(path, RULE) as archive:
+        with open_archive(path, SAMPLES_RULE) as archive:
             headers = read_headers(archive, path)
             if "arr_0" not in headers:
-                raise ValueError(f"{RULE}, got {sorted(headers)} in {path}")
+                raise ValueError(f"{SAMPLES_RULE}, got {sorted(headers)} in {path}")
             check_images(headers["arr_0"], path)
             about = archive.getinfo("arr_0.npy")
             self._content = {"crc": about.CRC, "size": about.file_size}
@@ -85,7 +85,8 @@ class NpzSource:
         """Returns the names of labels, by label."""
         if len(header.shape) != 1 or header.dtype.kind != "U":
             raise ValueError(
-                f"class_names must be one name for each label, got {header.dtype} {header.shape} in {self.path}"
+                f"class_names must be one name for each label, got {header.dtype} {header.shape} in "
+                f"{self.path}"
             )
         return dict(enumerate(read_array(archive, "class_names", header, self.path).tolist()))
 
@@ -176,7 +177,9 @@ def read_headers(archive: zipfile.ZipFile, path: Path) -> dict[str, Header]:
             header = read_npy_header(member, about.filename)
             claimed, there = math.prod(header.shape) * header.dtype.itemsize, about.file_size - member.tell()
         if header.dtype.hasobject:
-            raise ValueError(f"an array of an npz must not hold Python objects, {about.filename} does in {path}")
+            raise ValueError(
+                f"an array of an npz must not hold Python objects, {about.filename} does in {path}"
+            )
         if claimed != there:
             raise ValueError(
                 f"an array of an npz must have the {claimed:,} bytes of its header, {about.filename} "

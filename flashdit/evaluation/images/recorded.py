@@ -20,7 +20,7 @@ from flashdit.shared.runs import list_checkpoints
 AGAIN = "the same `flashdit sample` completes it"
 
 
-def recipe_of(folder: Path) -> dict[str, Any]:
+def sample_recipe(folder: Path) -> dict[str, Any]:
     """Returns the recipe that `flashdit sample` wrote in a folder, empty where there is none of it.
 
     Raises:
@@ -46,10 +46,12 @@ def check_samples(folder: Path, recipe: dict[str, Any]) -> None:
             raise ValueError(f"a folder of samples must be complete, {folder} lacks {ARRAYS}: {AGAIN}")
         return
     if list_checkpoints(folder):
-        raise ValueError(f"images must be an npz or a folder of images, got the run {folder}: give --checkpoint")
+        raise ValueError(
+            f"images must be an npz or a folder of images, got the run {folder}: give --checkpoint"
+        )
     if (folder / ARRAYS).is_file():
         return
-    within = sorted(entry.parent for entry in folder.glob(f"*/{RECIPE}") if recipe_of(entry.parent))
+    within = sorted(entry.parent for entry in folder.glob(f"*/{RECIPE}") if sample_recipe(entry.parent))
     if within:
         names = ", ".join(path.name for path in within[:3])
         raise ValueError(f"{folder} holds folders of samples, give one of them: {names}")
@@ -77,7 +79,7 @@ def sample_files(folder: Path, recipe: dict[str, Any]) -> dict[Path, int]:
     return {folder / name: sizes[name] for name in names}
 
 
-def sample_labels(files: list[Path], recipe: dict[str, Any]) -> Tensor | None:
+def recorded_labels(files: list[Path], recipe: dict[str, Any]) -> Tensor | None:
     """Returns the label of each sample (n,) int64: each picture names its class, the recipe numbers them.
 
     None where the pictures name them otherwise than the recipe, as its checksum of the labels tells.

@@ -18,7 +18,7 @@ from flashdit.data.sources import companions_of
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
-from flashdit.evaluation.images.recorded import check_samples, recipe_of
+from flashdit.evaluation.images.recorded import check_samples, sample_recipe
 from flashdit.sampling.folder import ARRAYS
 
 TAKE_ROWS = 100  # images in memory beside those that are taken
@@ -42,7 +42,7 @@ class Source(Protocol):
         """The class of every image, (n,) int64; None where nobody knows."""
         ...
 
-    # A source may also have `class_names`, {label: name}; without it labels are numbers of the other side's.
+    # It may have `class_names` too, {label: name}; without, its labels are the other side's numbers.
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Yields images uint8 (b, 3, h, w), b at most batch_size, of ascending ids; None means all."""
@@ -136,8 +136,8 @@ def open_source(
 ) -> NpzSource | FolderSource:
     """Returns the source that a path names: a file is an npz, a directory a folder of images.
 
-    A folder of `flashdit sample` is read from its samples.npz or, where it was written as PNGs alone, from the
-    samples among its pictures. `background` is what transparent pixels of a folder's images show.
+    A folder of `flashdit sample` is read from its samples.npz or, where it was written as PNGs alone, from
+    the samples among its pictures.
 
     Args:
         path: The npz or folder.
@@ -152,7 +152,7 @@ def open_source(
     if image_size is not None and image_size < 1:
         raise ValueError(f"the image size must be at least 1, got {image_size}")
     if path.is_dir():
-        recipe = recipe_of(path)
+        recipe = sample_recipe(path)
         check_samples(path, recipe)
         if recipe.get("format") == "png" or not (path / ARRAYS).is_file():
             return FolderSource(path, limit, background, image_size)
@@ -167,7 +167,7 @@ def open_source(
 
 
 def check_image_size(found: tuple[int, int] | None, image_size: int | None, name: str) -> None:
-    """Raises ValueError for images that are not in a folder, where they can be cropped, and of another size."""
+    """Raises ValueError for images of another size that are in no folder, where they could be cropped."""
     if image_size is not None and found not in (None, (image_size, image_size)):
         assert found is not None
         raise ValueError(

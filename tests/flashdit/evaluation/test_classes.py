@@ -73,7 +73,9 @@ def folder(tmp_path):
 
 
 def plan_of(monkeypatch, extractor=None, **changes):
-    monkeypatch.setattr("flashdit.evaluation.request.build_extractor", lambda *_: extractor or ColourExtractor())
+    monkeypatch.setattr(
+        "flashdit.evaluation.request.build_extractor", lambda *_: extractor or ColourExtractor()
+    )
     about = {"extractor": "colours", "cache": False} | changes
     if "samples" not in about:
         about |= {"generator": changes.get("generator", ColourGenerator()), "sampling": SamplingOptions()}
@@ -110,7 +112,9 @@ def test_samples_of_some_classes_of_the_extractor_have_an_accuracy(folder, monke
 
 
 def test_classes_that_the_extractor_does_not_know_are_named(folder, monkeypatch):
-    with pytest.raises(ValueError, match="accuracy needs .*: extractor 'colours' does not know blue of 3 classes"):
+    with pytest.raises(
+        ValueError, match=r"accuracy needs .*: extractor 'colours' does not know blue of 3 classes"
+    ):
         plan_of(monkeypatch, blind(), reference=str(folder), metrics=["accuracy"])
     plan = plan_of(monkeypatch, blind(), reference=str(folder))
     assert "accuracy" not in plan.metrics

@@ -16,9 +16,11 @@ PAGE = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
 SECTION = PAGE.partition("## Scoring your own pictures")[2].partition("\n## ")[0]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 SHORT = {
-    "iwin classify": ["training.steps=4", "optimizer.decay_steps=4", "optimizer.warmup_steps=1"]
-    + ["training.global_batch_size=12", "augmentation.rand_augment=null", "model.embed_dim=8"]
-    + ["model.depths=[1,1]", "model.num_heads=[1,2]", "training.preview_every=0"],
+    "iwin classify": [
+        *("training.steps=4", "optimizer.decay_steps=4", "optimizer.warmup_steps=1"),
+        *("training.global_batch_size=12", "augmentation.rand_augment=null", "training.preview_every=0"),
+        *("model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]"),
+    ],
     "flashdit eval --checkpoint": ["--steps", "2"],
 }
 
@@ -65,7 +67,10 @@ def test_the_section_runs_as_it_is_written(pictures, capsys):
     for block in fenced("sh"):
         for line in block.splitlines():
             run(line)
-    floor, mine = (json.loads(Path("runs", name).read_text()) for name in ("floor/metrics.json", "mine/eval/metrics.json"))
+    floor, mine = (
+        json.loads(Path("runs", name).read_text())
+        for name in ("floor/metrics.json", "mine/eval/metrics.json")
+    )
     assert floor["samples"]["cropped_to"] == 32
     assert floor["num_images"] == mine["num_images"] == 12
     for result in (floor, mine):

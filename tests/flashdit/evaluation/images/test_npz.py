@@ -50,7 +50,10 @@ def bomb(path, name, shape, dtype, **others):
         ({"mu": np.ones((1, POOL))}, r"mu must be \(d,\) and sigma \(d, d\)"),
         ({"mu": np.array([None] * POOL)}, r"must not hold Python objects, mu\.npy does"),
         ({"n": np.float64(5)}, "n of a reference must be as make-reference writes it, got float64"),
-        ({"image_size": 32}, r"image_size of a reference must be as make-reference writes it, got int64 \(\)"),
+        (
+            {"image_size": 32},
+            r"image_size of a reference must be as make-reference writes it, got int64 \(\)",
+        ),
     ],
 )
 def test_moments_of_another_kind_are_refused(tmp_path, changes, message):
@@ -76,7 +79,12 @@ def test_labels_of_another_kind_are_refused(tmp_path, labels):
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "message"),
     [
-        ("arr_1", (20_000_000,), "<i8", r"arr_1 must be one integer label per image, got int64 \(20000000,\)"),
+        (
+            "arr_1",
+            (20_000_000,),
+            "<i8",
+            r"arr_1 must be one integer label per image, got int64 \(20000000,\)",
+        ),
         ("mu", (20_000_000,), "<f8", r"mu must be \(d,\)|must be an npz with images"),
         ("n", (20_000_000,), "<i8", "n of a reference must be as|must be an npz with images"),
         ("fingerprint", (), "<U40000000", "fingerprint of a reference must be as|must be an npz with images"),
@@ -120,7 +128,11 @@ def test_what_zipfile_cannot_open_is_one_sentence(tmp_path, local, central, valu
             if data[place : place + 4] == mark:
                 data[place + offset] = value
     path.write_bytes(data)
-    opens = [lambda: Reference(str(path), EXTRACTOR), lambda: NpzSource(path), lambda: extractor_of(str(path))]
+    opens = [
+        lambda: Reference(str(path), EXTRACTOR),
+        lambda: NpzSource(path),
+        lambda: extractor_of(str(path)),
+    ]
     for opened in opens:
         with pytest.raises(ValueError, match=rf"must be an npz .*, got .*r\.npz: .*{message}"):
             opened()

@@ -114,7 +114,7 @@ def test_a_run_and_what_holds_folders_of_samples_are_refused_by_name(folders, tm
     previews = tmp_path / "run" / "samples"
     previews.mkdir()
     Image.new("RGB", (90, 60)).save(previews / "step_00000001.png")
-    with pytest.raises(ValueError, match="got the run .*run: give --checkpoint"):
+    with pytest.raises(ValueError, match=r"got the run .*run: give --checkpoint"):
         open_source(tmp_path / "run")
     with pytest.raises(ValueError, match="holds previews of training and no samples"):
         open_source(previews)

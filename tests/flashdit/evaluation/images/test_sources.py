@@ -315,7 +315,8 @@ def test_images_of_a_folder_are_cropped_as_encoding_does_and_that_is_said(tmp_pa
         expected = centre_crop(Image.open(tmp_path / f"{number}.png"), 8)
         assert torch.equal(images[number], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
     assert caplog.messages[-1].endswith(
-        ": 2 of 3 images are cropped to 8×8, as encoding does; 1 smaller than 8 px was enlarged, 0.png 1.3 times"
+        ": 2 of 3 images are cropped to 8×8, as encoding does; "
+        "1 smaller than 8 px was enlarged, 0.png 1.3 times"
     )
     other = open_source(tmp_path, image_size=6)
     assert other.identity() != source.identity()

@@ -107,7 +107,9 @@ def test_unknown_metric_names_the_nearest():
 
 def test_accuracy_by_an_extractor_of_other_classes_is_refused():
     check_classes(["accuracy"], "")
-    with pytest.raises(ValueError, match="accuracy needs an extractor of the samples' own classes: it is blind"):
+    with pytest.raises(
+        ValueError, match="accuracy needs an extractor of the samples' own classes: it is blind"
+    ):
         check_classes(["accuracy"], "it is blind")
 
 
