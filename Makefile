@@ -57,8 +57,8 @@ faults: export OMP_NUM_THREADS = 1
 faults: install  # kills, full disks and broken data: how many training survives
 	$(BIN)/python -m benchmarks.faults
 
-assets: install  # trains the committed digits autoencoder and classifier again
-	$(BIN)/python -m tools.digits_autoencoder
+assets: install  # trains the digits' autoencoder (another than the committed one, as good) and classifier again
+	$(BIN)/flashdit autoencoder --config autoencoder/digits
 	$(BIN)/python -m tools.digits_classifier
 	$(BIN)/flashdit plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
 

@@ -7,7 +7,7 @@ setup(
     package_dir={"flashdit.configs": "configs"},
     package_data={
         "": ["py.typed"],
-        "flashdit.configs": ["*.yaml", "iwin/*.yaml"],
+        "flashdit.configs": ["*.yaml", "iwin/*.yaml", "autoencoder/*.yaml"],
         "flashdit.digits": ["assets/**/*.safetensors", "assets/**/*.json"],
         "flashdit.evaluation.reports": ["*.j2"],
     },

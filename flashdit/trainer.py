@@ -34,6 +34,7 @@ from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
 from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
@@ -166,6 +167,8 @@ class FlashDiTTask(Task):
             if begun.options.space != self.space.options.space:
                 before, now = begun.options.space, self.space.options.space
                 raise ValueError(f"{self.run_dir} holds a run with latents.space={before}, got {now}")
+            if begun.options.vae is not None and self.space.options.vae is None:
+                raise ValueError(f"{self.run_dir} holds a run with latents.vae={begun.options.vae}, got null")
             self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
 
     def _check_fit(self) -> None:
@@ -242,7 +245,7 @@ class FlashDiTTask(Task):
         images = torch.cat([batch.images for batch in batches])
         title = f"step {step}, EMA, {self.config.sampling}"
         grid = labelled_grid(
-            rows_by_class(images, labels, self.class_names or [""], PREVIEW_PER_CLASS), title
+            rows_by_class(images, labels, shown_names(self.class_names) or [""], PREVIEW_PER_CLASS), title
         )
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))

@@ -185,6 +185,7 @@ def test_an_unreadable_image_ends_the_script_with_status_2(tmp_path):
     command = [sys.executable, "train.py", *overrides, "model.num_classes=1"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("train.py: error: every image must be readable")
+    assert done.stderr.startswith("train.py: error: every class must have a readable image")
     assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    left = [path.name for path in (tmp_path / "run").iterdir()]
+    assert left == ["images.json"], "what was read is kept, so that mending one file costs one file"

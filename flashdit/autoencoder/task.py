@@ -25,7 +25,7 @@ from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
-SHOWN = 10
+SHOWN_IMAGES = 10
 """Held-out images of the picture of reconstructions."""
 RECONSTRUCTED_AT_ONCE = 32
 LOG_VARIANCES = (-30.0, 20.0)
@@ -163,8 +163,8 @@ class AutoencoderTask(Task):
         model.to("cpu")  # pyright: ignore[reportCallIssue, reportArgumentType]
         reconstructions = torch.cat(decoded).clamp(-1, 1)
         value = psnr(images, reconstructions)
-        shown = (reconstructions[:SHOWN] * 127.5 + 127.5).round().to(torch.uint8)
-        rows = [("held out", [*self.held_out[:SHOWN]]), ("reconstructed", [*shown])]
+        shown = (reconstructions[:SHOWN_IMAGES] * 127.5 + 127.5).round().to(torch.uint8)
+        rows = [("held out", [*self.held_out[:SHOWN_IMAGES]]), ("reconstructed", [*shown])]
         grid = labelled_grid(rows, f"step {step}, EMA, PSNR {value:.2f} dB of {len(images)} images")
         path = Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))

@@ -13,7 +13,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("run", type=path_text, help="a run, or one of its checkpoint folders")
-    add("out", type=path, help="folder of the pipeline: new, or an earlier export")
+    add("out", type=path, help="folder of the pipeline: new, or an earlier export, which is replaced")
     add_weights(parser)
     add("--name", help="title of the model card (default: the run's name)")
     return parser.parse_args(argv)
@@ -24,5 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     from flashdit.sampling.export import export_run
 
-    export_run(arguments.run, arguments.out, arguments.name, arguments.vae, arguments.ema)
+    replaced = export_run(arguments.run, arguments.out, arguments.name, arguments.vae, arguments.ema)
+    if replaced:
+        print(f"{arguments.out}: replaced the earlier export ({replaced})")
     print(f'{arguments.out}: FlashDiTPipeline.from_pretrained("{arguments.out}")')

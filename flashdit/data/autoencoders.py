@@ -23,6 +23,7 @@ from torch import Tensor
 from flashdit.data.ldm import load_ldm_vae
 from flashdit.data.pixels import Pixels
 from flashdit.data.sources import companions_of
+from flashdit.shared.runs import list_checkpoints
 
 logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -191,8 +192,9 @@ def load_vae(name: str) -> Autoencoder:
 
     Args:
         name: A data set that brings one, a folder of `save_pretrained` of an autoencoder or of a pipeline,
-            such a hub name `OWNER/NAME`, or a file in LDM's layout, which is converted. A folder or hub
-            name may end in `:VARIANT`; a folder that holds one variant alone needs no such ending.
+            such a hub name `OWNER/NAME`, a run of `flashdit autoencoder`, whose average is meant, or a file
+            in LDM's layout, which is converted. A folder or hub name may end in `:VARIANT`; a folder that
+            holds one variant alone needs no such ending.
 
     Raises:
         ValueError: If there is none under this name, or it is no autoencoder of images.
@@ -238,10 +240,12 @@ def _find(name: str, path: Path) -> Place:
         name, variant = _without_variant(name)
         path = _path(name)
     if path.is_dir():
-        found = [folder for folder in (path, path / "vae") if (folder / "config.json").is_file()]
+        averages = [checkpoint / "ema" for checkpoint in list_checkpoints(path)[-1:]]  # of a run of ours
+        found = [folder for folder in (path, path / "vae", *averages) if (folder / "config.json").is_file()]
         if not found:
             raise ValueError(
-                f"the folder of an autoencoder must hold config.json, or vae/config.json, {path} has neither"
+                f"the folder of an autoencoder must hold config.json, vae/config.json or a run's checkpoint, "
+                f"{path} has none"
             )
         return Place(str(found[0]), None, variant or only_variant(found[0]))
     if not HUB_NAME.fullmatch(name):

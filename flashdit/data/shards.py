@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashdit.data.manifest import check_files, read_manifest
 from flashdit.shared.files import write_atomically
+from flashdit.shared.weights import read_content
 
 SHARDS = "latents_rank*_shard*.safetensors"
 TENSORS = ("latents", "latents_flip", "labels")
@@ -168,5 +169,5 @@ class LatentShards:
         path = self.folder / STATISTICS
         if not path.exists():
             return None
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_content(path)
         return stored["mean"].float(), stored["std"].float()

@@ -24,7 +24,7 @@ from flashdit.evaluation.metrics.scoring import (
     parts_needed,
     score_names,
 )
-from flashdit.evaluation.reference import Reference, colours_in
+from flashdit.evaluation.reference import Reference, first_colours
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
@@ -100,14 +100,13 @@ def check_image_sizes(plan: Plan) -> None:
 
 def colour_warnings(plan: Plan) -> list[str]:
     """Returns a sentence for each set of existing images that is grey or coloured unlike the extractor's."""
-    found = {"reference": plan.reference.colours}
+    own, found = plan.extractor.colours, {"reference": plan.reference.colours}
     if not isinstance(plan.samples, GeneratedSource):
-        found["samples"] = colours_in(plan.samples)
+        found["samples"] = first_colours(plan.samples)
     return [
-        f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on "
-        f"{plan.extractor.colours} ones"
+        f"the {side} are {colours} images, extractor '{plan.extractor.name}' was trained on {own} ones"
         for side, colours in found.items()
-        if colours is not None and plan.extractor.colours not in (None, colours)
+        if None not in (own, colours) and own != colours
     ]
 
 

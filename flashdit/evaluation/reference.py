@@ -23,13 +23,7 @@ from flashdit.evaluation.stored import REFERENCE_SCHEMA, open_npz
 from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
 
-COLOURS_SEEN = 16
-"""Images of a set that are asked whether they are grey."""
-
-
-def colours_in(source: Source) -> str:
-    """Returns whether the first images of a set are `grey` or `colour`."""
-    return colours_of(next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count))))))
+COLOURS_SEEN = 16  # images of a set that are asked whether they are grey
 
 
 class Reference:
@@ -94,7 +88,7 @@ class Reference:
     @cached_property
     def colours(self) -> str | None:
         """Whether its images are `grey` or `colour`, None where it has none."""
-        return None if self.source is None else colours_in(self.source)
+        return None if self.source is None else first_colours(self.source)
 
     def recipe(self) -> dict[str, Any]:
         """Returns what a report says of it."""
@@ -134,6 +128,11 @@ class Reference:
             found = collect(self.source, self.extractor, of_images, *reading)
             statistics.pool, statistics.logits, statistics.labels = found.pool, found.logits, found.labels
         return statistics
+
+
+def first_colours(source: Source) -> str:
+    """Returns whether the first images of a source are `grey` or `colour`."""
+    return colours_of(next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count))))))
 
 
 NUM_IMAGES = 10_000  # as many as ADM's files hold

@@ -1,4 +1,4 @@
-"""The model card of an exported pipeline, from its configuration and recipe."""
+"""What an exported pipeline says of itself: its model card, and the code by which diffusers loads it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,41 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from flashdit.sampling.classes import class_ids
+from flashdit.sampling.imagenet import shown_names
+from flashdit.sampling.records import sampler_name
+
 HUB_TASK = "unconditional-image-generation"
 TAGS = ("flashdit", "class-conditional", "flow-matching", "iwin-attention")
 NAMED_CLASSES = 20
+CODE = "pipeline.py"
+"""The file in a pipeline's folder that `custom_pipeline` runs."""
+CODE_TEXT = '''"""Loads this folder where diffusers alone is imported; requires the package flashdit.
+
+    DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+"""
+
+from flashdit import FlashDiTPipeline
+
+__all__ = ["FlashDiTPipeline"]
+'''
 
 
-def model_card(config: Mapping[str, Any], class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
+def model_card(
+    config: Mapping[str, Any], class_names: Sequence[str], recipe: Mapping[str, Any], space: str
+) -> str:
     """Returns a README.md for the hub, which reads the scores from its front matter.
 
     Args:
         config: The transformer's configuration.
         class_names: One per class.
         recipe: What is known of checkpoint, sampling and metrics; what is missing is left out.
+        space: What the model makes, `pixels` or latents of a `vae`.
     """
     name, metrics = recipe.get("name", "FlashDiT"), recipe.get("metrics")
     scored = {"model_name": name, "eval_results": _results(metrics)} if metrics else {}
     data = ModelCardData(library_name="diffusers", pipeline_tag=HUB_TASK, tags=list(TAGS), **scored)
-    parts = [f"# {name}", _about(config, class_names), _usage(class_names, recipe)]
+    parts = [f"# {name}", _about(config, class_names, space), _usage(class_names, recipe)]
     parts += [_metrics(metrics)] if metrics else []
     parts += [_facts(recipe)]
     text = "\n\n".join(part for part in parts if part)
@@ -49,17 +67,32 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _about(config: Mapping[str, Any], class_names: Sequence[str]) -> str:
+def _about(config: Mapping[str, Any], class_names: Sequence[str], space: str) -> str:
     """Returns what kind of model this is."""
     size, channels = config["sample_size"], config["in_channels"]
     options = ", ".join(f"{key} {value}" for key, value in config["attention"].items() if key != "name")
     attention = config["attention"]["name"] + (f" ({options})" if options else "")
-    names = ", ".join(class_names[:NAMED_CLASSES]) + (" …" if len(class_names) > NAMED_CLASSES else "")
+    words = shown_names(class_names)
+    names = ", ".join(words[:NAMED_CLASSES]) + (" …" if len(words) > NAMED_CLASSES else "")
     model = f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}"
+    kind, made = ("diffusion", "pixels") if space == "pixels" else ("latent diffusion", "latents")
+    what = f"class-conditional {kind}" if class_names else f"unconditional {kind}"
+    classes = f"It knows {len(words)} classes: {names}." if words else "It has no classes."
     return (
-        f"A class-conditional latent diffusion transformer trained by flow matching: {model}, attention: "
-        f"{attention}; latents {channels}×{size}×{size}. It knows {len(class_names)} classes: {names}."
+        f"A{'n' if not class_names else ''} {what} transformer trained by flow matching: {model}, attention: "
+        f"{attention}; {made} {channels}×{size}×{size}, predicted: {config['prediction']}. {classes}"
     )
+
+
+def _example(class_names: Sequence[str]) -> str:
+    """Returns how Python names the first class: by a word, or by its number where no word is its own."""
+    if not class_names:
+        return "0"
+    word = shown_names(class_names)[0]
+    try:
+        return repr(word) if class_ids([word], class_names) == [0] else "0"
+    except ValueError:  # a word of several classes
+        return "0"
 
 
 def _usage(class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
@@ -67,20 +100,33 @@ def _usage(class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
     sampling = recipe.get("sampling", {})
     steps, scale = sampling.get("steps", 50), sampling.get("cfg_scale", 1.0)
     low, high = sampling.get("cfg_interval", (0.0, 1.0))
-    label = repr(class_names[0]) if class_names else "0"
-    return f"""```python
+    guidance = f"guidance_scale={scale}, guidance_interval=({low}, {high})"
+    call = f"""image = pipe(
+    {_example(class_names)}, {guidance}, num_inference_steps={steps}
+).images[0]"""
+    return f"""The package `flashdit` must be installed.
+
+```python
 from flashdit import FlashDiTPipeline
 
 pipe = FlashDiTPipeline.from_pretrained("PATH_OR_REPOSITORY")
-image = pipe(
-    {label}, guidance_scale={scale}, guidance_interval=({low}, {high}), num_inference_steps={steps}
-).images[0]
+{call}
+```
+
+Programs that import diffusers alone load it by the `pipeline.py` in this folder, which imports `flashdit`:
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "PATH_OR_REPOSITORY"
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+{call}
 ```{_native(sampling)}"""
 
 
 def _native(sampling: Mapping[str, Any]) -> str:
     """Returns what is to be known where the run itself samples in another way than by Euler steps."""
-    name = sampling.get("sampler", "euler")
+    name = sampler_name(sampling.get("sampler", "euler"))
     if name == "euler":
         return ""
     return f"\n\nThe run samples by {name}; this pipeline takes Euler steps unless its scheduler is changed."

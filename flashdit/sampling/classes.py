@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,15 @@ NEAREST = 3
 ORDERS = ("balanced", "random")
 PER_CLASS, FIRST_CLASSES = 10, 10
 """Images of each class, and classes, where nothing else is asked for."""
+
+
+def flattened(labels: Any) -> list[int | str]:
+    """Returns labels given as one, or in tensors, arrays or sequences of any depth, one after another."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        labels = labels.tolist()
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        return [labels]
+    return [label for item in labels for label in flattened(item)]
 
 
 def class_ids(names: Sequence[str | int], class_names: Sequence[str]) -> list[int]:

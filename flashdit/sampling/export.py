@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, fields
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from flashdit.sampling.card import CODE
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.pipeline import FlashDiTPipeline
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically
+from flashdit.shared.locks import only_writer
 
+logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
+PARTS = (INDEX, "README.md", CODE, "scheduler", "transformer", "vae")
+"""All that an export holds."""
 
 
 def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> FlashDiTPipeline:
@@ -28,6 +35,8 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
     options, space = generator.sampling, generator.space
     # Ours is t = s·u / (1 + (s − 1)·u); for σ = 1 − t that is the same formula with 1/s.
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / options.shift)
+    if options.sampler_name != "euler":
+        logger.warning("the run samples by %s, its pipeline by Euler steps", options.sampler_name)
     recipe = generator.recipe() | {"name": name, "sampling": asdict(options)}
     for path in ("checkpoint", "vae"):  # of no use to anybody else
         recipe.pop(path)
@@ -42,6 +51,11 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
         latents_multiplier=space.options.multiplier,
         latents_space=space.options.space,
         recipe=recipe | ({"metrics": metrics} if metrics else {}),
+        call_defaults={
+            "num_inference_steps": options.steps,
+            "guidance_scale": options.cfg_scale,
+            "guidance_interval": list(options.cfg_interval),
+        },
     )
 
 
@@ -54,7 +68,11 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
     """
     files = sorted(run_dir.glob("eval/**/metrics.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(files):
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except JSONDecodeError as error:
+            logger.warning("scores must be readable as JSON, %s is left out: %s", path, error)
+            continue
         samples = content.get("samples", {})
         if samples.get("weights_sha256") == weights_sha256:
             labels = content.get("labels", {})
@@ -75,23 +93,55 @@ def _summary(sampling: dict[str, Any]) -> str:
     return str(SamplingOptions(**{key: value for key, value in found.items() if key in known}))
 
 
+def read_export(folder: Path) -> dict[str, Any] | None:
+    """Returns the index of an earlier export; None where there is nothing of this name.
+
+    Raises:
+        ValueError: If there is something else, or something beside the export.
+    """
+    if not folder.exists():
+        return None
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        index = {}
+    if not isinstance(index, dict) or index.get("_class_name") != FlashDiTPipeline.__name__:
+        raise ValueError(f"OUT must be a new folder or an earlier export, got {folder}")
+    others = sorted({entry.name for entry in folder.iterdir()} - {*PARTS})
+    if others:
+        held = f"it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''} too"
+        raise ValueError(f"OUT must be a new folder or an earlier export alone, which is replaced, {held}")
+    return index
+
+
 def export_run(
     run: Path | str, out: Path, name: str | None = None, vae: str | None = None, weights: str = "ema"
-) -> None:
+) -> str | None:
     """Writes the pipeline of a checkpoint, whole or not at all.
 
     Args:
         run: A run, or one of its checkpoint folders.
-        out: A new folder, or an earlier export, which is replaced.
+        out: A new folder, or an earlier export of whichever run, which is replaced.
         name: The title of the model card; None means the run's name.
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights.
 
+    Returns:
+        What was replaced, in words; None where there was nothing.
+
     Raises:
-        ValueError: If the folder holds something else, or the checkpoint or its VAE is missing.
+        ValueError: If the folder holds something else, another process writes it, or the checkpoint or its
+            VAE is missing.
     """
-    if out.exists() and not (out / INDEX).is_file():
-        raise ValueError(f"OUT must be a new folder or an earlier export, got {out}")
+    read_export(out)
     generator = load_generator(run, "cpu", vae, weights)
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
-    write_atomically(out, pipeline.save_pretrained)
+    target = out.resolve()
+    with only_writer(target, is_file=True):  # its lock lies beside it, since the folder itself is replaced
+        before = read_export(out)
+        write_atomically(target, pipeline.save_pretrained)
+    if before is None:
+        return None
+    recipe = before.get("recipe") or {}
+    return f"{recipe.get('name', 'an export')}, step {recipe.get('step', 'unknown')}"

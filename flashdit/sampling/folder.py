@@ -30,6 +30,7 @@ from torch import Tensor
 from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
 from flashdit.sampling.generator import SampleBatch
+from flashdit.sampling.imagenet import shown_names
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import mend, sync, write_atomically, write_json
@@ -262,7 +263,8 @@ class SampleFolder:
         chosen = torch.cat([(self.labels == label).nonzero()[:PER_CLASS, 0] for label in classes])
         images = [self._pixels(i) if pixels is None else pixels[i] for i in chosen.tolist()]
         batch = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
-        names = [self._name(i) for i in range(int(classes.max()) + 1)]
+        shown = shown_names(self.class_names)
+        names = [*shown, *[""] * (int(classes.max()) + 1 - len(shown))]
         rows = rows_by_class(batch, self.labels[chosen], names, PER_CLASS)
         grid = labelled_grid(rows, self.recipe.get("title", ""))
         info = png_text({"recipe": json.dumps(self.recipe)})

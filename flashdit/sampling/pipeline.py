@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
@@ -24,17 +23,25 @@ from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.pixels import Pixels
 from flashdit.flow.guidance import check_interval, guide
 from flashdit.models.dit import FlashDiT
-from flashdit.sampling.card import model_card
-from flashdit.sampling.classes import class_ids
+from flashdit.sampling.card import CODE, CODE_TEXT, model_card
+from flashdit.sampling.classes import class_ids, flattened
 from flashdit.sampling.generator import check_latents, latent_shape, warn_of_guidance
+from flashdit.sampling.schedulers import (
+    check_scheduler,
+    is_flow_matching,
+    remember_flow,
+    set_timesteps,
+    without_flow,
+)
 from flashdit.shared.files import write_json
 from flashdit.shared.pictures import check_pixels
 from flashdit.shared.process import full_float32
+from flashdit.shared.registry import unknown
 
 SIGMA_ROUNDING = 1e-6
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-"""What makes diffusers' multistep schedulers follow the linear path."""
-Label = int | str
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULTS: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
+"""Of calls of a pipeline that stores none."""
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Any]]
 
 
@@ -51,11 +58,15 @@ class FlashDiTPipeline(DiffusionPipeline):
         latents_multiplier: Factor on normalised latents.
         latents_space: `vae`, or `pixels` where the model makes pixels.
         recipe: What the model card states: checkpoint, sampling, metrics.
+        call_defaults: `num_inference_steps`, `guidance_scale` and `guidance_interval` of calls that do not
+            give them; what is missing is 50, 1 and (0, 1).
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers' protocol
-    _num_timesteps, _interrupt, _guidance_scale = 0, False, 1.0
+    _num_timesteps, _interrupt = 0, False
+    _guidance_scale: float = 1.0
+    _measured_vae: Autoencoder | None = None
     _callback_tensor_inputs = ("latents",)
     transformer: FlashDiT
     vae: ModelMixin | None
@@ -72,11 +83,15 @@ class FlashDiTPipeline(DiffusionPipeline):
         latents_multiplier: float = 1.0,
         latents_space: str = "vae",
         recipe: dict[str, Any] | None = None,
+        call_defaults: dict[str, Any] | None = None,
     ):
         super().__init__()
-        given: Any = scheduler
-        if is_flow_matching(given):  # what is made `from_config` of it follows the same path and shift
-            given.register_to_config(**FLOW, flow_shift=given.config.get("shift", 1.0))
+        for name in call_defaults or {}:
+            if name not in DEFAULTS:
+                raise unknown("default of a call", name, DEFAULTS)
+        self.defaults: dict[str, Any] = DEFAULTS | (call_defaults or {})
+        if is_flow_matching(scheduler):
+            remember_flow(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         channels = transformer.config["in_channels"]
         mean, std = latents_mean or [0.0] * channels, latents_std or [1.0] * channels
@@ -89,6 +104,7 @@ class FlashDiTPipeline(DiffusionPipeline):
             latents_multiplier=latents_multiplier,
             latents_space=latents_space,
             recipe=recipe,
+            call_defaults=call_defaults,
         )
         names = {int(i): name for i, name in (id2label or {}).items()}
         self.class_names = [names.get(i, str(i)) for i in range(transformer.num_classes)]
@@ -99,13 +115,13 @@ class FlashDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label] | Tensor,
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
+        class_labels: int | str | Sequence[Any] | Tensor,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -117,12 +133,13 @@ class FlashDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: A class's number or name, or several.
-            guidance_scale: 1 is the conditional model, 0 the unconditional one.
-            num_inference_steps: Updates of the scheduler.
+            guidance_scale: 1 is the conditional model, 0 the unconditional one; None is the stored one.
+            num_inference_steps: Updates of the scheduler; None is the stored number.
             generator: Where the noise comes from; a list gives each image its own.
             height: In pixels, a multiple of the VAE's factor times the patch size; None is the training size.
             width: Likewise.
-            guidance_interval: Times (low, high) in which guidance acts, 0 noise and 1 data.
+            guidance_interval: Times (low, high) in which guidance acts, 0 noise and 1 data; None is the
+                stored interval.
             latents: The noise (B, C, H, W) itself.
             output_type: `pil`, `np`, `pt`, or `latent` for the normalised latents.
             return_dict: Whether to return an ImagePipelineOutput rather than a tuple.
@@ -132,57 +149,84 @@ class FlashDiTPipeline(DiffusionPipeline):
             num_images_per_prompt: Images of each class, next to one another.
 
         Raises:
-            ValueError: If a class, a size, the interval or the scheduler is invalid.
+            ValueError: If a class, a size, the interval, the output type or the scheduler is invalid.
         """
-        check_interval(guidance_interval)
+        stored = self.defaults
+        scale: float = stored["guidance_scale"] if guidance_scale is None else guidance_scale
+        steps: int = stored["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        interval = stored["guidance_interval"] if guidance_interval is None else guidance_interval
+        if output_type not in OUTPUT_TYPES:
+            raise unknown("output_type", output_type, OUTPUT_TYPES)
+        check_interval(interval)
         check_scheduler(self.scheduler)
-        model = self.transformer
-        warn_of_guidance(model.num_classes, model.class_dropout_prob, guidance_scale)
-        self._guidance_scale = guidance_scale
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, got {sorted(unknown)}")
-        device = self._execution_device
-        ids = self.label_ids(class_labels)
-        if not ids or num_images_per_prompt < 1:
-            raise ValueError(
-                f"there must be an image to make, got {len(ids)} classes, {num_images_per_prompt=}"
-            )
-        labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)
+        inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        model, device = self.transformer, self._execution_device
+        warn_of_guidance(model.num_classes, model.class_dropout_prob, scale)
+        labels = self._labels(class_labels, num_images_per_prompt, device)
         space = self._space(device)
-        shape = (len(labels), *latent_shape(self.transformer, space, height, width))
-        x = self._noise(shape, generator, latents, device)
+        x = self._noise((len(labels), *latent_shape(model, space, height, width)), generator, latents, device)
+        set_timesteps(self.scheduler, steps, device)
+        self._guidance_scale, self._interrupt = scale, False
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+        def after(step: int, timestep: Tensor, x: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return x
+            given = {name: x for name in inputs}
+            return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
+
+        x = self._denoise(x, labels, interval, generator, after)
+        check_latents(x, model, space, f"guidance_scale={scale:g} and dtype={model.dtype}")
+        images: Any = x if output_type == "latent" else self._decode(x, space, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        interval: tuple[float, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        after: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Returns the latents of noise by the scheduler's steps, going on with what `after` returns."""
         # Their sigmas are float32: a time that stands for an end of the interval may lie this far beyond it.
-        interval = (
-            max(0, guidance_interval[0] - SIGMA_ROUNDING),
-            min(1, guidance_interval[1] + SIGMA_ROUNDING),
-        )
-        set_timesteps(self.scheduler, num_inference_steps, device)
+        wider = max(0, interval[0] - SIGMA_ROUNDING), min(1, interval[1] + SIGMA_ROUNDING)
         times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
         takes = inspect.signature(self.scheduler.step).parameters
         draws = {"generator": generator} if "generator" in takes else {}
-        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         bar: Any = self.progress_bar
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            v = guide(self._velocity, labels, model.num_classes, self._guidance_scale, interval)
+            v = guide(self._velocity, labels, self.transformer.num_classes, self._guidance_scale, wider)
             slope = -v(x, times[step])  # theirs is dx/dσ
-            x = self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0]
-            if callback_on_step_end is not None:
-                given = {"latents": x} if callback_on_step_end_tensor_inputs else {}
-                x = (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
-        check_latents(x, self.transformer, space, f"{guidance_scale=:g} and dtype={self.transformer.dtype}")
-        images: Any = x
-        if output_type != "latent":
-            with full_float32():  # as the native sampler decodes
-                pixels = space.pixels(x)
-            check_pixels(pixels)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+            x = after(step, timestep, self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0])
+        return x
+
+    def _decode(self, latents: Tensor, space: LatentSpace, output_type: str) -> Any:
+        """Returns the images of normalised latents."""
+        with full_float32():  # as the native sampler decodes
+            pixels = space.pixels(latents)
+        check_pixels(pixels)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _callback_inputs(self, callback: Callback | None, inputs: Sequence[str]) -> Sequence[str]:
+        """Returns the names of what a callback gets; those of diffusers' own kind name it themselves."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        unknown_inputs = sorted(set(inputs) - set(self._callback_tensor_inputs))
+        if unknown_inputs:
+            raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, got {unknown_inputs}")
+        return inputs
+
+    def _labels(self, class_labels: Any, images_of_each: int, device: torch.device) -> Tensor:
+        """Returns the label of each image (B,)."""
+        ids = self.label_ids(class_labels)
+        if not ids or images_of_each < 1:
+            count = f"{len(ids)} classes, num_images_per_prompt={images_of_each}"
+            raise ValueError(f"there must be an image to make, got {count}")
+        return torch.tensor(ids, device=device).repeat_interleave(images_of_each)
 
     @property
     def num_timesteps(self) -> int:
@@ -199,7 +243,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         """Whether a callback has ended the last call; it does so by `pipe._interrupt = True`."""
         return self._interrupt
 
-    def label_ids(self, class_labels: Label | Sequence[Any] | Tensor) -> list[int]:
+    def label_ids(self, class_labels: int | str | Sequence[Any] | Tensor) -> list[int]:
         """Returns the numbers of classes given by number or name, in nested lists too.
 
         Raises:
@@ -233,7 +277,10 @@ class FlashDiTPipeline(DiffusionPipeline):
             return Pixels()
         if self.vae is None:
             raise ValueError("the pipeline of a model of latents requires its vae, got None")
-        return Autoencoder(self.vae)
+        # Measuring encodes an image: once for each module, since offloaded ones cannot do it.
+        if self._measured_vae is None or self._measured_vae.module is not self.vae:
+            self._measured_vae = Autoencoder(self.vae)
+        return self._measured_vae
 
     def _space(self, device: torch.device) -> LatentSpace:
         """Returns the latent space, its statistics on a device."""
@@ -242,10 +289,11 @@ class FlashDiTPipeline(DiffusionPipeline):
 
     def card(self) -> str:
         """Returns the model card: what this is, how it is used, what it scores."""
-        return model_card(self.transformer.config, self.class_names, self.config["recipe"] or {})
+        recipe = self.config["recipe"] or {}
+        return model_card(self.transformer.config, self.class_names, recipe, self.config["latents_space"])
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """Writes the pipeline and its model card, README.md."""
+        """Writes the pipeline, its model card README.md and its `pipeline.py`."""
         super().save_pretrained(str(save_directory), *arguments, **options)
         self._complete(Path(save_directory))
 
@@ -255,51 +303,24 @@ class FlashDiTPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, *arguments, **options)
 
     def _complete(self, folder: Path) -> None:
-        """Writes the card, and takes out of the scheduler's file what its own class would warn of."""
-        (folder / "README.md").write_text(self.card())
-        path = folder / "scheduler" / "scheduler_config.json"
-        if is_flow_matching(self.scheduler):
-            config = json.loads(path.read_text())
-            kept = {key: value for key, value in config.items() if key not in (*FLOW, "flow_shift")}
-            write_json(path, kept)
+        """Writes card and code, and makes the other files such as diffusers reads from a hub, unwarned.
+
+        Names of folders on this machine are left out of them.
+        """
+        (folder / "README.md").write_text(self.card(), encoding="utf-8")
+        (folder / CODE).write_text(CODE_TEXT)
+        for path in (folder / self.config_name, *folder.glob("*/*config.json")):
+            content = json.loads(path.read_text())
+            content.pop("_name_or_path", None)
+            if content.get("transformer", [None])[0] == FlashDiT.__module__:  # refused in a repository
+                content["transformer"] = ["diffusers", FlashDiT.__name__]
+            if path.parent.name == "scheduler" and is_flow_matching(self.scheduler):
+                content = without_flow(content)
+            write_json(path, content)
 
 
-def flattened(labels: Any) -> list[Label]:
-    """Returns labels given as one, or in tensors, arrays or sequences of any depth, one after another."""
-    if isinstance(labels, (Tensor, np.ndarray)):
-        labels = labels.tolist()
-    if isinstance(labels, str) or not isinstance(labels, Sequence):
-        return [labels]
-    return [label for item in labels for label in flattened(item)]
-
-
-def is_flow_matching(scheduler: Any) -> bool:
-    """Returns whether a scheduler knows no other path than ours."""
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Raises ValueError unless the scheduler follows the linear path with velocity prediction."""
-    config: Mapping[str, Any] = scheduler.config
-    takes = inspect.signature(type(scheduler).__init__).parameters  # its config keeps what it does not take
-    follows = all(key in takes and config.get(key) == FLOW[key] for key in FLOW)
-    if not (is_flow_matching(scheduler) or follows):
-        raise ValueError(
-            "the scheduler must be a FlowMatch… one, or one that takes use_flow_sigmas=True and "
-            f"prediction_type='flow_prediction', got {type(scheduler).__name__}"
-        )
-
-
-def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
-    """Gives the scheduler the native sampler's times, which it shifts; one that takes none has its own."""
-    if steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
-    else:
-        scheduler.set_timesteps(steps, device=device)
-
-
-# One of the two writes to another package's names at import (the other registers the backbones with timm):
-# DiffusionPipeline.from_pretrained finds the class that model_index.json names as an attribute of diffusers.
-diffusers.FlashDiTPipeline = FlashDiTPipeline  # pyright: ignore[reportAttributeAccessIssue]
+# One of the two writes to another package's names at import (the other registers the backbones with timm).
+# A model_index.json can name classes of few packages, diffusers among them: thus the model's is found, and
+# the pipeline's where no `custom_pipeline` is given.
+for _kind in (FlashDiT, FlashDiTPipeline):
+    setattr(diffusers, _kind.__name__, _kind)

@@ -8,7 +8,7 @@ import os
 import socket
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -89,7 +89,8 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
     """Runs as the only writer of a folder or an output file.
 
     The lock file holds the writer's host and process. It is `.lock` in the folder, which is made if need be,
-    or `.NAME.lock` beside the file, and is removed at the end.
+    or `.NAME.lock` beside the file, and is removed at the end. Folders that were made for it and stay empty
+    are removed too.
 
     Args:
         target: The folder or file.
@@ -99,6 +100,7 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
         ValueError: If another process writes it; says which.
     """
     path = target.with_name(f".{target.name}{LOCK}") if is_file else target / LOCK
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, target)
     try:
@@ -107,6 +109,9 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
         if descriptor.number is not None:  # not in a forked process
             path.unlink(missing_ok=True)
             descriptor.close()
+            with suppress(OSError):  # something was written
+                for folder in made:
+                    folder.rmdir()
 
 
 def check_no_writer(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from safetensors.torch import load_file
@@ -47,11 +50,26 @@ def read_content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with catch_warnings():  # torch's advice on the file's kind; what it cannot read is an error below
+            simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has readers
         kind = "safetensors" if path.suffix == ".safetensors" else "torch (weights_only=True)"
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"weights must be a readable {kind} file, {path} is not: {reason}") from error
+        raise ValueError(
+            f"weights must be a readable {kind} file, {path} is not: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns in a clause what torch and safetensors say in paragraphs."""
+    text = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found:
+        remedy = "where you trust it, store its tensors alone in a new file"
+        return f"it holds {found[1]}, which is code to run; {remedy}"
+    if isinstance(error, UnpicklingError):
+        return "it was not written by torch.save"
+    return text.partition("\n")[0].partition(". ")[0] or f"it is empty ({type(error).__name__})"
 
 
 def unwrap(content: Any, source: object = "a mapping") -> dict[str, Tensor]:

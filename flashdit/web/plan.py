@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator, sampling_options
 from flashdit.sampling.classes import FIRST_CLASSES, choose_labels
+from flashdit.sampling.imagenet import shown_names
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
 
@@ -106,9 +107,11 @@ class PageSheet:
 
 def class_choices(class_names: Sequence[str]) -> list[tuple[str, str]]:
     """Returns (what is shown, what `class_ids` takes) of each class; classes that share a name go by id."""
-    counts = Counter(class_names)
+    names = shown_names(class_names)
+    counts = Counter(names)
     return [
-        (name, name) if counts[name] == 1 else (f"{name} ({i})", str(i)) for i, name in enumerate(class_names)
+        (f"{name} ({i})", str(i)) if counts[name] > 1 else (name, name if name == own else str(i))
+        for i, (name, own) in enumerate(zip(names, class_names, strict=True))
     ]
 
 

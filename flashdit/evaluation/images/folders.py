@@ -149,7 +149,7 @@ class FolderSource:
                 yield torch.stack(images)
 
     def _digest(self, *, times: bool) -> str:
-        """Returns the hash of names, sizes and perhaps times, and of how images are read if not as they are."""
+        """Returns the hash of names, sizes and perhaps times, and of a background or crop."""
         reading = "" if self.background == WHITE else str(self.background)
         reading += "" if self.cropped_to is None else f"\0{self.cropped_to}"
         digest = hashlib.sha256(reading.encode())

@@ -9,7 +9,9 @@ from PIL import Image
 
 from flashdit.autoencoder.config import AutoencoderOptions, load_autoencoder_config
 from flashdit.autoencoder.task import AutoencoderTrainer
+from flashdit.commands import train
 from flashdit.commands.autoencoder import main, overrides_of, parse
+from flashdit.data.autoencoders import load_vae
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.weights import read_tensors
 
@@ -90,7 +92,9 @@ def test_a_resumed_run_ends_with_the_same_weights(overrides, tmp_path):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_trained_autoencoder_is_diffusers_own_and_a_latent_space(overrides, tmp_path, monkeypatch, capsys):
+def test_a_trained_autoencoder_is_diffusers_own_and_a_latent_space(
+    overrides, folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     main(overrides)
     assert "trained to step 4" in capsys.readouterr().out
@@ -104,6 +108,22 @@ def test_a_trained_autoencoder_is_diffusers_own_and_a_latent_space(overrides, tm
     assert all(3 < value < 60 for value in measured)
     with Image.open(tmp_path / "run" / "samples" / "step_00000004.png") as picture:
         assert picture.size[0] > 2 * 64
+    loaded = load_vae(str(tmp_path / "run"))
+    assert (loaded.channels, loaded.factor) == (2, 4)
+    assert all(
+        torch.equal(value, plain.state_dict()[key]) for key, value in loaded.module.state_dict().items()
+    )
+    trained = [
+        f"data.path={folder}",
+        "data.image_size=16",
+        "data.name=images",
+        f"latents.vae={tmp_path / 'run'}",
+    ]
+    sizes = ["hidden_size=16", "depth=1", "num_heads=2", "in_channels=null", "sample_size=null"]
+    sizes = [f"model.{size}" for size in [*sizes, "num_classes=null", "attention.window=2", "patch_size=1"]]
+    loop = [f"training.{option}" for option in ("steps=2", "global_batch_size=4", "preview_every=0")]
+    train.main([f"run.dir={tmp_path / 'dit'}", *trained, *sizes, *loop, "optimizer.decay_steps=null"])
+    assert list_checkpoints(tmp_path / "dit")
 
 
 def test_held_out_images_are_not_trained_on(overrides):

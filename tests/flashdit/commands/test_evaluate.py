@@ -50,6 +50,9 @@ class StandInGenerator:
     def __init__(self, run_dir: Path):
         self.run_dir, self.drawn = run_dir, 0
 
+    def warn_of_guidance(self, options) -> None:
+        """It was trained with dropped labels, as it were."""
+
     def recipe(self) -> dict:
         return {"checkpoint": "stand-in", "step": 7, "weights_sha256": "5" * 64}
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from flashdit import FlashDiTPipeline
 from flashdit.commands import export
 from flashdit.sampling.checkpoint import load_generator
+from flashdit.shared.locks import only_writer
 
 ROOT = Path(__file__).parents[3]
 
@@ -62,7 +63,8 @@ def test_the_card_tells_use_scores_and_provenance(run_dir, tmp_path):
     assert "1000 images against digits; heun 9, guidance 2." in card
     assert load_generator(run_dir).recipe()["weights_sha256"] in card
     assert str(tmp_path) not in card
-    assert str(tmp_path) not in (tmp_path / "out" / "model_index.json").read_text()
+    for path in (tmp_path / "out").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
 
 
 def test_the_hub_reads_the_scores_from_the_front_matter(run_dir, tmp_path):
@@ -102,3 +104,96 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     before = sorted(tmp_path.rglob("*"))
     assert message in exit_message(export, run, out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_replaced_is_said(run_dir, tmp_path, capsys):
+    export.main([str(run_dir), str(tmp_path / "out")])
+    assert "replaced the earlier" not in capsys.readouterr().out
+    shutil.copytree(run_dir, tmp_path / "fish")
+    export.main([str(tmp_path / "fish"), str(tmp_path / "out")])
+    assert "out: replaced the earlier export (FlashDiT birds, step 7)\n" in capsys.readouterr().out
+    assert "# FlashDiT fish\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("index", "other", "message"),
+    [
+        (
+            '{"_class_name": "StableDiffusionPipeline"}',
+            None,
+            "OUT must be a new folder or an earlier export, got",
+        ),
+        ("{broken", None, "OUT must be a new folder or an earlier export, got"),
+        ("[]", None, "OUT must be a new folder or an earlier export, got"),
+        (None, "mine.png", "earlier export alone, which is replaced, it holds mine.png too"),
+        (None, ".git", "earlier export alone, which is replaced, it holds .git too"),
+    ],
+)
+def test_what_is_no_export_of_ours_alone_is_kept(run_dir, tmp_path, exit_message, index, other, message):
+    out = tmp_path / "out"
+    export.main([str(run_dir), str(out)])
+    if index is not None:
+        (out / "model_index.json").write_text(index)
+    if other is not None:
+        (out / other).touch()
+    before = contents(tmp_path)
+    assert message in exit_message(export, run_dir, out)
+    assert contents(tmp_path) == before
+
+
+def test_a_second_writer_is_told_who_the_first_is(run_dir, tmp_path, exit_message):
+    with only_writer(tmp_path / "out", is_file=True):
+        message = exit_message(export, run_dir, tmp_path / "out")
+    assert f"out must have one writer at a time, it is written by process {os.getpid()} on host" in message
+    assert not (tmp_path / "out").exists()
+    export.main([str(run_dir), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_export_that_is_interrupted_leaves_what_was_there(run_dir, tmp_path, monkeypatch, is_replaced):
+    out = tmp_path / "exports" / "out"
+    out.parent.mkdir()
+    if is_replaced:
+        export.main([str(run_dir), str(out)])
+    before = contents(out.parent)
+
+    def interrupted(self, folder):
+        (folder / "half").write_text("written")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FlashDiTPipeline, "_complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([str(run_dir), str(out)])
+    assert contents(out.parent) == before
+    assert [path.name for path in out.parent.iterdir()] == (["out"] if is_replaced else [])
+
+
+def test_an_export_into_the_working_folder_replaces_it(run_dir, tmp_path, monkeypatch):
+    export.main([str(run_dir), str(tmp_path / "out"), "--name", "old"])
+    monkeypatch.chdir(tmp_path / "out")
+    export.main([str(run_dir), "."])
+    assert "# FlashDiT birds\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_sampler_of_the_run_and_damaged_scores_are_said(run_dir, tmp_path, caplog):
+    state = run_dir / "checkpoints" / "step_00000007" / "state.json"
+    content = json.loads(state.read_text())
+    content["sampling"]["sampler"] = {"name": "dopri5", "atol": 1e-3, "rtol": 1e-3}
+    state.write_text(json.dumps(content))
+    (run_dir / "eval" / "first" / "metrics.json").write_text('{"metrics": ')
+    export.main([str(run_dir), str(tmp_path / "out")])
+    assert "the run samples by dopri5, its pipeline by Euler steps" in caplog.text
+    assert (
+        f"scores must be readable as JSON, {run_dir / 'eval/first/metrics.json'} is left out" in caplog.text
+    )
+    assert "The run samples by dopri5; this pipeline takes" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_usage_names_the_command_as_it_is_typed():
+    command = [sys.executable, "-m", "flashdit", "export", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: flashdit export [")

@@ -223,7 +223,7 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--checkpoint", "half"], "a checkpoint must be whole and of a FlashDiT, half is not"),
         (["--checkpoint", "other"], "a checkpoint must hold a FlashDiT, got UNet2DModel"),
         (["--checkpoint", "vae"], "the VAE must be the one of the training latents (000000000000)"),
-        (["--vae", "absent"], "vae must be a data set that brings one, a folder or a hub name"),
+        (["--vae", "absent"], "must be a data set that brings an autoencoder, a folder or a hub name"),
         (["--output", "kept"], "--output must be a new folder or one of the same samples, got kept"),
     ],
 )

@@ -12,6 +12,7 @@ import eval_fid
 import sample
 import train
 from flashdit import FlashDiT, FlashDiTPipeline
+from flashdit import trainer as trainer_module
 from flashdit.commands import estimate, export
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentOptions, LatentSpace
@@ -193,8 +194,14 @@ def test_an_estimate_reads_open_sizes_from_the_data(pictures, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_breaks_later_ends_the_run_by_name(pictures, tmp_path, workers):
-    (pictures[0] / "b" / "4.png").write_bytes(b"\x89PNG no more")
+def test_a_file_that_breaks_later_ends_the_run_by_name(pictures, tmp_path, workers, monkeypatch):
+    whole = trainer_module.FlashDiTTask._check_fit
+
+    def broken_meanwhile(task):  # after the pass that leaves out what cannot be read
+        (pictures[0] / "b" / "4.png").write_bytes(b"\x89PNG no more")
+        whole(task)
+
+    monkeypatch.setattr(trainer_module.FlashDiTTask, "_check_fit", broken_meanwhile)
     with pytest.raises(ValueError, match=r"^every image must be readable, .*b/4.png is not") as raised:
         run_of(pictures[0], tmp_path / "run", f"training.workers={workers}", "training.steps=12")
     assert "\n" not in str(raised.value)

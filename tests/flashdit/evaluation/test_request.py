@@ -130,6 +130,7 @@ def test_a_reference_and_its_floor_are_read_once(tmp_path, monkeypatch):
     )
     plan = open_plan(request, Ranks())
     first = evaluate(plan)
+    assert "the samples are colour images, extractor 'digits' was trained on grey ones" in first.warnings
     assert plan.reference.source is not None
     monkeypatch.setattr(plan.reference.source, "batches", None)  # what is read again raises
     monkeypatch.setattr("flashdit.digits.reference.DigitsSource.batches", None)

@@ -305,7 +305,7 @@ def test_guidance_by_a_label_that_was_never_trained_is_warned_of_once(
 
 def test_pictures_are_decoded_without_tf32_whatever_the_process_allows(generator):
     seen = []
-    hook = generator.space.vae.decoder.register_forward_pre_hook(
+    hook = generator.space.vae.module.decoder.register_forward_pre_hook(
         lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
     )
     try:

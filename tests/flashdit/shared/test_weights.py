@@ -1,5 +1,7 @@
 """One reader of weight files: every format and wrapper gives the same tensors, and no pickle is executed."""
 
+import argparse
+import pickle
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,48 @@ def test_no_pickle_is_executed_whatever_the_environment_says(tmp_path, monkeypat
         ):
             load(tmp_path / "weights.pt")
     assert not (tmp_path / "executed").exists()
+
+
+class Config:
+    """An object such as trainers pickle beside their weights."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        ({"model": TENSORS, "args": argparse.Namespace(lr=1e-4)}, "argparse.Namespace"),
+        ({"ema": TENSORS, "hyper": {"paths": [Path("x")]}}, "pathlib.PosixPath"),
+        ({"model": TENSORS, "config": Config()}, f"{__name__}.Config"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_what_a_checkpoint_holds_beside_tensors_is_named_in_one_sentence(tmp_path, content, held):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="weights_only=True") as raised:
+        read_tensors(tmp_path / "weights.pt")
+    assert str(raised.value).endswith(
+        f"weights.pt is not: it holds {held}, which is code to run; "
+        "where you trust it, store its tensors alone in a new file"
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"no weights", "it was not written by torch.save"),
+        (pickle.dumps({"a": argparse.Namespace()}, protocol=4), "it was not written by torch.save"),
+        (b"", r"it is empty \(EOFError\)"),
+        (b"PK\x03\x04" + bytes(200), "PytorchStreamReader failed reading zip archive"),
+    ],
+)
+def test_a_file_of_another_kind_has_a_reason_of_one_clause(tmp_path, content, reason):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"weights\.pt is not: {reason}") as raised:
+        read_tensors(tmp_path / "weights.pt")
+    assert len(str(raised.value)) < 180 + len(str(tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def plain_path(part, known):
 def plain_terms(v_t, u_t):
     """Returns the two terms of the loss, as two numbers."""
     mse = ((v_t - u_t) ** 2).mean()
-    lengths = (v_t**2).sum(1).sqrt() * (u_t**2).sum(1).sqrt()
+    norm_v, norm_u = ((x**2).sum(1).sqrt() for x in (v_t, u_t))
+    least = 0.1 * (norm_u**2).mean((1, 2), keepdim=True).sqrt()  # a new model's v is near zero
+    lengths = norm_v.maximum(least) * norm_u
     return mse.item(), (1 - (v_t * u_t).sum(1) / lengths).mean().item()
 
 

@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from flashdit import config
@@ -173,11 +174,14 @@ def test_differences_are_told_in_words(before, now, words):
 
 def test_a_vae_may_be_added_to_a_run_without_one_and_not_taken_away(tiny_overrides, tmp_path):
     small = ("model.sample_size=8",)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    vae = AutoencoderKL(block_out_channels=[8], latent_channels=3, norm_num_groups=4, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
     trainer(tiny_overrides, *small, "training.steps=2").fit()
-    added = trainer(tiny_overrides, *small, "latents.vae=digits", "training.preview_every=0")
+    added = trainer(tiny_overrides, *small, f"latents.vae={tmp_path / 'vae'}", "training.preview_every=0")
     assert added.step == 2
     added.fit()
-    with pytest.raises(ValueError, match=r"another latents\.vae: it is None, was digits"):
+    with pytest.raises(ValueError, match=r"holds a run with latents\.vae=.*, got null"):
         trainer(tiny_overrides, *small, "training.steps=8")
 
 

@@ -43,7 +43,11 @@ def plain_loss(model, batch, known):
     x_1, x_0 = (batch["latent"] - known.mean) / known.std * 0.75, batch["noise"]
     t = batch["time"][:, None, None, None]
     v_t = model(t * x_1 + (1 - t) * x_0, batch["time"], batch["label"].where(~batch["drop"], 3))
-    return F.mse_loss(v_t, x_1 - x_0) + 0.7 * (1 - F.cosine_similarity(v_t, x_1 - x_0, dim=1)).mean()
+    u_t = x_1 - x_0
+    norm_v, norm_u = (torch.linalg.vector_norm(x, dim=1) for x in (v_t, u_t))
+    least = 0.1 * norm_u.square().mean((1, 2), keepdim=True).sqrt()
+    cosine = (v_t * u_t).sum(1) / (norm_v.maximum(least) * norm_u)
+    return F.mse_loss(v_t, u_t) + 0.7 * (1 - cosine).mean()
 
 
 def plain_run(run, known, limit):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.classes import class_ids
 from flashdit.web.plan import (
     AXES,
     PageRequest,
@@ -112,3 +113,12 @@ def test_one_of_a_thousand_classes_is_found(generator):
             plan_page(generator, PageRequest(classes=["sort 99x"], num_images=1))
     finally:
         generator.class_names = before
+
+
+def test_every_class_of_imagenet_is_chosen_by_what_is_shown_of_it():
+    names = [str(i) for i in range(1000)]
+    choices = class_choices(names)
+    assert choices[207] == ("golden retriever", "207")
+    assert choices[134][0] == "crane (134)"
+    assert len({shown for shown, _ in choices}) == 1000
+    assert class_ids([value for _, value in choices], names) == list(range(1000))

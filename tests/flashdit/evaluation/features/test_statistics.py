@@ -132,7 +132,7 @@ def test_an_extractor_without_spatial_features_leaves_them_out_with_a_reason(cac
 def test_scores_of_fewer_images_than_dimensions_are_finite():
     few, others = (collect(Digits(count), EXTRACTOR, PARTS, 8) for count in (9, 30))
     scores = compute_scores(METRICS.names(), few, others)
-    assert all(value is not None for value in scores.values.values())
+    assert {key for key, value in scores.values.items() if value is None} == {"is_std"}  # of one chunk
     assert scores.values["fid"] > 0
 
 

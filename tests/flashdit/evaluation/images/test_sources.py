@@ -135,8 +135,8 @@ def test_npz_that_ends_early_is_named(tmp_path, images):
     np.savez(whole, images)
     with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(short, "w") as cut:
         cut.writestr("arr_0.npy", archive.read("arr_0.npy")[:-200])
-    with pytest.raises(ValueError, match=r"short\.npz ends early: arr_0 lacks images from number 4 on"):
-        read(NpzSource(short), 2)
+    with pytest.raises(ValueError, match=r"the .* bytes of its header, arr_0\.npy has .*short\.npz"):
+        NpzSource(short)
 
 
 def test_truncated_and_damaged_npz_are_named(tmp_path, images):
