@@ -60,10 +60,13 @@ class EvaluationOptions:
     """An npz of ADM's or of make-reference, a folder, or a data set that brings one; None means what the
     run's own data set brings."""
     extractor: str | None = None
-    """As `flashdit eval --extractor` has it; None means the one that the reference's data set brings, or else
-    Inception."""
+    """As `flashdit eval --extractor` has it; None means the one that the reference's data set brings or its
+    npz names, or else Inception."""
     weights: str | None = None
     """The extractor's weights file."""
+    image_size: int | None = None
+    """Side of the square that images of a reference folder are cropped to, in pixels; None means that of the
+    samples."""
     metrics: list[str] = field(default_factory=lambda: ["fid"])
     """As `flashdit eval --metrics` has them."""
 

@@ -39,7 +39,6 @@ from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
-from flashdit.shared.registry import Registry
 from flashdit.shared.runs import LATENTS, list_checkpoints, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
@@ -86,17 +85,26 @@ class InTrainingEvaluation:
             generator=generator,
             sampling=config.sampling,
             data=config.data["name"],
+            data_path=config.data.get("path") if config.data["name"] == "images" else None,
             num_images=options.num_images,
             reference=options.reference,
             extractor=options.extractor,
             extractor_weights=options.weights,
             metrics=options.metrics,
             background=config.data.get("background", "white"),
+            image_size=options.image_size or self._image_size(config, generator),
             device=str(device),
             cache=False,
         )
         self.ranks = Ranks.start(str(device))
         self.plan = open_plan(request, self.ranks)
+
+    @staticmethod
+    def _image_size(config: RunConfig, generator: TrainedGenerator) -> int | None:
+        """Returns the side of the samples, to which images of a reference folder are cropped."""
+        reference = config.evaluation.reference
+        height, width = generator.image_size(config.sampling)
+        return height if reference and Path(reference).is_dir() and height == width else None
 
     def __call__(self, generator: TrainedGenerator) -> dict[str, float]:
         """Returns the scores of samples that all processes draw and measure; no random state is touched."""
@@ -246,11 +254,11 @@ class FlashDiTTask(Task):
         arguments = inspect.signature(FlashDiT.__init__).parameters.values()
         defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
         model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML
-        model["attention"] = _filled(ATTENTIONS, model["attention"])
+        model["attention"] = ATTENTIONS.filled(model["attention"])
         flow = {**config.get("flow", {})}
-        flow["times"] = _filled(TIMES, flow.get("times"))
+        flow["times"] = TIMES.filled(flow.get("times"))
         latents = {"space": LatentOptions.space, **config.get("latents", {})}
-        data = _filled(DATASETS, config.get("data"))
+        data = DATASETS.filled(config.get("data"))
         return {**config, "data": data, "latents": latents, "model": model, "flow": flow}
 
     def contents(self) -> dict[str, Any]:
@@ -269,15 +277,6 @@ class FlashDiTTask(Task):
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
         }
-
-
-def _filled(registry: Registry, spec: Any) -> Any:
-    """Returns the spec of a part with all its options, or as it is where it cannot be understood any more."""
-    try:
-        name, options = registry.options(spec)
-    except ValueError:
-        return spec
-    return {"name": name, **json.loads(json.dumps(asdict(options)))}
 
 
 def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:

@@ -129,7 +129,6 @@ def make_reference(argv: Sequence[str]) -> None:
     """Writes the reference file of an image set."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        prog=f"{Path(sys.argv[0]).name} make-reference",
         description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
     )
     parser.add_argument(
@@ -147,18 +146,17 @@ def make_reference(argv: Sequence[str]) -> None:
     device = resolve_device(arguments.device)
 
     from flashdit.evaluation.features.cache import FeatureCache
-    from flashdit.evaluation.features.extractors import build_extractor
     from flashdit.evaluation.features.ranks import processes
     from flashdit.evaluation.images.sources import open_reference
     from flashdit.evaluation.reference import write_reference
-    from flashdit.evaluation.request import default_extractor
+    from flashdit.evaluation.request import open_extractor
     from flashdit.shared.locks import only_writer
 
     with processes(device) as ranks:
         with ranks.agree():
-            source = open_reference(arguments.images, arguments.background)
-            name = arguments.extractor or default_extractor(arguments.images)
-            extractor = build_extractor(name, arguments.extractor_weights).to(device)
+            source = open_reference(arguments.images, arguments.background, arguments.image_size)
+            extractor = open_extractor(arguments.images, arguments.extractor, arguments.extractor_weights)
+            extractor.to(device)
         with only_writer(arguments.output, is_file=True) if ranks.is_main else nullcontext():
             write_reference(
                 source,
@@ -172,14 +170,17 @@ def make_reference(argv: Sequence[str]) -> None:
                 cache=None if arguments.no_cache else FeatureCache(),
             )
         if ranks.is_main:
-            print(f"wrote {arguments.output}: {source.count:,} images under extractor {extractor.name}")
+            height, width = source.image_size
+            print(
+                f"wrote {arguments.output}: {source.count:,} images of {width}×{height} under extractor "
+                f"{extractor.name}"
+            )
 
 
 def compare(argv: Sequence[str]) -> None:
     """Prints results side by side and says which are not comparable."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        prog=f"{Path(sys.argv[0]).name} compare",
         description="Puts results side by side; says which are not comparable, and why.",
     )
     parser.add_argument("results", type=path, nargs="+", metavar="METRICS.json")
@@ -204,7 +205,7 @@ def sweep(argv: Sequence[str]) -> None:
     """Scores a range of guidance scales."""
     from flashdit.commands.sweep import main
 
-    main(argv, f"{Path(sys.argv[0]).name} sweep")
+    main(argv)
 
 
 SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
@@ -215,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in SUBCOMMANDS:
+        if not sys.argv[0].endswith(f" {words[0]}"):
+            sys.argv[0] += f" {words[0]}"  # what usage and errors begin with
         SUBCOMMANDS[words[0]](words[1:])
     else:
         score_images(words)

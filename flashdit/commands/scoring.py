@@ -56,7 +56,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         metavar="NAME|RUN",
         help=f"{', '.join(sorted(announced('flashdit.extractors')))}, a run of iwin classify, timm/MODEL, a "
         "name of torch-fidelity's, or package.module:callable (default: the one that the reference's data "
-        "set brings, or inception)",
+        "set brings or its npz names, or inception)",
     )
     add(
         "--extractor-weights",
@@ -71,9 +71,24 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         metavar="COLOUR",
         help="what transparent pixels of images in folders show: a name or #rrggbb (default: white)",
     )
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="crop images of folders to N×N, as encoding does; other images must have that size (default: "
+        "images as they are)",
+    )
     add("--batch-size", type=int, default=100, help="images at a time; changes no number (default: 100)")
     add("--no-cache", action="store_true", help="neither read nor keep features (in $FLASHDIT_CACHE)")
     add_device(parser)
+
+
+def trained_images(generator: CheckpointGenerator) -> str | None:
+    """Returns the folder of images that a generator was trained on; None for other data."""
+    from flashdit.training.checkpoint import stored_config
+
+    is_folder = generator.data_name == "images"
+    return stored_config(generator.checkpoint).get("data", {}).get("path") if is_folder else None
 
 
 def make_request(
@@ -88,6 +103,7 @@ def make_request(
         generator=generator,
         sampling=None if generator is None else sampling_options(generator, given_sampling(arguments)),
         data=None if generator is None else generator.data_name,
+        data_path=None if generator is None else trained_images(generator),
         labels=arguments.labels or "balanced",
         num_images=arguments.num_images,
         reference=arguments.reference,
@@ -95,6 +111,7 @@ def make_request(
         extractor_weights=arguments.extractor_weights,
         metrics=arguments.metrics,
         background=arguments.background,
+        image_size=arguments.image_size,
         batch_size=arguments.batch_size,
         device=arguments.device,
         cache=not arguments.no_cache,

@@ -50,11 +50,10 @@ def parse_scales(text: str) -> list[float]:
     return sorted(set(numbers))
 
 
-def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        prog=prog,
         description="Scores one checkpoint over guidance scales.",
         epilog="Writes sweep.json, sweep.md and sweep.png; called again, computes only the new scales.",
         conflict_handler="resolve",  # here --cfg-scale takes several
@@ -128,14 +127,13 @@ def print_sweep(sweep: Sweep) -> None:
     open_console().print(table)
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Scores the scales that are not known yet, and writes after each of them.
 
     Args:
         argv: The command's words; None means those of this process.
-        prog: What usage and errors begin with; None means the script's file name.
     """
-    arguments = parse(argv, prog)
+    arguments = parse(argv)
     scales = parse_scales(arguments.scales)
     arguments.device = resolve_device(arguments.device)
 

@@ -151,6 +151,21 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
 
 
+def image_extent(path: Path) -> tuple[int, int]:
+    """Returns width and height that an image file states; its pixels are not read, nor turned upright.
+
+    Raises:
+        ValueError: If it states none.
+    """
+    _silence_pillow()
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
+            return file.size
+    except Exception as error:  # as in read_image
+        reason = printable(error.strerror or error) if isinstance(error, OSError) else printable(error)
+        raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
+
+
 def _check_pixels(width: int, height: int) -> None:
     """Raises ValueError for more pixels than Pillow's limit, at which it would only warn."""
     limit = Image.MAX_IMAGE_PIXELS

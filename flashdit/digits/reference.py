@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashdit.digits.images import digits
+from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.evaluation.images.reading import label_mode
 from flashdit.evaluation.images.sources import digest_of
 
@@ -17,7 +17,7 @@ class DigitsSource:
 
     def __init__(self, split: str):
         images, labels = digits(split)
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.class_names = images, labels, dict(enumerate(DIGIT_NAMES))
         self.name, self.count = f"digits {split}", len(images)
         self.image_size = (images.shape[2], images.shape[3])
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import NamedTuple
 
+from flashdit.evaluation.classes import Classes, match_classes
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
@@ -49,6 +51,11 @@ class Plan(NamedTuple):
     batch_size: int = 100
     device: str = "cpu"
 
+    @property
+    def classes(self) -> Classes:
+        """Which classes its labels mean, matched by name."""
+        return match_classes(self.extractor, self.samples, self.reference.source)
+
     def redrawn(
         self, *, generator: ImageGenerator | None = None, options: SamplingOptions | None = None
     ) -> Plan:
@@ -85,7 +92,10 @@ def check_image_sizes(plan: Plan) -> None:
     sizes = {"samples": plan.samples.image_size, "reference": plan.reference.image_size}
     known = {side: f"{size[0]}×{size[1]}" for side, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
-        raise ValueError(f"samples and reference must be images of one size (h×w), got {known}")
+        raise ValueError(
+            f"samples and reference must be images of one size (h×w), got {known}: --image-size or "
+            "evaluation.image_size crops those of folders"
+        )
 
 
 def colour_warnings(plan: Plan) -> list[str]:
@@ -98,6 +108,15 @@ def colour_warnings(plan: Plan) -> list[str]:
         for side, colours in found.items()
         if None not in (own, colours) and own != colours
     ]
+
+
+def class_warnings(plan: Plan) -> list[str]:
+    """Returns why there is no accuracy though the extractor has classes, or how labels were matched."""
+    classes = plan.classes
+    if any(METRICS[name].needs_classes for name in plan.metrics):
+        return [classes.note] if classes.note else []
+    lacks = plan.extractor.class_names and plan.samples.labels is not None and classes.unknown
+    return [f"no accuracy: {classes.unknown}"] if lacks else []
 
 
 def floor_scores(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
@@ -140,11 +159,14 @@ def evaluate_fully(plan: Plan, ranks: Ranks | None = None, extra_parts: Collecti
     result = None
     with ranks.agree():
         if ranks.is_main:
+            classes = plan.classes
+            samples = replace(samples, labels=classes.numbered(samples.labels, plan.samples))
+            reference = replace(reference, labels=classes.numbered(reference.labels, plan.reference.source))
             floor = floor_scores(plan, train, reference) if train else None
             scores = compute_scores(plan.metrics, samples, reference, plan.device)
             stages.mark("metrics")
             result = make_result(plan, scores, floor, stages.seconds, ranks)
-            result.warnings += cautions(plan.metrics, samples, reference)
+            result.warnings += class_warnings(plan) + cautions(plan.metrics, samples, reference)
     result = ranks.broadcast(result)
     assert result is not None
     return Evaluation(result, samples, reference)

@@ -18,22 +18,12 @@ from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor, colours_of
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
-from flashdit.evaluation.images.npz import NpzSource, check_headers
-from flashdit.evaluation.images.sources import ReferenceSource, Source, open_reference
+from flashdit.evaluation.images.sources import ReferenceSource, Source, check_image_size, open_reference
+from flashdit.evaluation.stored import REFERENCE_SCHEMA, open_npz
 from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
 
-STORED = ("mu", "sigma", "mu_s", "sigma_s")
-REFERENCE_KEYS = (
-    "schema",
-    "n",
-    "extractor",
-    "fingerprint",
-    "image_size",
-)  # what make-reference adds to ADM's keys
-REFERENCE_SCHEMA = 1
 COLOURS_SEEN = 16  # images of a set that are asked whether they are grey
-COVARIANCE_TOLERANCE = 1e-5  # of its largest entry, above what float32 features round to
 
 
 class Reference:
@@ -47,12 +37,16 @@ class Reference:
         spec: A data set that brings one, the path of an npz, or a folder of images.
         extractor: Whose features are compared.
         background: What transparent pixels of a folder's images show.
+        image_size: Side that a folder's images are cropped to, and that others must have, in pixels; None
+            takes images as they are.
 
     Raises:
         ValueError: If there is nothing there, or its statistics are another extractor's.
     """
 
-    def __init__(self, spec: str, extractor: Extractor, background: str = "white"):
+    def __init__(
+        self, spec: str, extractor: Extractor, background: str = "white", image_size: int | None = None
+    ):
         self.spec, self.extractor = spec, extractor
         self.stored: dict[str, torch.Tensor] = {}
         self.about: dict[str, Any] = {}
@@ -62,8 +56,9 @@ class Reference:
         path = Path(spec)
         if self.companions.reference is None and path.is_file():
             self.stored, self.about, self.source = open_npz(path, extractor)
+            check_image_size(self.image_size, image_size, spec)
         else:
-            self.source = open_reference(spec, background)
+            self.source = open_reference(spec, background, image_size)
 
     @property
     def count(self) -> int | None:
@@ -86,18 +81,20 @@ class Reference:
         return []
 
     @cached_property
-    def colours(self) -> str | None:
-        """Whether its images are `grey` or `colour`; None where it has none."""
-        return None if self.source is None else first_colours(self.source)
-
-    @cached_property
     def sha256(self) -> str:
         """The hash of the file, or of what the images are known by."""
         return file_sha256(Path(self.spec)) if self.source is None else self.source.sha256
 
+    @cached_property
+    def colours(self) -> str | None:
+        """Whether its images are `grey` or `colour`, None where it has none."""
+        return None if self.source is None else first_colours(self.source)
+
     def recipe(self) -> dict[str, Any]:
         """Returns what a report says of it."""
-        return {"name": self.spec, "num_images": self.count, "sha256": self.sha256}
+        recipe = {"name": self.spec, "num_images": self.count, "sha256": self.sha256}
+        cropped_to = getattr(self.source, "cropped_to", None)
+        return recipe if cropped_to is None else {**recipe, "cropped_to": cropped_to}
 
     def statistics(
         self,
@@ -138,92 +135,6 @@ def first_colours(source: Source) -> str:
     return colours_of(next(iter(source.batches(COLOURS_SEEN, torch.arange(min(COLOURS_SEEN, source.count))))))
 
 
-def open_npz(
-    path: Path, extractor: Extractor
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], ReferenceSource | None]:
-    """Returns the stored moments of an npz, what it says of them and its images, as far as it has them."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"a reference must be a data set that brings one, an npz or a folder, got {path}")
-    try:
-        check_headers(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            keys = set(arrays.files)
-            stored = {
-                key: torch.from_numpy(np.array(arrays[key], np.float64)) for key in STORED if key in keys
-            }
-            about = {key: arrays[key].tolist() for key in REFERENCE_KEYS if key in keys}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"a reference must be an npz of arrays, got {path}: {error}") from error
-    check_about(about, path, extractor)
-    check_stored(stored, path, extractor)
-    if not stored and "arr_0" not in keys:
-        raise ValueError(
-            f"a reference npz must hold mu and sigma, or images in arr_0, got {sorted(keys)} in {path}"
-        )
-    if "image_size" in about:
-        height, width = about["image_size"]
-        about["image_size"] = (height, width)
-    return stored, about, NpzSource(path) if "arr_0" in keys else None
-
-
-def check_about(about: dict[str, Any], path: Path, extractor: Extractor) -> None:
-    """Raises ValueError for a file of make-reference of another schema or of other features."""
-    if not about:
-        return
-    missing = sorted(set(REFERENCE_KEYS) - set(about))
-    if missing or about["schema"] != REFERENCE_SCHEMA:
-        got = f"no {missing}" if missing else f"schema {about['schema']}"
-        raise ValueError(
-            f"a file of make-reference must have all of {list(REFERENCE_KEYS)} in schema {REFERENCE_SCHEMA}, "
-            f"got {got} in {path}"
-        )
-    if about["fingerprint"] != extractor.fingerprint:
-        raise ValueError(
-            f"a reference must be of the same extractor and weights, got '{about['extractor']}' "
-            f"({about['fingerprint'][-12:]}) in {path} for '{extractor.name}' ({extractor.fingerprint[-12:]})"
-        )
-
-
-def check_stored(stored: dict[str, torch.Tensor], path: Path, extractor: Extractor) -> None:
-    """Raises ValueError for moments without their partner or of another extractor's dimensions."""
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mean in stored) != (covariance in stored):
-            raise ValueError(
-                f"{mean} and {covariance} of a reference must come together, got {sorted(stored)} in {path}"
-            )
-        if mean in stored and stored[covariance].shape != (stored[mean].numel(),) * 2:
-            shapes = tuple(stored[mean].shape), tuple(stored[covariance].shape)
-            raise ValueError(f"{mean} must be (d,) and {covariance} (d, d), got shapes {shapes} in {path}")
-    for key, value in stored.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{key} of a reference must be finite, got NaN or infinity in {path}")
-        if value.ndim == 2:
-            check_covariance(value, key, path)
-    if stored and "mu" not in stored:
-        raise ValueError(f"a reference with mu_s must hold mu and sigma too, got {sorted(stored)} in {path}")
-    expected = {"mu": extractor.pool_dimensions, "mu_s": extractor.spatial_dimensions}
-    for mean in expected.keys() & stored.keys():
-        if stored[mean].numel() != expected[mean]:
-            raise ValueError(
-                f"{mean} must have the {expected[mean]} dimensions of extractor '{extractor.name}', "
-                f"got {stored[mean].numel()} in {path}"
-            )
-
-
-def check_covariance(sigma: torch.Tensor, key: str, path: Path) -> None:
-    """Raises ValueError unless a matrix is symmetric and has no negative variance, but for rounding."""
-    allowed = COVARIANCE_TOLERANCE * sigma.abs().max().item()
-    asymmetry = (sigma - sigma.T).abs().max().item()
-    if asymmetry > allowed:
-        raise ValueError(
-            f"{key} must be a covariance, which is symmetric, got entries {asymmetry:.2g} from their mirrors "
-            f"in {path}"
-        )
-    _, failed_at = torch.linalg.cholesky_ex(sigma + allowed * torch.eye(len(sigma), dtype=sigma.dtype))
-    if failed_at and allowed:
-        raise ValueError(f"{key} must be a covariance, which has no negative variance, got one in {path}")
-
-
 NUM_IMAGES = 10_000  # as many as ADM's files hold
 
 
@@ -245,7 +156,7 @@ def write_reference(
     ranks: Ranks | None = None,
     cache: FeatureCache | None = None,
 ) -> None:
-    """Writes mu, sigma, mu_s and sigma_s (float64) of all images, and up to num_images of them.
+    """Writes mu, sigma, mu_s and sigma_s (float64) of all images, and up to num_images of them with labels.
 
     Args:
         source: The images.
@@ -275,12 +186,27 @@ def write_reference(
             "fingerprint": extractor.fingerprint,
             "image_size": source.image_size,
         }
+        if extractor.built_as is not None:
+            name, weights = extractor.built_as
+            arrays |= {"extractor_spec": name, "extractor_weights": weights or ""}
         for key in ("mu", "sigma", "mu_s", "sigma_s"):
             value = getattr(statistics, key)
             if value is not None:
                 arrays[key] = value.cpu().numpy()
         ids = chosen_ids(source.count, num_images, seed)
+        arrays |= classes_of(source, ids)
         write_atomically(path, lambda temporary: _write(temporary, arrays, source, ids, batch_size))
+
+
+def classes_of(source: Source, ids: Tensor) -> dict[str, np.ndarray]:
+    """Returns the labels of some images and what they are called, as far as a source knows."""
+    if source.labels is None:
+        return {}
+    labels, names = source.labels[ids].numpy(), getattr(source, "class_names", None)
+    if not names or not set(labels.tolist()) <= names.keys():
+        return {"arr_1": labels}
+    numbers = sorted(names)
+    return {"arr_1": np.searchsorted(numbers, labels), "class_names": np.array([names[n] for n in numbers])}
 
 
 def _write(path: Path, arrays: dict[str, Any], source: Source, ids: Tensor, batch_size: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flashdit.data.sources import companions_of
-from flashdit.evaluation.evaluate import Plan
+from flashdit.evaluation.evaluate import Plan, check_image_sizes
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.extractors import build_extractor
@@ -17,13 +17,13 @@ from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource, Source, check_reference, open_source
 from flashdit.evaluation.metrics.scoring import check_classes, default_metrics, in_order
 from flashdit.evaluation.reference import Reference
+from flashdit.evaluation.stored import extractor_of
 from flashdit.sampling.classes import balanced_labels, random_labels
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import unknown
 
 LABEL_MODES = ("balanced", "random")
-DEFAULT_EXTRACTOR = "inception"
 
 
 @dataclass(kw_only=True)
@@ -35,15 +35,18 @@ class EvaluationRequest:
         generator: What draws samples.
         sampling: How it draws them.
         data: The data set that the generator was trained on, whose own reference is the default.
+        data_path: Its folder of images, if it is one, which a message names.
         labels: Of drawn samples: `balanced`, equal shares in random order, or `random`.
         num_images: How many are scored; None means all that exist, or of drawn ones as many as the
             reference's data set says.
         reference: A data set that brings one, an npz or a folder; None means that of `data`.
-        extractor: As `build_extractor` takes it; None means the one that the reference's data set brings,
-            or else Inception.
+        extractor: As `build_extractor` takes it; None means the one that the reference's data set brings or
+            its npz names, or else Inception.
         extractor_weights: The extractor's weights file; None means its default.
         metrics: Names of `METRICS`; None means every default one that applies.
         background: What transparent pixels of images in folders show: a colour's name or `#rrggbb`.
+        image_size: Side of the square that images of folders are cropped to, as encoding does, and that other
+            images must have, in pixels; None takes images as they are.
         batch_size: Images whose features are extracted at a time; changes no number.
         device: Where features are computed.
         cache: Whether features are kept in, and read from, the cache.
@@ -56,6 +59,7 @@ class EvaluationRequest:
     generator: ImageGenerator | None = None
     sampling: SamplingOptions | None = None
     data: str | None = None
+    data_path: str | None = None
     labels: str = "balanced"
     num_images: int | None = None
     reference: str | None = None
@@ -63,6 +67,7 @@ class EvaluationRequest:
     extractor_weights: str | None = None
     metrics: Sequence[str] | None = None
     background: str = "white"
+    image_size: int | None = None
     batch_size: int = 100
     device: str = "cpu"
     cache: bool = True
@@ -75,7 +80,8 @@ class EvaluationRequest:
             )
         if self.labels not in LABEL_MODES:
             raise unknown("labels", self.labels, LABEL_MODES)
-        for name, value in (("number of images", self.num_images), ("batch size", self.batch_size)):
+        numbers = {"number of images": self.num_images, "batch size": self.batch_size}
+        for name, value in (numbers | {"image size": self.image_size}).items():
             if value is not None and value < 1:
                 raise ValueError(f"the {name} must be positive, got {value}")
         in_order(self.metrics or ())
@@ -91,21 +97,26 @@ class EvaluationRequest:
             return self.reference
         if self.data is not None and companions_of(self.data).reference is not None:
             return self.data
-        own = "" if self.data is None else f"; data set '{self.data}' brings none"
         raise ValueError(
             "an evaluation requires a reference, --reference or evaluation.reference: an npz, a folder of "
-            f"images, or a data set that brings one{own}"
+            f"images, or a data set that brings one{self._own_reference()}"
         )
 
-    @property
-    def extractor_name(self) -> str:
-        """The extractor that is asked for, or that the reference's data set brings, or Inception."""
-        return self.extractor or default_extractor(self.reference_spec)
-
-
-def default_extractor(reference: str) -> str:
-    """Returns the extractor that a reference's data set brings, or else Inception."""
-    return companions_of(reference).extractor or DEFAULT_EXTRACTOR
+    def _own_reference(self) -> str:
+        """Returns what to do for the data that the generator was trained on, to end a sentence with."""
+        if self.data is None:
+            return ""
+        none = f"; data set '{self.data}' brings none"
+        if self.data_path is None or self.generator is None or self.sampling is None:
+            return none
+        height, width = self.generator.image_size(self.sampling)
+        if height != width:
+            return none
+        size = f"--image-size {height}"
+        return (
+            f"{none}: for its images, --reference {self.data_path} {size}, or once "
+            f"`flashdit eval make-reference {self.data_path} reference.npz {size}` and then that file"
+        )
 
 
 def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
@@ -117,27 +128,35 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
     with ranks.agree():
         spec = request.reference_spec
         check_reference(spec)
-        extractor = build_extractor(request.extractor_name, request.extractor_weights).to(request.device)
-        generator = request.generator
-        classes = extractor.class_names if generator is None else generator.class_names
-        metrics = list(request.metrics or default_metrics(extractor, classes))
-        check_classes(metrics, extractor, classes)
-        return Plan(
-            open_samples(request, extractor),
+        extractor = open_extractor(spec, request.extractor, request.extractor_weights).to(request.device)
+        plan = Plan(
+            open_samples(request),
             extractor,
-            Reference(spec, extractor, request.background),
-            metrics,
+            Reference(spec, extractor, request.background, request.image_size),
+            [],
             FeatureCache() if request.cache else None,
             request.batch_size,
             request.device,
         )
+        check_image_sizes(plan)
+        unknown = plan.classes.unknown
+        metrics = list(request.metrics or default_metrics(not unknown))
+        check_classes(metrics, unknown)
+        return plan._replace(metrics=metrics)
 
 
-def open_samples(request: EvaluationRequest, extractor: Extractor) -> Source:
-    """Returns the images that are scored; those of folders by class get the extractor's class numbers."""
+def open_extractor(reference: str, name: str | None, weights: str | None) -> Extractor:
+    """Returns the extractor of a name and weights file, None for the one that a reference goes with."""
+    if name is None:
+        name, own_weights = extractor_of(reference)
+        weights = weights or own_weights
+    return build_extractor(name, weights)
+
+
+def open_samples(request: EvaluationRequest) -> Source:
+    """Returns the images that are scored."""
     if request.samples is not None:
-        classes = extractor.class_names or ()
-        return open_source(request.samples, request.num_images, classes, request.background)
+        return open_source(request.samples, request.num_images, request.background, request.image_size)
     assert request.generator is not None
     assert request.sampling is not None
     count = request.num_images or companions_of(request.reference_spec).num_images

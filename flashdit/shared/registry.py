@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -193,6 +194,14 @@ class Registry(Generic[Piece]):
                 names = " and ".join(f"{self.kind}.name={owner}" for owner in owners)
                 raise ValueError(f"unknown option of {self.kind} '{name}' '{key}': {names} {have}")
         return name, make_options(options_type, given, f"{self.kind} '{name}'")
+
+    def filled(self, spec: Any) -> Any:
+        """Returns a spec as YAML has it with all options, or as it is where it is no longer valid."""
+        try:
+            name, options = self.options(spec)
+        except ValueError:
+            return spec
+        return {"name": name, **json.loads(json.dumps(asdict(options)))}  # tuples are lists
 
     def _with_option(self, key: str) -> list[str]:
         """Returns the names of the registered pieces that have an option."""

@@ -17,7 +17,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import check_finite, unknown
 from flashdit.shared.seeds import generator_for
 from iwin_tasks.classification.model import InputFormat
 
@@ -63,6 +63,7 @@ class AugmentationOptions:
     """Side of the evaluated centre crop by that of the resized image; None means the model's own."""
 
     def __post_init__(self):
+        check_finite(self, "augmentation.")
         for name in ("hflip", "shift", "random_erasing", "mix_prob", "cutmix_prob", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augmentation.{name} must be from 0 to 1, got {getattr(self, name)}")

@@ -117,6 +117,13 @@ class FolderImages:
             )
         self._take(readable)
 
+    def files(self) -> dict[str, int]:
+        """Returns the bytes of each file by its name below the folder of both splits."""
+        below = "" if self.options.held_out is not None else f"{SPLITS[self.split]}/"
+        return {
+            below + name: size for name, size in zip(self.source.names, self.source.num_bytes, strict=True)
+        }
+
     def picture(self, index: int) -> Image.Image:
         """Returns one image of any size, RGB."""
         return self.source.picture(index)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import timm
+import torch
 from timm.data.config import resolve_model_data_config
 
 from flashdit.shared.registry import check_type, unknown
@@ -60,6 +61,16 @@ def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
     check_model(spec)
     options = {key: value for key, value in spec.items() if key != "name"}
     return cast(IwinTransformer, timm.create_model(spec["name"], **options))
+
+
+def filled_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a spec as YAML has it with all options, or as it is where it is no longer valid."""
+    try:
+        with torch.device("meta"):
+            options = asdict(make_model(spec).config)
+    except ValueError:
+        return dict(spec)
+    return {"name": spec["name"], **json.loads(json.dumps(options))}  # tuples are lists
 
 
 def read_spec(run: Path | str) -> dict[str, Any]:

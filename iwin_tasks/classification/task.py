@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.evaluation.features.extractor import colours_of
 from flashdit.shared.process import float32_products
-from flashdit.shared.runs import list_checkpoints
+from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.options import share_of_batch
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinTransformer
+from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.config import ClassifierConfig
 from iwin_tasks.classification.data import (
+    CLASSIFICATION_DATASETS,
     FolderImages,
     HeldOutExamples,
     TrainExamples,
@@ -36,6 +39,7 @@ from iwin_tasks.classification.evaluate import Accuracy, evaluate_classifier
 from iwin_tasks.classification.model import (
     InputFormat,
     decay_groups,
+    filled_spec,
     input_format,
     load_weights,
     make_model,
@@ -70,6 +74,7 @@ class ClassifierTask(Task):
     """
 
     fixed_on_resume = ("seed", "data.", "model.", "augmentation.")
+    by_content = ("data.path",)
     model: IwinTransformer
     accuracy: Accuracy | None = None
 
@@ -141,6 +146,31 @@ class ClassifierTask(Task):
             contiguous = {key: value.contiguous() for key, value in tensors.items()}
             save_file(contiguous, folder / name / "model.safetensors")
             (folder / name / "config.json").write_text(json.dumps(self.config.model, indent=2) + "\n")
+
+    @staticmethod
+    def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a plain configuration with the defaults of data set, model and augmentation."""
+        if not config:
+            return {}
+        augmentation = asdict(AugmentationOptions()) | config.get("augmentation", {})
+        return {
+            **config,
+            "data": CLASSIFICATION_DATASETS.filled(config.get("data")),
+            "model": filled_spec(config.get("model", {})),
+            "augmentation": json.loads(json.dumps(augmentation)),  # tuples are lists, as in YAML
+        }
+
+    def contents(self) -> dict[str, Any]:
+        """Returns what the files of both splits are, wherever they lie."""
+        splits = [
+            images for images in (self.images, self.held_out.images) if isinstance(images, FolderImages)
+        ]
+        files = {name: size for images in splits for name, size in images.files().items()}
+        return {"data.path": {"classes": self.images.class_names, "files": files} if splits else None}
+
+    def known_contents(self, checkpoint: Path) -> dict[str, Any]:
+        """Returns the classes that a checkpoint names."""
+        return {"data.path": {"classes": read_state(checkpoint).get("class_names")}}
 
     def state(self) -> dict[str, Any]:
         """Returns what a reader of the checkpoint needs to know of the run."""

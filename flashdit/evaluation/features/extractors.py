@@ -228,4 +228,10 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
     else:
         kinds = {*EXTRACTORS.names(), *others, "timm/MODEL", "RUN", "package.module:callable"}
         raise unknown("extractor", name, kinds)
-    return completed(extractor, name)
+    extractor = completed(extractor, name)
+    is_run = name not in EXTRACTORS.names() and Path(name).is_dir()
+    extractor.built_as = (
+        str(Path(name).resolve()) if is_run else name,
+        str(Path(weights).resolve()) if weights else None,
+    )
+    return extractor

@@ -16,57 +16,116 @@ from torch import Tensor
 from flashdit.data.images import (
     READERS,
     WHITE,
+    centre_crop,
+    enlarged_images,
     find_images,
+    image_extent,
     parse_background,
     read_image,
     report_images,
 )
 from flashdit.data.walk import printable
 from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
+from flashdit.evaluation.images.recorded import (
+    check_samples,
+    names_in_recipe,
+    recorded_labels,
+    sample_files,
+    sample_recipe,
+)
+
+FilesAndClasses = tuple[dict[Path, int], Tensor | None, dict[int, str] | None]
 
 
 class FolderSource:
     """Every image of a folder, by integer stem and then by name; class sub-folders give labels.
 
+    Of a folder that `flashdit sample` wrote as PNGs the images are the samples of its recipe, with their
+    labels, and no other picture.
+
     Args:
         path: The folder.
         limit: Read only so many images in that order; None means all.
-        class_names: The data's classes. Sub-folders called by them, or by their numbers, get those numbers as
-            labels; other sub-folders are numbered in their natural order.
         background: What transparent pixels show: a colour's name or `#rrggbb`.
+        image_size: Side of the square that every image is cropped to, as encoding does, in pixels; None reads
+            images as they are, which must have one size.
+
+    Attributes:
+        class_names: What labels are called: the sub-folders, or as the recipe of samples says.
+        cropped_to: The side, where an image has another size.
 
     Raises:
-        ValueError: If there is no image, a file is no image though its name says so, or the first cannot be
-            read.
+        ValueError: If there is no image, a file is no image though its name says so, the first cannot be
+            read, or a sample is missing.
     """
 
     def __init__(
         self,
         path: Path,
         limit: int | None = None,
-        class_names: Sequence[str] = (),
         background: str = "white",
+        image_size: int | None = None,
     ):
         self.path, self.name = path, path.name
         self.background = parse_background(background)
-        found = find_images(path, called="a folder of images")
-        for name, why in found.unreadable.items():
-            raise ValueError(f"every image must be readable, {printable(path / name)} is not: {why}")
-        report_images(found.describe(), {})
-        sizes = dict(zip(found.paths, found.num_bytes, strict=True))
-        files = sorted(sizes, key=lambda file: (file_order(file), str(file)))
-        self.count = limited(len(files), limit, path)
-        self.files = files[: self.count]
-        self.num_bytes = [sizes[file] for file in self.files]
-        labels = folder_labels([file.relative_to(path) for file in files], found.class_names, class_names)
-        self.labels = None if labels is None else labels[: self.count]
+        self._recipe = sample_recipe(path)
+        if self._recipe:
+            sizes, self.labels, self.class_names = self._samples()
+        else:
+            sizes, self.labels, self.class_names = self._found()
+        self.count = limited(len(sizes), limit, path)
+        self.files = [*sizes][: self.count]
+        self.num_bytes = [*sizes.values()][: self.count]
+        self.labels = None if self.labels is None else self.labels[: self.count]
+        self.cropped_to = None if image_size is None else self._needs_crop(image_size)
         _, height, width = self._image(self.files[0]).shape
         self.image_size = (height, width)
 
+    def _samples(self) -> FilesAndClasses:
+        """Returns the files of samples and their bytes, labels and what these are called."""
+        check_samples(self.path, self._recipe)
+        sizes = sample_files(self.path, self._recipe)
+        labels = recorded_labels([*sizes], self._recipe)
+        unknown = "" if labels is not None else "; the pictures do not tell their classes apart"
+        report_images(f"{printable(self.path)}: {len(sizes):,} samples of `flashdit sample`{unknown}", {})
+        return sizes, labels, None if labels is None else names_in_recipe(self._recipe)
+
+    def _found(self) -> FilesAndClasses:
+        """Returns the files of all images and their bytes, labels and what these are called."""
+        found = find_images(self.path, called="a folder of images")
+        for name, why in found.unreadable.items():
+            raise ValueError(f"every image must be readable, {printable(self.path / name)} is not: {why}")
+        report_images(found.describe(), {})
+        rows = sorted(range(len(found.paths)), key=lambda row: file_order(found.paths[row]))
+        sizes = {found.paths[row]: found.num_bytes[row] for row in rows}
+        if found.paths[0].parent == self.path:
+            return sizes, None, None
+        numbers = folder_numbers(found.class_names)
+        labels = torch.tensor([numbers[found.labels[row]] for row in rows])
+        return sizes, labels, dict(zip(numbers, found.class_names, strict=True))
+
+    def _needs_crop(self, side: int) -> int | None:
+        """Returns the side if an image has another size, having said how many are enlarged; else None."""
+        with ThreadPoolExecutor(READERS) as readers:
+            extents = dict(zip(self.files, readers.map(image_extent, self.files), strict=True))
+        others = sum(extent != (side, side) for extent in extents.values())
+        if not others:
+            return None
+        short_sides = {file.relative_to(self.path).as_posix(): min(size) for file, size in extents.items()}
+        enlarged = enlarged_images(short_sides, side)
+        line = f"{printable(self.path)}: {others:,} of {self.count:,} images are cropped to {side}×{side}"
+        report_images(f"{line}, as encoding does{f'; {enlarged}' if enlarged else ''}", {})
+        return side
+
     def _image(self, file: Path) -> Tensor:
         """Returns a file as RGB uint8 (3, h, w)."""
-        pixels = torch.from_numpy(np.array(read_image(file, self.background)))
-        return rearrange(pixels, "h w c -> c h w").contiguous()
+        picture = read_image(file, self.background)
+        if self.cropped_to is not None:
+            try:
+                picture = centre_crop(picture, self.cropped_to)
+            except ValueError as error:
+                raise ValueError(f"every image must be readable, {file} is not: {error}") from error
+        return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w").contiguous()
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:
         """Yields the images of ascending ids, None for all; a file that is no such image is named."""
@@ -85,36 +144,41 @@ class FolderSource:
                     if (h, w) != (height, width):
                         raise ValueError(
                             f"images of a folder must have one size, got {width}×{height} and {w}×{h} "
-                            f"({self.files[0]} and {file})"
+                            f"({self.files[0]} and {file}): --image-size crops them"
                         )
                 yield torch.stack(images)
 
     def _digest(self, *, times: bool) -> str:
-        """Returns the hash of the background unless it is white, and of names, sizes and perhaps times."""
-        digest = hashlib.sha256(b"" if self.background == WHITE else str(self.background).encode())
+        """Returns the hash of names, sizes and perhaps times, and of a background or crop."""
+        reading = "" if self.background == WHITE else str(self.background)
+        reading += "" if self.cropped_to is None else f"\0{self.cropped_to}"
+        digest = hashlib.sha256(reading.encode())
         for file, size in zip(self.files, self.num_bytes, strict=True):
             time = f"\0{file.stat().st_mtime_ns}" if times else ""
             digest.update(f"{file.relative_to(self.path)}\0{size}{time}\n".encode())
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the images are known by: names, sizes and times of the files, and the background."""
+        """Returns what the images are known by: names, sizes and times of files, and how they are read."""
         return {
             "kind": "folder",
             "files": self._digest(times=True),
             "count": self.count,
             "background": self.background,
+            "cropped_to": self.cropped_to,
         }
 
     def recipe(self) -> dict[str, Any]:
-        """Returns path and count."""
-        return {
+        """Returns path and count, the crop, and the recipe that `flashdit sample` left with the pictures."""
+        recipe = {
             "source": "folder",
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels),
             "names_sha256": self.sha256,
+            "cropped_to": self.cropped_to,
         }
+        return recipe | ({"recipe": self._recipe} if self._recipe else {})
 
     @property
     def sha256(self) -> str:
@@ -127,20 +191,7 @@ def file_order(file: Path) -> tuple[int, int]:
     return (0, int(file.stem)) if file.stem.isdecimal() else (1, 0)
 
 
-def folder_labels(files: Sequence[Path], folders: Sequence[str], class_names: Sequence[str]) -> Tensor | None:
-    """Returns the label of each relative path by its first folder, or None where they lie in none.
-
-    Args:
-        files: Relative paths.
-        folders: The class folders, in natural order.
-        class_names: The data's classes.
-    """
-    if len(files[0].parts) == 1:
-        return None
-    if all(folder in class_names for folder in folders):
-        ids = {folder: list(class_names).index(folder) for folder in folders}
-    elif all(folder.isdecimal() for folder in folders):
-        ids = {folder: int(folder) for folder in folders}
-    else:
-        ids = {folder: label for label, folder in enumerate(folders)}
-    return torch.tensor([ids[file.parts[0]] for file in files])
+def folder_numbers(names: Sequence[str]) -> list[int]:
+    """Returns the label of each class folder: the number that it is called by, or else its place."""
+    numbers = [int(name) for name in names if name.isdecimal()]
+    return numbers if len({*numbers}) == len(names) else list(range(len(names)))

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import iwin_core
+from flashdit.data.images import report_images
 from flashdit.data.sources import companions_of
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
+from flashdit.evaluation.images.recorded import check_samples, sample_recipe
+from flashdit.sampling.folder import ARRAYS
 
-SAMPLES_FILE = "samples.npz"
 TAKE_ROWS = 100  # images in memory beside those that are taken
 
 
@@ -39,6 +41,8 @@ class Source(Protocol):
     def labels(self) -> Tensor | None:
         """The class of every image, (n,) int64; None where nobody knows."""
         ...
+
+    # It may have `class_names` too, {label: name}; without, its labels are the other side's numbers.
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Yields images uint8 (b, 3, h, w), b at most batch_size, of ascending ids; None means all."""
@@ -75,6 +79,7 @@ class GeneratedSource:
         self.generator, self.labels, self.options = generator, labels, options
         self.name, self.count = "samples", len(labels)
         self.image_size = generator.image_size(options)
+        self.class_names = dict(enumerate(generator.class_names))
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the images of ids, None for all.
@@ -127,38 +132,65 @@ def take(source: Source, ids: Tensor) -> Tensor:
 
 
 def open_source(
-    path: Path, limit: int | None = None, class_names: Sequence[str] = (), background: str = "white"
+    path: Path, limit: int | None = None, background: str = "white", image_size: int | None = None
 ) -> NpzSource | FolderSource:
     """Returns the source that a path names: a file is an npz, a directory a folder of images.
 
-    A folder of `flashdit sample` is read from its samples.npz, which has the labels and not the grid picture.
-    `background` is what transparent pixels of a folder's images show.
+    A folder of `flashdit sample` is read from its samples.npz or, where it was written as PNGs alone, from
+    the samples among its pictures.
+
+    Args:
+        path: The npz or folder.
+        limit: Read only so many images from the start; None means all.
+        background: What transparent pixels of a folder's images show.
+        image_size: Side that a folder's images are cropped to, and that those of an npz must have; None takes
+            images as they are.
 
     Raises:
         ValueError: If it is neither, or what it holds is no image set.
     """
-    if (path / SAMPLES_FILE).is_file():
-        return NpzSource(path / SAMPLES_FILE, limit)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"the image size must be at least 1, got {image_size}")
     if path.is_dir():
-        return FolderSource(path, limit, class_names, background)
+        recipe = sample_recipe(path)
+        check_samples(path, recipe)
+        if recipe.get("format") == "png" or not (path / ARRAYS).is_file():
+            return FolderSource(path, limit, background, image_size)
+        path = path / ARRAYS
+        if not recipe:
+            report_images(f"{path} is read, and no picture beside it", {})
     if not path.is_file():
         raise ValueError(f"images must be an existing npz or folder, got {path}")
-    return NpzSource(path, limit)
+    source = NpzSource(path, limit)
+    check_image_size(source.image_size, image_size, str(path))
+    return source
 
 
-def open_reference(spec: str, background: str = "white") -> ReferenceSource:
+def check_image_size(found: tuple[int, int] | None, image_size: int | None, name: str) -> None:
+    """Raises ValueError for images of another size that are in no folder, where they could be cropped."""
+    if image_size is not None and found not in (None, (image_size, image_size)):
+        assert found is not None
+        raise ValueError(
+            f"an image size crops images of folders alone, others must have it, got {found[1]}×{found[0]} in "
+            f"{name} for {image_size}×{image_size}"
+        )
+
+
+def open_reference(spec: str, background: str = "white", image_size: int | None = None) -> ReferenceSource:
     """Returns the images that a spec names: those that a data set brings, or those of an npz or a folder.
 
-    `background` is what transparent pixels of a folder's images show.
+    `background` and `image_size` are as in `open_source`.
 
     Raises:
         ValueError: If it is none of these.
     """
     brought = companions_of(spec).reference
-    if brought is not None:
-        return brought()
-    check_reference(spec)
-    return open_source(Path(spec), background=background)
+    if brought is None:
+        check_reference(spec)
+        return open_source(Path(spec), None, background, image_size)
+    source = brought()
+    check_image_size(source.image_size, image_size, spec)
+    return source
 
 
 def check_reference(spec: str) -> None:

@@ -37,13 +37,20 @@ def spatial_distance(samples: ImageStatistics, reference: ImageStatistics) -> tu
 
 
 def rank_cautions(mean: str, samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
-    """Returns a sentence for each set with too few images for its covariance."""
-    mu = getattr(samples, mean)
+    """Returns one sentence of all sets with too few images for a covariance, the same for both distances."""
+    if getattr(samples, mean) is None:
+        return []
+    means = [mu for mu in (samples.mu, samples.mu_s) if mu is not None]
+    found = []
+    for side in (samples, reference):
+        few = [str(mu.numel()) for mu in means if side.count is not None and side.count <= mu.numel()]
+        verb = "" if found else "is rank-deficient "
+        if few:
+            found.append(f"of {side.count} images of '{side.name}' {verb}in {' and '.join(few)} dimensions")
+    if not found:
+        return []
     return [
-        f"the covariance of {side.count} images of '{side.name}' is rank-deficient in {mu.numel()} "
-        "dimensions: compare its Fréchet distance only at the same number of images"
-        for side in (samples, reference)
-        if mu is not None and side.count is not None and side.count <= mu.numel()
+        f"the covariance {', that '.join(found)}: compare Fréchet distances only at the same number of images"
     ]
 
 

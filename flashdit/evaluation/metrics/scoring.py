@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from flashdit.evaluation.features.extractor import Extractor
@@ -48,17 +48,12 @@ def score_names(names: Iterable[str], extractor: Extractor) -> dict[str, ScoreNa
     return {score.key: score.name(extractor) for score in scores_of(names)}
 
 
-def knows_classes(extractor: Extractor, classes: Sequence[str] | None) -> bool:
-    """Returns whether the extractor's logits are over the classes of the samples."""
-    return extractor.class_names is not None and extractor.class_names == classes
-
-
-def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list[str]:
-    """Returns every default metric that applies to the extractor and the classes of the samples.
+def default_metrics(knows_classes: bool) -> list[str]:
+    """Returns every default metric that applies, whether or not the extractor knows the samples' classes.
 
     One that an outside package announces and does not import is left out, with a warning.
     """
-    knows, usable = knows_classes(extractor, classes), []
+    usable = []
     for name in METRICS.names():
         try:
             METRICS[name]
@@ -69,17 +64,20 @@ def default_metrics(extractor: Extractor, classes: Sequence[str] | None) -> list
     return [
         name
         for name in in_order(usable)
-        if METRICS[name].by_default and (knows or not METRICS[name].needs_classes)
+        if METRICS[name].by_default and (knows_classes or not METRICS[name].needs_classes)
     ]
 
 
-def check_classes(names: Collection[str], extractor: Extractor, classes: Sequence[str] | None) -> None:
-    """Raises ValueError for a metric that needs logits over the samples' classes, without them."""
+def check_classes(names: Collection[str], unknown: str) -> None:
+    """Raises ValueError for a metric that needs logits over the samples' classes, where they are unknown.
+
+    Args:
+        names: Keys of `METRICS`.
+        unknown: Why they are; empty where the logits are over them.
+    """
     for name in names:
-        if METRICS[name].needs_classes and not knows_classes(extractor, classes):
-            raise ValueError(
-                f"{name} needs an extractor of the samples' own classes, got extractor '{extractor.name}'"
-            )
+        if METRICS[name].needs_classes and unknown:
+            raise ValueError(f"{name} needs an extractor of the samples' own classes: {unknown}")
 
 
 def parts_needed(names: Iterable[str]) -> set[str]:
@@ -148,6 +146,7 @@ def check_counts(names: Collection[str], num_samples: int, reference: ImageStati
 
 
 def cautions(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> list[str]:
-    """Returns what makes the metrics' scores hard to compare."""
+    """Returns what makes the metrics' scores hard to compare, each sentence once."""
     found = (METRICS[name].cautions for name in in_order(names))
-    return [note for caution in found if caution for note in caution(samples, reference)]
+    notes = (note for caution in found if caution for note in caution(samples, reference))
+    return list(dict.fromkeys(notes))

@@ -68,9 +68,16 @@ def class_scores(
 
 
 def class_notes(
-    scores: Sequence[ClassScore], samples: ImageStatistics, real: ImageStatistics, predicts: bool
+    scores: Sequence[ClassScore], samples: ImageStatistics, real: ImageStatistics, unknown: str
 ) -> list[str]:
-    """Returns what to know of the class scores before one believes or misses them."""
+    """Returns what to know of the class scores before one believes or misses them.
+
+    Args:
+        scores: Of the classes.
+        samples: As in `class_scores`.
+        real: Likewise.
+        unknown: Why the logits are not over the samples' classes; empty where they are.
+    """
     if not scores:
         return ["the samples have no labels"]
     notes = []
@@ -86,6 +93,6 @@ def class_notes(
                 f"one side (the least: {min(counts)}), which biases their distances upwards: compare them "
                 "only at equal counts"
             )
-    if not predicts or samples.logits is None:
-        notes.append("the extractor does not know the samples' classes: no accuracy")
+    if unknown or samples.logits is None:
+        notes.append(f"no accuracy: {unknown or 'the extractor has no logits'}")
     return notes

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from flashdit.evaluation.classes import Classes
 from flashdit.evaluation.evaluate import Plan
 from flashdit.evaluation.features.statistics import ImageStatistics
-from flashdit.evaluation.images.sources import GeneratedSource, Source, take
+from flashdit.evaluation.images.sources import Source, take
 from flashdit.evaluation.metrics.distances import mean_row, nearest_rows
 from flashdit.evaluation.metrics.manifold import NEIGHBOURS, realism, squared_radii
-from flashdit.evaluation.metrics.scoring import knows_classes
 from flashdit.evaluation.reports.by_class import ClassScore, class_notes, class_scores
 
 GALLERY_PARTS = ("pool", "logits")  # what `collect` must keep of both sides
@@ -102,8 +102,7 @@ class GallerySide:
     Args:
         source: Its images; None where only statistics are known.
         statistics: Its features.
-        class_names: Of its labels; None means that classes go by their numbers.
-        predicts: Whether the extractor's logits are over these classes.
+        classes: Of its labels.
         real: Whether it is the reference.
     """
 
@@ -111,20 +110,13 @@ class GallerySide:
         self,
         source: Source | None,
         statistics: ImageStatistics,
-        class_names: Sequence[str] | None,
-        predicts: bool,
+        classes: Classes,
         real: bool,
     ):
-        self.source, self.class_names, self.real = source, class_names or (), real
-        if source is not None and statistics.labels is None and source.labels is not None:
-            statistics = replace(statistics, labels=source.labels)
+        self.source, self.class_name, self.real = source, classes.name_of, real
         self.statistics, self.pool, self.labels = statistics, statistics.pool, statistics.labels
-        logits = statistics.logits if predicts else None
+        logits = None if classes.unknown else statistics.logits
         self.predicted = logits.argmax(dim=1) if logits is not None else None
-
-    def class_name(self, label: int) -> str:
-        """Returns what a class is called."""
-        return self.class_names[label] if 0 <= label < len(self.class_names) else f"class {label}"
 
     def picture(self, row: int, line: str = "") -> Picture:
         """Returns one image under its class, what it is taken for if that differs, and a line of its own."""
@@ -244,7 +236,6 @@ def make_gallery(
     plan: Plan,
     samples: ImageStatistics,
     reference: ImageStatistics,
-    class_names: Sequence[str] | None = None,
     options: GalleryOptions | None = None,
 ) -> Gallery:
     """Returns what a report of an evaluation shows. Images are read, or drawn, again by their numbers.
@@ -253,23 +244,19 @@ def make_gallery(
 
     Args:
         plan: What was evaluated.
-        samples: Its samples' statistics, with `GALLERY_PARTS`.
-        reference: Its reference's, with `GALLERY_PARTS` as far as it has images.
-        class_names: Of the samples' labels; None means the generator's, or else the extractor's.
+        samples: Its samples' statistics, as `evaluate_fully` returns them, with `GALLERY_PARTS`.
+        reference: Its reference's, likewise, with `GALLERY_PARTS` as far as it has images.
         options: How many images to show; None means as many as their size allows.
     """
-    if class_names is None:
-        generator = plan.samples.generator if isinstance(plan.samples, GeneratedSource) else plan.extractor
-        class_names = generator.class_names
-    predicts = knows_classes(plan.extractor, class_names)
+    classes = plan.classes
     options = options or GalleryOptions.for_size(plan.samples.image_size)
-    ours = GallerySide(plan.samples, samples, class_names, predicts, real=False)
-    real = GallerySide(plan.reference.source, reference, class_names, predicts, real=True)
+    ours = GallerySide(plan.samples, samples, classes, real=False)
+    real = GallerySide(plan.reference.source, reference, classes, real=True)
     sections = [sample_grid(ours, options), nearest_real(ours, real, options), *outliers(ours, real, options)]
-    classes = class_scores(ours.statistics, real.statistics, ours.class_name, predicts)
+    scores = class_scores(samples, reference, classes.name_of, not classes.unknown)
     return Gallery(
         sections=sections,
         images=ours.images(sections) | real.images(sections),
-        classes=classes,
-        class_notes=class_notes(classes, ours.statistics, real.statistics, predicts),
+        classes=scores,
+        class_notes=class_notes(scores, samples, reference, classes.unknown),
     )

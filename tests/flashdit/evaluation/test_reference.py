@@ -207,3 +207,28 @@ def test_a_header_that_claims_terabytes_is_one_sentence(tmp_path, key):
     for opened in (lambda: Reference(str(path), EXTRACTOR), lambda: NpzSource(path)):
         with pytest.raises(ValueError, match=message):
             opened()
+
+
+def test_a_written_reference_keeps_labels_and_what_they_are_called(tmp_path):
+    draws = np.random.default_rng(0)
+    for number, name in enumerate(["11", "2", "11", "7"]):
+        path = tmp_path / "real" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    write_reference(FolderSource(tmp_path / "real"), EXTRACTOR, tmp_path / "r.npz", num_images=3)
+    source = Reference(str(tmp_path / "r.npz"), EXTRACTOR).source
+    assert source is not None
+    names = [source.class_names[label] for label in source.labels.tolist()]
+    ids = chosen_ids(4, 3, 0).tolist()
+    assert names == [["11", "2", "11", "7"][row] for row in ids]
+
+
+def test_a_folder_as_reference_is_cropped_and_says_so(tmp_path):
+    for number in range(2):
+        Image.new("RGB", (40, 50 + number)).save(tmp_path / f"{number}.png")
+    reference = Reference(str(tmp_path), EXTRACTOR, image_size=32)
+    assert reference.image_size == (32, 32)
+    assert reference.recipe()["cropped_to"] == 32
+    np.savez(tmp_path / "adm.npz", **ADM, arr_0=np.zeros((2, 64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"got 64×64 in .*adm\.npz for 32×32"):
+        Reference(str(tmp_path / "adm.npz"), EXTRACTOR, image_size=32)

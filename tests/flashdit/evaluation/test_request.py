@@ -1,18 +1,23 @@
 """A request for an evaluation: its checks, its defaults, and what is opened of it."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from flashdit.config import EvaluationOptions, RunConfig
 from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource
 from flashdit.evaluation.request import EvaluationRequest, open_plan
+from flashdit.evaluation.stored import extractor_of
 from flashdit.sampling.options import SamplingOptions
+from flashdit.trainer import InTrainingEvaluation
 
 
 def generator(**changes) -> SimpleNamespace:
@@ -62,9 +67,8 @@ def test_a_data_set_gives_reference_extractor_and_number_of_samples():
 
 def test_a_reference_of_images_has_inception_and_fifty_thousand_samples_by_default(tmp_path):
     np.savez(tmp_path / "r.npz", np.zeros((5, 32, 32, 3), np.uint8))
-    request = drawn(reference=str(tmp_path / "r.npz"))
-    assert request.extractor_name == "inception"
-    assert drawn(reference="digits", data="shards").extractor_name == "digits"
+    assert extractor_of(str(tmp_path / "r.npz")) == ("inception", None)
+    assert extractor_of("digits") == ("digits", None)
     plan = open_plan(drawn(reference=str(tmp_path / "r.npz"), extractor="digits"), Ranks())
     assert plan.samples.count == 50_000
 
@@ -142,3 +146,37 @@ def test_a_reference_that_is_not_there_is_named_before_its_extractor_is_asked_fo
     request = drawn(reference=str(tmp_path / "absent.npz"), extractor="inception", data=None)
     with pytest.raises(ValueError, match=r"an existing npz or a folder, got .*absent\.npz"):
         open_plan(request, Ranks())
+
+
+def test_without_a_reference_the_sentence_says_what_to_do_with_the_images_of_the_run():
+    message = (
+        r"data set 'images' brings none: for its images, --reference pics --image-size 32, or once "
+        r"`flashdit eval make-reference pics reference.npz --image-size 32` and then that file"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_plan(drawn(data="images", data_path="pics"), Ranks())
+
+
+def test_images_of_another_size_are_refused_before_any_is_drawn(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (40, 48)).save(tmp_path / f"{number}.png")
+    request = {"reference": str(tmp_path), "extractor": "digits", "num_images": 5}
+    with pytest.raises(
+        ValueError, match=r"'reference': '48×40'}: --image-size or evaluation\.image_size crops"
+    ):
+        open_plan(drawn(**request), Ranks())
+    assert open_plan(drawn(**request, image_size=32), Ranks()).reference.image_size == (32, 32)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, (32, 32)), (24, "got {'samples': '32×32'")])
+def test_training_crops_a_folder_to_the_size_of_its_samples(tmp_path, given, expected):
+    for number in range(4):
+        Image.new("RGB", (40, 48)).save(tmp_path / f"{number}.png")
+    options = {"reference": str(tmp_path), "extractor": "digits", "num_images": 5, "image_size": given}
+    config = RunConfig(data={"name": "images", "path": "pics"}, evaluation=EvaluationOptions(**options))
+    if given is None:
+        evaluation = InTrainingEvaluation(config, generator(), torch.device("cpu"))
+        assert evaluation.plan.reference.image_size == expected
+        return
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        InTrainingEvaluation(config, generator(), torch.device("cpu"))

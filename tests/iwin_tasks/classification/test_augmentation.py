@@ -92,3 +92,10 @@ def test_turns_shifts_and_zooms_move_the_picture_anew_each_epoch(training):
 def test_augmentation_that_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         AugmentationOptions(**options)
+
+
+@pytest.mark.parametrize("name", ["mixup", "rotation", "color_jitter", "label_smoothing", "crop_pct"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"augmentation\.{name} must be finite, got {value}"):
+        AugmentationOptions(**{name: value})

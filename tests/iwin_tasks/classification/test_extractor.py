@@ -95,3 +95,29 @@ def test_timms_models_need_a_name_and_their_own_weights(tmp_path):
         build_extractor("timm/resnet10t")
     with pytest.raises(ValueError, match="weights must be those of timm's resnet10t"):
         build_extractor("timm/resnet10t", str(tmp_path / "weights.pth"))
+
+
+def test_grey_judges_of_colour_pictures_are_warned_of_on_the_terminal_and_in_the_report(
+    run, tmp_path, capsys
+):
+    folder = tmp_path / "colour"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for number in range(4):
+        Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    words = ["eval", "--samples", str(folder), "--reference", str(folder), "--metrics", "fid"]
+    main([*words, "--extractor", str(run), "--output", str(tmp_path / "out.json")])
+    warning = "the samples are colour images, extractor 'classifier' was trained on grey ones"
+    assert warning in " ".join(capsys.readouterr().out.split())
+    assert warning in json.loads((tmp_path / "out.json").read_text())["warnings"]
+
+
+def test_a_reference_made_by_a_run_finds_it_again_from_any_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    samples = str(digit_folder(tmp_path))
+    main(["eval", "make-reference", samples, str(tmp_path / "r.npz"), "--extractor", run.name])
+    monkeypatch.chdir(tmp_path)
+    main(["eval", "--samples", samples, "--reference", "r.npz", "--output", "out.json"])
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["extractor"]["name"] == "classifier"
+    assert content["metrics"]["fd_8"] == pytest.approx(0, abs=1e-3)

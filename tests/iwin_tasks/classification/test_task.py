@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -161,3 +162,42 @@ def test_bfloat16_and_activation_checkpointing_train(tmp_path, more):
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, exit_message, arguments, message):
     assert message in exit_message(train_classifier, *arguments, f"run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def folder_run(run_dir, data, *more):
+    small = ["model.num_classes=3", "training.steps=2", "optimizer.decay_steps=9", "optimizer.warmup_steps=1"]
+    return train(run_dir, *small, "data={name: images, path: " + str(data) + "}", *more)
+
+
+@pytest.mark.parametrize("change", ["moved", "moved, defaults written out", "fewer", "others"])
+def test_a_moved_folder_resumes_and_one_with_other_files_does_not(folder, tmp_path, caplog, change):
+    caplog.set_level("INFO")
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    folder_run(run_dir, folder)
+    shutil.copytree(folder / "train", moved / "train")
+    shutil.copytree(folder / "val", moved / "val")
+    more = ["training.steps=3"]
+    if change == "moved, defaults written out":
+        more += ["data.background=white", "model.mlp_ratio=4.0"]
+    if change == "fewer":
+        (moved / "val" / "cat" / "0.png").unlink()
+    if change == "others":
+        (moved / "train" / "cat").rename(moved / "train" / "cow")
+        (moved / "val" / "cat").rename(moved / "val" / "cow")
+    if change.startswith("moved"):
+        assert folder_run(run_dir, moved, *more).step == 3
+        assert f"data.path is {moved}, was {folder}: its content is the same" in caplog.text
+        return
+    message = {"fewer": "files 1 fewer, such as val/cat/0.png", "others": "lacks cat"}[change]
+    with pytest.raises(ValueError, match=message):
+        folder_run(run_dir, moved, *more)
+
+
+def test_a_run_that_kept_no_contents_is_compared_by_its_classes(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    folder_run(run_dir, folder)
+    (run_dir / "contents.json.gz").unlink()
+    (tmp_path / "moved").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(folder / split, tmp_path / "moved" / split)
+    assert folder_run(run_dir, tmp_path / "moved", "training.steps=3").step == 3

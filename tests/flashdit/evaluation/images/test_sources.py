@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from flashdit.data.images import centre_crop
 from flashdit.digits.reference import DigitsSource
 from flashdit.evaluation.images.folders import FolderSource
 from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
-from flashdit.evaluation.images.sources import GeneratedSource, open_source, take
+from flashdit.evaluation.images.sources import GeneratedSource, open_reference, open_source, take
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import balanced_labels
 
@@ -72,15 +73,21 @@ def test_folder_order_is_by_integer_stem_and_then_by_name(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("folders", "labels"),
-    [(("two", "zero"), [2, 0]), (("7", "11"), [7, 11]), (("cat", "dog"), [0, 1])],
-    ids=["class names", "numbers", "anything else"],
+    ("folders", "labels", "names"),
+    [
+        (("two", "zero"), [0, 1], {0: "two", 1: "zero"}),
+        (("7", "11"), [7, 11], {7: "7", 11: "11"}),
+        (("b10", "b9"), [1, 0], {0: "b9", 1: "b10"}),
+        (("7", "07"), [1, 0], {0: "07", 1: "7"}),
+    ],
+    ids=["in order", "numbers", "natural order", "one number twice"],
 )
-def test_class_folders_give_labels(tmp_path, images, folders, labels):
-    names = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
-    source = FolderSource(save_folder(tmp_path, images[:2], names), class_names=["zero", "one", "two"])
+def test_class_folders_give_labels_with_their_names(tmp_path, images, folders, labels, names):
+    files = [f"{folders[0]}/0.png", f"{folders[1]}/deeper/1.png"]
+    source = FolderSource(save_folder(tmp_path, images[:2], files))
     assert source.labels is not None
     assert source.labels.tolist() == labels
+    assert source.class_names == names
 
 
 def test_digits_source_reads_the_held_out_split():
@@ -250,18 +257,6 @@ def test_unreadable_image_is_named(tmp_path, images, keep):
         read(FolderSource(tmp_path), 10)
 
 
-def test_folder_of_the_sampler_is_read_from_its_npz(tmp_path, images):
-    save_folder(tmp_path, images, [f"{n:06d}.png" for n in range(NUM_IMAGES)])
-    Image.new("RGB", (90, 60)).save(tmp_path / "grid.png")
-    np.savez(tmp_path / "samples.npz", images, np.arange(NUM_IMAGES))
-    source = open_source(tmp_path)
-    assert source.count == NUM_IMAGES
-    assert source.labels is not None
-    assert source.labels.tolist() == list(range(NUM_IMAGES))
-    (tmp_path / "recipe.json").write_text('{"seed": 7}')
-    assert source.recipe()["recipe"] == {"seed": 7}
-
-
 def test_a_path_that_is_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be an existing npz or folder, got .*absent"):
         open_source(tmp_path / "absent")
@@ -306,3 +301,43 @@ def test_scoring_says_what_it_found(tmp_path, images, caplog):
     (tmp_path / "notes.txt").touch()
     FolderSource(tmp_path)
     assert caplog.messages[-1].endswith(": 2 images in 1 class; left out: 1 .txt")
+
+
+def test_images_of_a_folder_are_cropped_as_encoding_does_and_that_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    draws = np.random.default_rng(0)
+    for number, shape in enumerate([(9, 6, 3), (20, 31, 3), (8, 8, 3)]):
+        Image.fromarray(draws.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    source = open_source(tmp_path, image_size=8)
+    assert source.image_size == (8, 8)
+    images = read(source, 2)
+    for number in range(3):
+        expected = centre_crop(Image.open(tmp_path / f"{number}.png"), 8)
+        assert torch.equal(images[number], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert caplog.messages[-1].endswith(
+        ": 2 of 3 images are cropped to 8×8, as encoding does; "
+        "1 smaller than 8 px was enlarged, 0.png 1.3 times"
+    )
+    other = open_source(tmp_path, image_size=6)
+    assert other.identity() != source.identity()
+    assert other.sha256 != source.sha256
+    assert source.recipe()["cropped_to"] == 8
+
+
+def test_a_size_that_images_have_already_changes_nothing(tmp_path, images, caplog):
+    caplog.set_level("INFO")
+    save_folder(tmp_path, images[:, :, :6], [f"{n}.png" for n in range(NUM_IMAGES)])
+    plain, sized = open_source(tmp_path), open_source(tmp_path, image_size=6)
+    assert sized.identity() == plain.identity()
+    assert "cropped" not in caplog.text
+
+
+def test_an_npz_of_another_size_is_refused(tmp_path, images):
+    np.savez(tmp_path / "samples.npz", images)
+    message = r"crops images of folders alone, others must have it, got 9×6 in .*samples\.npz for 8×8"
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "samples.npz", image_size=8)
+    with pytest.raises(ValueError, match="got 32×32 in digits for 8×8"):
+        open_reference("digits", image_size=8)
+    with pytest.raises(ValueError, match="the image size must be at least 1, got 0"):
+        open_source(tmp_path, image_size=0)

@@ -61,17 +61,17 @@ def test_a_class_that_the_reference_lacks_has_no_distance(samples, real):
 
 def test_what_is_missing_or_biased_is_said(samples, real):
     scores = class_scores(samples, real, NAMES.__getitem__, predicts=True)
-    assert class_notes(scores, samples, real, predicts=True) == [
+    assert class_notes(scores, samples, real, "") == [
         "2 of 2 classes have no more images than the 5 dimensions on one side (the least: 3), which biases "
         "their distances upwards: compare them only at equal counts"
     ]
     real.labels = None
     scores = class_scores(samples, real, NAMES.__getitem__, predicts=False)
     assert [score.num_real for score in scores] == [None, None]
-    assert class_notes(scores, samples, real, predicts=False) == [
+    assert class_notes(scores, samples, real, "it does not know eel") == [
         "'real' has no labelled images: no Fréchet distance by class",
-        "the extractor does not know the samples' classes: no accuracy",
+        "no accuracy: it does not know eel",
     ]
     samples.labels = None
     assert class_scores(samples, real, NAMES.__getitem__, predicts=True) == []
-    assert class_notes([], samples, real, predicts=True) == ["the samples have no labels"]
+    assert class_notes([], samples, real, "") == ["the samples have no labels"]
