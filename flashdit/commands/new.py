@@ -247,7 +247,8 @@ def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:
         "data.held_out": 0.1,
         "model.num_classes": draft.num_classes,
     }
-    train = ["iwin", "classify", *(f"{key}={value}" for key, value in given.items())]
+    recipe = ["--config", "iwin/small_64"] if draft.image_size > 32 else []
+    train = ["iwin", "classify", *recipe, *(f"{key}={value}" for key, value in given.items())]
     about = "what scores are measured by, as there are no Inception weights"
     return [*commands, (about, shlex.join(train)), ("", shlex.join([*score, "--extractor", classifier]))]
 
