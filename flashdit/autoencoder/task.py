@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.autoencoder.config import AutoencoderConfig
 from flashdit.autoencoder.losses import PerceptualError, kl_per_number, pixel_error, psnr
+from flashdit.data.inspection import RECORD, leave_out_unreadable
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import DATASETS, PixelSource
+from flashdit.data.sources import DATASETS, ImageFolder, PixelSource
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid
 from flashdit.shared.seeds import EpochOrder, generator_for
@@ -85,11 +86,15 @@ class AutoencoderTask(Task):
     """
 
     fixed_on_resume = ("seed", "data.", "held_out_images", "autoencoder.", "loss.")
+    by_content = ("data.path",)
     model: Reconstructor
+    examples: ImageExamples
 
     def __init__(self, config: AutoencoderConfig, accelerator: Accelerator):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         source = DATASETS.build(config.data)
+        if isinstance(source, ImageFolder):
+            source = leave_out_unreadable(source, Path(config.run.dir) / RECORD, self.main)
         if isinstance(source, LatentShards) or not hasattr(source, "image"):
             raise ValueError(f"an autoencoder requires a data set of images, got '{config.data['name']}'")
         count, side = len(source.labels), source.image(0).shape[-1]
@@ -175,6 +180,16 @@ class AutoencoderTask(Task):
         folder.mkdir()
         self._holding(weights).save_pretrained(folder / "model")
         self._holding(average).save_pretrained(folder / "ema")
+
+    @staticmethod
+    def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a plain configuration with the data set's defaults."""
+        return {**config, "data": DATASETS.filled(config.get("data"))} if config else {}
+
+    def contents(self) -> dict[str, Any]:
+        """Returns what the data set's files are, wherever they lie."""
+        identity = getattr(self.examples.source, "identity", None)
+        return {"data.path": None if identity is None else identity()}
 
     def state(self) -> dict[str, Any]:
         """Returns what a reader of the checkpoint needs to know of the run."""

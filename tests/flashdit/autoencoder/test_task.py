@@ -126,6 +126,20 @@ def test_a_trained_autoencoder_is_diffusers_own_and_a_latent_space(
     assert list_checkpoints(tmp_path / "dit")
 
 
+def test_a_moved_folder_with_a_broken_picture_resumes_and_another_one_does_not(overrides, folder, tmp_path):
+    (folder / "class 1" / "23.png").write_bytes(b"no picture")
+    trainer = AutoencoderTrainer(load_autoencoder_config(None, [*overrides, "training.steps=2"]))
+    assert trainer.task.images_per_epoch == 21  # 23 that can be read, two of them held out
+    trainer.fit()
+    moved = folder.rename(tmp_path / "moved")
+    AutoencoderTrainer(load_autoencoder_config(None, [*overrides, f"data.path={moved}"])).fit()
+    (moved / "class 0" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"another data\.path: files 1 fewer, such as class 0/0\.png"):
+        AutoencoderTrainer(
+            load_autoencoder_config(None, [*overrides, f"data.path={moved}", "training.steps=6"])
+        )
+
+
 def test_held_out_images_are_not_trained_on(overrides):
     task = AutoencoderTrainer(load_autoencoder_config(None, overrides)).task
     trained = [task.examples[position]["image"] for position in range(22)]
