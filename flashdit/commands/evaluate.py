@@ -141,6 +141,8 @@ def make_reference(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.output.suffix != ".npz" or arguments.output.is_dir():
         raise ValueError(f"a reference must be written to an .npz file, got {arguments.output}")
+    if arguments.output.resolve() == Path(arguments.images).resolve():
+        raise ValueError(f"a reference must not replace its images, got {arguments.output} for both")
     if arguments.batch_size < 1:
         raise ValueError(f"the batch size must be positive, got {arguments.batch_size}")
     device = resolve_device(arguments.device)

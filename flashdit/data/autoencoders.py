@@ -248,7 +248,7 @@ def _find(name: str, path: Path) -> Place:
                 f"{path} has none"
             )
         return Place(str(found[0]), None, variant or only_variant(found[0]))
-    if not HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name) or (path.parent.is_dir() and path.parent != Path()):
         raise ValueError(
             "latents.vae and --vae must be a data set that brings an autoencoder, a folder or a hub name "
             f"OWNER/NAME of one, or a file in LDM's layout, got '{name}', and there is no such path"

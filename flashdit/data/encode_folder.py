@@ -101,6 +101,8 @@ class FolderEncoding:
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
         self.options, self.out = options, Path(options.out)
+        if self.out.resolve().is_relative_to(Path(options.images).resolve()):
+            raise ValueError(f"--out must not lie in the images of {options.images}, got {options.out}")
         self.before = read_plan(self.out)
         self.source = _open_folder(options, self.out, self.before)
         self.listing = dict(zip(self.source.names, self.source.num_bytes, strict=True))

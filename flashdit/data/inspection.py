@@ -18,7 +18,7 @@ from flashdit.data.images import READERS, check_crop, enlarged_images, report_im
 from flashdit.data.sources import ImageFolder
 from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
-from flashdit.shared.runs import list_checkpoints, read_state
+from flashdit.shared.runs import DamagedCheckpoint, list_checkpoints, read_state
 
 RECORD = "images.json"  # in a run's folder
 RECORD_FORMAT = 1
@@ -116,8 +116,11 @@ def with_classes_of_run(source: ImageFolder, run_dir: Path) -> ImageFolder:
     Raises:
         ValueError: If the folder has not the run's classes.
     """
-    for checkpoint in list_checkpoints(run_dir)[-1:]:
-        names = read_state(checkpoint).get("class_names") or source.class_names
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        try:
+            names = read_state(checkpoint).get("class_names") or source.class_names
+        except DamagedCheckpoint:  # which is named where the run goes on from the one before
+            continue
         if names != source.class_names:
             source = ImageFolder(source.options, names)
         if new := source.class_names[len(names) :]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.pictures import to_uint8
 from flashdit.shared.registry import check_finite, unknown
+from flashdit.shared.runs import DamagedCheckpoint
 
 SPACES = ("vae", "pixels")
 DECODED_AT_ONCE = 32
@@ -173,11 +174,18 @@ class LatentSpace:
 
     @classmethod
     def read(cls, path: Path) -> LatentSpace:
-        """Returns a saved space without its autoencoder."""
-        with safe_open(path, "pt") as file:
-            mean, std = file.get_tensor("mean"), file.get_tensor("std")
-            about = json.loads(file.metadata()["space"])
-        identity = about.pop("identity")
+        """Returns a saved space without its autoencoder.
+
+        Raises:
+            DamagedCheckpoint: If the file cannot be read.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                mean, std = file.get_tensor("mean"), file.get_tensor("std")
+                about = json.loads(file.metadata()["space"])
+            identity = about.pop("identity")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
         return cls(mean, std, LatentOptions(**about), identity=identity)
 
     @classmethod

@@ -20,6 +20,9 @@ from flashdit.shared.registry import Buildable, Registry
 DATASETS = Registry("data", "flashdit.data")
 
 
+MOST_PIXELS = 8192  # of a side
+
+
 class PixelSource(Protocol):
     """Images and labels; the trainer encodes them by the autoencoder, or trains on them as they are."""
 
@@ -115,8 +118,8 @@ class ImagesOptions:
     """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+        if not 1 <= self.image_size <= MOST_PIXELS:
+            raise ValueError(f"data.image_size must be from 1 to {MOST_PIXELS}, got {self.image_size}")
         parse_background(self.background)
 
 

@@ -17,6 +17,7 @@ from flashdit.shared.seeds import generator_for
 
 ALL = "all"
 NEAREST = 3
+CLASSES_NAMED = 20  # classes, all of which a message names
 ORDERS = ("balanced", "random")
 PER_CLASS, FIRST_CLASSES = 10, 10
 """Images of each class, and classes, where nothing else is asked for."""
@@ -70,7 +71,8 @@ def _class_id(name: str | int, class_names: Sequence[str], known: dict[str, list
     if not name.lstrip("-").isdecimal():
         nearest = difflib.get_close_matches(name.lower(), known, n=NEAREST)
         hint = f"; did you mean {' or '.join(repr(word) for word in nearest)}?" if nearest else ""
-        raise ValueError(f"unknown class '{name}'{hint} (this model has {count} classes)")
+        every = f": {', '.join(class_names)}" if count <= CLASSES_NAMED else ""
+        raise ValueError(f"unknown class '{name}'{hint} (this model has {count} classes{every})")
     if not count:
         raise ValueError(f"this model has no classes, got class {name}")
     return _checked(int(name), count)

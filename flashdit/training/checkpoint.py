@@ -116,6 +116,8 @@ def read_checkpoint(folder: Path) -> Saved:
             raise ValueError(f"{OPTIMIZER} must hold the optimiser and the scaler")
         if not isinstance(processes, list):
             raise ValueError(f"{PROCESSES} must hold a list of processes")
+        for path in sorted(folder.glob("*.safetensors")):  # what the task writes beside the models
+            read_content(path)
         return Saved(
             state=state,
             model=read_tensors(folder / "model"),

@@ -8,14 +8,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 logger = logging.getLogger(__name__)
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 LAUNCHED = "TORCHELASTIC_RUN_ID"
+HOPELESS = 3
+"""Skipped steps in a row at the end of a run that make it a failed one; fp16 skips one now and then."""
 ECHO_S = 5.0
 """Seconds in which a launcher hands on a Ctrl-C that the terminal has sent to all processes itself."""
 
@@ -51,6 +55,16 @@ class SkipGuard:
             raise FloatingPointError(
                 f"the gradient must be finite, got {self.in_a_row} steps in a row up to step {step} where it "
                 "was not; the last checkpoint is kept: lower optimizer.lr or check the data"
+            )
+
+    def check_end(self, weights: Iterable[Tensor]) -> None:
+        """Raises FloatingPointError if training ended in skipped steps that nothing would have mended."""
+        if self.in_a_row and (
+            self.in_a_row >= HOPELESS or not all(bool(weight.isfinite().all()) for weight in weights)
+        ):
+            raise FloatingPointError(
+                f"the gradient must be finite at the end, got {self.in_a_row} skipped steps in a row: start "
+                "again from an earlier checkpoint, with a lower optimizer.lr"
             )
 
 

@@ -36,6 +36,7 @@ from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
 from flashdit.training.resume import main_first, newest_whole, open_run_folder
 from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
+from flashdit.training.state import local
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from flashdit.training.tracking import Tracker
 
@@ -163,6 +164,7 @@ class TrainingLoop(Generic[AnyTask]):
                 ended = self._make_step(batches, stop)
                 bar.update()
                 ended = self._after_step(bar, stop, ended)
+            self.guard.check_end(map(local, self.model.parameters()))
             if ended and self.step < training.steps:
                 self.stopped_by = stop.received or "a signal to another process"
 

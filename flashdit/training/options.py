@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from flashdit.shared.registry import unknown
@@ -11,6 +12,7 @@ from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+MOST_WORKERS = 256
 COMPILES = ("none", "block", "model")
 
 
@@ -65,6 +67,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {value}")
+        if not 0 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"training.workers must be from 0 to {MOST_WORKERS}, got {self.workers}")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(
                 "training.keep_matmuls requires gradient_checkpointing and no compile, which does so itself, "
@@ -95,8 +99,13 @@ def check_run(config: LoopConfig) -> None:
     """Raises ValueError for options of every run that are invalid together, or missing."""
     if not config.run.dir:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
-    if config.seed < 0:
-        raise ValueError(f"seed must not be negative, got {config.seed}")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed must be from 0 to below 2^63, got {config.seed}")
+    pictures = getattr(config, "data", {})
+    if pictures.get("name") == "images" and "path" in pictures:
+        run, folder = Path(config.run.dir).resolve(), Path(str(pictures["path"])).resolve()
+        if run.is_relative_to(folder):
+            raise ValueError(f"run.dir must not lie in the images of data.path={folder}, got {run}")
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
         raise ValueError(

@@ -47,6 +47,11 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copies a whole tensor, which every process holds, into one that may lie in shards."""
     if isinstance(target, DTensor):

@@ -91,7 +91,9 @@ def test_what_cannot_be_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"pixels need the VAE that these latents come from"):
         space().decode(torch.zeros(1, 4, 8, 8))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"must hold config.json, or vae/config.json, .*empty has neither"):
+    with pytest.raises(
+        ValueError, match=r"must hold config.json, vae/config.json or a run's checkpoint, .*empty has none"
+    ):
         load_vae(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"every latent channel must vary"):
         channel_statistics(torch.ones(3, 4, 2, 2))

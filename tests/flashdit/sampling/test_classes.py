@@ -47,7 +47,7 @@ def test_classes_go_by_id_or_name():
         ("207", NAMES, r"class 207 is out of range for this 3-class model \(0–2\)"),
         ("-1", NAMES, r"class -1 is out of range for this 3-class model \(0–2\)"),
         ("golden retreiver", NAMES, "unknown class 'golden retreiver'; did you mean 'golden retriever'"),
-        ("xyz", NAMES, r"unknown class 'xyz' \(this model has 3 classes\)"),
+        ("xyz", NAMES, r"unknown class 'xyz' \(this model has 3 classes: cat, golden retriever, hen\)"),
         ("crane", BIRDS, "class 'crane' must name one class, got 0 and 2: give the id"),
         ("Crane", BIRDS, "class 'Crane' must name one class, got 0 and 2: give the id"),
         ("0", [], "this model has no classes, got class 0"),

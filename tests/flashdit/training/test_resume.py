@@ -255,3 +255,35 @@ def test_signals_that_a_platform_lacks_are_left_out(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     with StopSignals() as stop:
         assert set(stop.previous) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def test_a_run_that_ends_with_broken_weights_is_an_error_and_not_a_trained_model(tiny_overrides):
+    run = trainer(tiny_overrides, "optimizer.lr=1e30", "training.steps=4")
+    with pytest.raises(FloatingPointError, match="must be finite at the end, got 3 skipped steps"):
+        run.fit()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut"])
+def test_a_damaged_space_or_state_is_named_and_the_run_goes_on_from_the_checkpoint_before(
+    tiny_overrides, tmp_path, caplog, damage
+):
+    trainer(tiny_overrides, "training.steps=4").fit()
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    for name in ("latents.safetensors", "state.json"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert trainer(tiny_overrides, "training.steps=6").step == 2
+        assert "is damaged" in caplog.text
+        (newest / name).write_bytes(whole)
+
+
+def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    assert trainer(tiny_overrides, "flow.prediction=velocity").step == 2
+
+
+def test_a_run_below_its_own_pictures_is_refused(tmp_path):
+    options = [f"data.path={tmp_path}", f"run.dir={tmp_path / 'run'}", "data.name=images"]
+    with pytest.raises(ValueError, match=r"run\.dir must not lie in the images of data\.path"):
+        config.load("digits", [*options, "latents.vae=digits"])
