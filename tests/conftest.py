@@ -1,7 +1,12 @@
+import signal
 import sys
 
 import pytest
 import torch
+
+for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:  # by nohup or a shell's background job
+        signal.signal(getattr(signal, name), usual)  # processes that tests start inherit what is ignored
 
 
 @pytest.fixture

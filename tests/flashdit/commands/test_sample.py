@@ -220,7 +220,7 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--sampler-option", "order"], "--sampler-option must be key=value, got 'order'"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
         (["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
-        (["--checkpoint", "half"], "a checkpoint must be whole and of a FlashDiT, half is not"),
+        (["--checkpoint", "half"], "half/latents.safetensors is damaged"),
         (["--checkpoint", "other"], "a checkpoint must hold a FlashDiT, got UNet2DModel"),
         (["--checkpoint", "vae"], "the VAE must be the one of the training latents (000000000000)"),
         (["--vae", "absent"], "must be a data set that brings an autoencoder, a folder or a hub name"),
