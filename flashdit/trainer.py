@@ -39,7 +39,7 @@ from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products
-from flashdit.shared.runs import LATENTS, DamagedCheckpoint, list_checkpoints, read_state
+from flashdit.shared.runs import LATENTS, list_checkpoints, newest_readable, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -158,27 +158,20 @@ class FlashDiTTask(Task):
         self.examples = Examples(self.data, times, config.seed, dropped)
         self.images_per_epoch = len(self.data.labels)
 
-    def _earlier_space(self) -> list[LatentSpace]:
-        """Returns the space of the newest checkpoint that has a whole one; a new run has none."""
-        for checkpoint in reversed(list_checkpoints(self.run_dir)):
-            try:
-                return [LatentSpace.read(checkpoint / LATENTS)]
-            except DamagedCheckpoint:  # which is named where the run goes on from the one before
-                continue
-        return []
-
     def _check_same_space(self) -> None:
         """Raises ValueError if a run goes on in another space, or with another autoencoder, than it began.
 
         An autoencoder that the run did not name before is accepted where it fits, and so is a moved one.
         """
-        for begun in self._earlier_space():
-            if begun.options.space != self.space.options.space:
-                before, now = begun.options.space, self.space.options.space
-                raise ValueError(f"{self.run_dir} holds a run with latents.space={before}, got {now}")
-            if begun.options.vae is not None and self.space.options.vae is None:
-                raise ValueError(f"{self.run_dir} holds a run with latents.vae={begun.options.vae}, got null")
-            self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
+        begun = newest_readable(self.run_dir, lambda checkpoint: LatentSpace.read(checkpoint / LATENTS))
+        if begun is None:
+            return
+        before, now = begun.options, self.space.options
+        if before.space != now.space:
+            raise ValueError(f"{self.run_dir} holds a run with latents.space={before.space}, got {now.space}")
+        if before.vae is not None and now.vae is None:
+            raise ValueError(f"{self.run_dir} holds a run with latents.vae={before.vae}, got null")
+        self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
 
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""

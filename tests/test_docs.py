@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pages import FENCE, fenced
 from test_architecture import LAYERS
 
 import flashdit.__main__
@@ -41,12 +42,11 @@ SCRIPTS = {
 }
 FOLDERS = ("flashdit", "iwin_core", "iwin_tasks", "configs", "docs", "tests", "tools", "benchmarks")
 GROUPS = ("flashdit.samplers", "flashdit.metrics", "flashdit.data", "flashdit.extractors")
-FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(path, language):
     """Returns the fenced blocks of a language."""
-    return [text for name, text in FENCE.findall(path.read_text()) if name == language]
+    return fenced(path.read_text(), language)
 
 
 def prose(path):

@@ -1,18 +1,13 @@
 """Does the road of docs/own_pictures.md run as it is written, on pictures that are hard to read?"""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 from hard_pictures import make_hard_pictures
-
-import flashdit.__main__
-import iwin_tasks.__main__
+from pages import fenced, run_command
 
 PAGE = (Path(__file__).parents[1] / "docs" / "own_pictures.md").read_text()
-ENTRIES = {"flashdit": flashdit.__main__, "iwin": iwin_tasks.__main__}
 LOOP = [f"training.{option}" for option in ("steps=2", "global_batch_size=4", "workers=0", "save_every=2")]
 LOOP += ["training.preview_every=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=null"]
 MODEL = ["model.hidden_size=12", "model.depth=1", "model.num_heads=1"]
@@ -26,16 +21,9 @@ SHORT = {
 }
 
 
-def blocks(language):
-    """Returns the page's blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
 def run(line):
     """Runs a command of the page, with less work."""
-    words = shlex.split(line)
-    short = next((more for start, more in SHORT.items() if line.startswith(start)), [])
-    ENTRIES[words[0]].main([*words[1:], *short])
+    run_command(line, SHORT)
 
 
 @pytest.fixture
@@ -46,8 +34,8 @@ def pictures(tmp_path, monkeypatch):
 
 
 def test_the_road_runs_as_it_is_written(pictures, capsys, caplog):
-    looks, trains, autoencoder, scores = blocks("sh")
-    of_the_look, of_the_training = blocks("text")
+    looks, trains, autoencoder, scores = fenced(PAGE, "sh")
+    of_the_look, of_the_training = fenced(PAGE, "text")
     run(looks.strip())
     printed = capsys.readouterr().out
     assert all(line in printed.splitlines() for line in of_the_look.splitlines())

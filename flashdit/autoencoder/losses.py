@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
@@ -15,7 +16,6 @@ from flashdit.shared.weights import read_tensors
 
 TAPS = (4, 9, 16, 23, 30)
 """Ends of VGG16's layers up to relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPSILON = 1e-10
 
 
@@ -49,8 +49,8 @@ class PerceptualError(nn.Module):
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # a feature that was taken must stay
         self.parts = nn.ModuleList(features[start:end] for start, end in pairwise((0, *TAPS)))
-        self.mean = nn.Buffer(torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1))
-        self.std = nn.Buffer(torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(IMAGENET_DEFAULT_MEAN).reshape(1, 3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(IMAGENET_DEFAULT_STD).reshape(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ from flashdit.training.task import PeriodicAction, Task, Tensors
 SHOWN_IMAGES = 10
 """Held-out images of the picture of reconstructions."""
 RECONSTRUCTED_AT_ONCE = 32
-LOG_VARIANCES = (-30.0, 20.0)
-"""Bounds that diffusers' DiagonalGaussianDistribution has too."""
 
 
 class Reconstructor(AutoencoderKL):
@@ -43,10 +41,9 @@ class Reconstructor(AutoencoderKL):
             images: (B, 3, H, W) in [−1, 1].
             noise: Standard normal, of the latents' shape (B, C, H/f, W/f).
         """
-        mean, log_variance = self._encode(images).chunk(2, 1)
-        log_variance = log_variance.clamp(*LOG_VARIANCES)
-        latents = mean + (0.5 * log_variance).exp() * noise
-        return self.decode(cast(Any, latents), return_dict=False)[0], mean, log_variance
+        (posterior,) = self.encode(cast(Any, images), return_dict=False)
+        latents = posterior.mean + posterior.std * noise
+        return self.decode(cast(Any, latents), return_dict=False)[0], posterior.mean, posterior.logvar
 
 
 class ImageExamples(Dataset):

@@ -151,21 +151,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
 
 
-def image_extent(path: Path) -> tuple[int, int]:
-    """Returns width and height that an image file states; its pixels are not read, nor turned upright.
-
-    Raises:
-        ValueError: If it states none.
-    """
-    _silence_pillow()
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as file:
-            return file.size
-    except Exception as error:  # as in read_image
-        reason = printable(error.strerror or error) if isinstance(error, OSError) else printable(error)
-        raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
-
-
 def _check_pixels(width: int, height: int) -> None:
     """Raises ValueError for more pixels than Pillow's limit, at which it would only warn."""
     limit = Image.MAX_IMAGE_PIXELS
@@ -239,6 +224,14 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def crop_of_file(picture: Image.Image, size: int, path: Path) -> Image.Image:
+    """Returns the `centre_crop` of what was read of a file, which an error names."""
+    try:
+        return centre_crop(picture, size)
+    except ValueError as error:
+        raise ValueError(f"every image must be readable, {printable(path)} is not: {error}") from error
 
 
 def parse_background(name: str) -> tuple[int, int, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flashdit.shared.registry import unknown
 
+Content = TypeVar("Content")
 CHECKPOINT_FORMAT = 1
 """Of a checkpoint, in its state.json."""
 PREFIX = "step_"
@@ -28,6 +31,21 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Returns a run's checkpoint folders, by step."""
     return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if (path / STATE).is_file())
+
+
+def newest_readable(run_dir: Path, read: Callable[[Path], Content]) -> Content | None:
+    """Returns what a function reads of the newest checkpoint where it can; None where it cannot of any.
+
+    Damaged ones after it are passed over: where the run goes on they are named.
+
+    Args:
+        run_dir: The run's folder.
+        read: Of a checkpoint's folder; raises DamagedCheckpoint.
+    """
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        with suppress(DamagedCheckpoint):
+            return read(checkpoint)
+    return None
 
 
 def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from flashdit.shared.command import need_extra
+from flashdit.shared.locks import held
 from flashdit.web.studio import Studio, load_generators
 
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
@@ -39,27 +39,18 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def hold(file: IO[str]) -> bool:
-    """Returns whether this process now holds a file's lock, which the kernel frees when the process ends."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # Windows, or another process holds it
-        return False
-    return True
-
-
 @contextmanager
 def own_folder() -> Iterator[Path]:
     """Yields a temporary folder that goes with the process; what killed processes left goes first."""
     for owner in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{OWNER}"):
-        with suppress(OSError), owner.open("r+") as file:  # it may be somebody else's
-            if hold(file):
+        with suppress(OSError), held(owner) as free:  # it may be somebody else's
+            if free:
                 shutil.rmtree(owner.parent)
-    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, (Path(folder) / OWNER).open("w") as file:
-        hold(file)
-        yield Path(folder).resolve()
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+        owner = Path(folder, OWNER)
+        owner.touch()
+        with held(owner):
+            yield Path(folder).resolve()
 
 
 def serve(

@@ -16,10 +16,10 @@ from torch import Tensor
 from flashdit.data.images import (
     READERS,
     WHITE,
-    centre_crop,
+    crop_of_file,
     enlarged_images,
     find_images,
-    image_extent,
+    image_sides,
     parse_background,
     read_image,
     report_images,
@@ -107,7 +107,7 @@ class FolderSource:
     def _needs_crop(self, side: int) -> int | None:
         """Returns the side if an image has another size, having said how many are enlarged; else None."""
         with ThreadPoolExecutor(READERS) as readers:
-            extents = dict(zip(self.files, readers.map(image_extent, self.files), strict=True))
+            extents = dict(zip(self.files, readers.map(image_sides, self.files), strict=True))
         others = sum(extent != (side, side) for extent in extents.values())
         if not others:
             return None
@@ -121,10 +121,7 @@ class FolderSource:
         """Returns a file as RGB uint8 (3, h, w)."""
         picture = read_image(file, self.background)
         if self.cropped_to is not None:
-            try:
-                picture = centre_crop(picture, self.cropped_to)
-            except ValueError as error:
-                raise ValueError(f"every image must be readable, {file} is not: {error}") from error
+            picture = crop_of_file(picture, self.cropped_to, file)
         return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w").contiguous()
 
     def batches(self, batch_size: int, ids: Tensor | None = None) -> Batches:

@@ -1,16 +1,12 @@
 """Does the page's road from a folder of pictures to scores run as it is written?"""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import fenced, run_command
 from PIL import Image
-
-import flashdit.__main__
-import iwin_tasks.__main__
 
 PAGE = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
 SECTION = PAGE.partition("## Scoring your own pictures")[2].partition("\n## ")[0]
@@ -25,19 +21,10 @@ SHORT = {
 }
 
 
-def fenced(language):
-    """Returns the section's blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-
-
 def run(line):
     """Runs a command of the page, with less work."""
-    words = [word for word in shlex.split(line, comments=True) if word != "PYTHONPATH=."]
-    for start, more in SHORT.items():
-        if line.startswith(start):
-            words = [word.replace("500", "12") for word in words] + more
-    entry = {"flashdit": flashdit.__main__, "iwin": iwin_tasks.__main__}[words[0]]
-    entry.main(words[1:])
+    line = line.removeprefix("PYTHONPATH=. ")
+    run_command(line.replace(" 500", " 12") if line.startswith(tuple(SHORT)) else line, SHORT)
 
 
 @pytest.fixture
@@ -56,7 +43,7 @@ def pictures(tmp_path, monkeypatch):
 
 
 def test_the_section_runs_as_it_is_written(pictures, capsys):
-    halves, judge = fenced("python")
+    halves, judge = fenced(SECTION, "python")
     exec(compile(halves, "evaluation.md", "exec"), {})
     Path("judges.py").write_text(judge)
     run(
@@ -64,7 +51,7 @@ def test_the_section_runs_as_it_is_written(pictures, capsys):
         "model.hidden_size=12 model.depth=1 training.steps=2 optimizer.warmup_steps=0 training.workers=0 "
         "training.global_batch_size=4 training.preview_every=0 training.save_every=2"
     )
-    for block in fenced("sh"):
+    for block in fenced(SECTION, "sh"):
         for line in block.splitlines():
             run(line)
     floor, mine = (

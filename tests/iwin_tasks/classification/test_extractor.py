@@ -11,24 +11,12 @@ from PIL import Image
 
 from flashdit.__main__ import main
 from flashdit.evaluation.features.extractors import build_extractor
-from iwin_tasks.classification.config import load_classifier_config
-from iwin_tasks.classification.task import ClassifierTrainer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Returns the run of a classifier of the digits after two steps."""
-    folder = tmp_path_factory.mktemp("classifier") / "run"
-    overrides = [f"run.dir={folder}", "training.steps=2", "optimizer.decay_steps=null"]
-    overrides += ["training.preview_every=0", "training.global_batch_size=4"]
-    ClassifierTrainer(load_classifier_config(None, overrides)).fit()
-    return folder
-
-
-def test_a_run_is_an_extractor_of_its_own_classes(run):
-    extractor = build_extractor(str(run))
+def test_a_run_is_an_extractor_of_its_own_classes(classifier_run):
+    extractor = build_extractor(str(classifier_run))
     assert extractor.class_names[:2] == ["zero", "one"]
     assert extractor.colours == "grey"
     images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
@@ -42,9 +30,16 @@ def test_a_run_is_an_extractor_of_its_own_classes(run):
         torch.testing.assert_close(features["logits"], network((pixels - mean) / std))
 
 
-def test_the_command_scores_by_a_run_with_accuracy(run, tmp_path, capsys):
+def test_the_command_scores_by_a_run_with_accuracy(classifier_run, tmp_path, capsys):
     words = ["eval", "--samples", str(digit_folder(tmp_path)), "--reference", str(tmp_path / "digits")]
-    words += ["--extractor", str(run), "--metrics", "fid,accuracy", "--output", str(tmp_path / "out.json")]
+    words += [
+        "--extractor",
+        str(classifier_run),
+        "--metrics",
+        "fid,accuracy",
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
     main(words)
     scores = json.loads((tmp_path / "out.json").read_text())
     assert scores["metrics"]["fd_8"] == pytest.approx(0, abs=1e-3)
@@ -98,7 +93,7 @@ def test_timms_models_need_a_name_and_their_own_weights(tmp_path):
 
 
 def test_grey_judges_of_colour_pictures_are_warned_of_on_the_terminal_and_in_the_report(
-    run, tmp_path, capsys
+    classifier_run, tmp_path, capsys
 ):
     folder = tmp_path / "colour"
     folder.mkdir()
@@ -106,16 +101,16 @@ def test_grey_judges_of_colour_pictures_are_warned_of_on_the_terminal_and_in_the
     for number in range(4):
         Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     words = ["eval", "--samples", str(folder), "--reference", str(folder), "--metrics", "fid"]
-    main([*words, "--extractor", str(run), "--output", str(tmp_path / "out.json")])
+    main([*words, "--extractor", str(classifier_run), "--output", str(tmp_path / "out.json")])
     warning = "the samples are colour images, extractor 'classifier' was trained on grey ones"
     assert warning in " ".join(capsys.readouterr().out.split())
     assert warning in json.loads((tmp_path / "out.json").read_text())["warnings"]
 
 
-def test_a_reference_made_by_a_run_finds_it_again_from_any_folder(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(run.parent)
+def test_a_reference_made_by_a_run_finds_it_again_from_any_folder(classifier_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(classifier_run.parent)
     samples = str(digit_folder(tmp_path))
-    main(["eval", "make-reference", samples, str(tmp_path / "r.npz"), "--extractor", run.name])
+    main(["eval", "make-reference", samples, str(tmp_path / "r.npz"), "--extractor", classifier_run.name])
     monkeypatch.chdir(tmp_path)
     main(["eval", "--samples", samples, "--reference", "r.npz", "--output", "out.json"])
     content = json.loads((tmp_path / "out.json").read_text())

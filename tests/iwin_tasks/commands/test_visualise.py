@@ -5,8 +5,6 @@ from PIL import Image
 from flashdit.shared.command import run_script
 from flashdit.shared.runs import find_checkpoint
 from flashdit.shared.weights import read_tensors
-from iwin_tasks.classification.config import load_classifier_config
-from iwin_tasks.classification.task import ClassifierTrainer
 from iwin_tasks.commands import visualise
 from iwin_tasks.commands.panels import colours, read_photographs
 
@@ -107,29 +105,19 @@ def test_checkpoint_is_loaded_and_one_of_another_model_refused(tmp_path):
         visualise.build_model("resnet18", tmp_path / "weights.pth", None)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Returns the run of a classifier of the digits after two steps."""
-    folder = tmp_path_factory.mktemp("classifier") / "run"
-    overrides = [f"run.dir={folder}", "training.steps=2", "optimizer.decay_steps=null"]
-    overrides += ["training.preview_every=0", "training.global_batch_size=4"]
-    ClassifierTrainer(load_classifier_config(None, overrides)).fit()
-    return folder
-
-
-def test_a_trained_run_is_drawn_with_its_own_model_and_size(run, photographs, tmp_path, capsys):
-    words = ["--checkpoint", str(run), "--layer", "layers.1", "--kind", "gradcam"]
+def test_a_trained_run_is_drawn_with_its_own_model_and_size(classifier_run, photographs, tmp_path, capsys):
+    words = ["--checkpoint", str(classifier_run), "--layer", "layers.1", "--kind", "gradcam"]
     visualise.main([*words, "--images", str(photographs), "--output", str(tmp_path / "cams.png")])
     assert "wrote" in capsys.readouterr().out
-    average = read_tensors(find_checkpoint(run) / "ema")
-    model = visualise.build_model(None, run, None)
+    average = read_tensors(find_checkpoint(classifier_run) / "ema")
+    model = visualise.build_model(None, classifier_run, None)
     assert visualise.model_size(model) == (32, 32)
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
 
 
-def test_a_run_of_another_model_or_kind_is_refused(run, tmp_path):
+def test_a_run_of_another_model_or_kind_is_refused(classifier_run, tmp_path):
     with pytest.raises(ValueError, match=r"--model must be that of the run, iwin_\w+, or be left out, got"):
-        visualise.build_model("resnet10t", run, None)
+        visualise.build_model("resnet10t", classifier_run, None)
     with pytest.raises(ValueError, match="a picture requires --model NAME, or --checkpoint with a run"):
         visualise.build_model(None, None, None)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
