@@ -18,7 +18,7 @@ from flashdit.data.images import READERS, check_crop, enlarged_images, report_im
 from flashdit.data.sources import ImageFolder
 from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
-from flashdit.shared.runs import DamagedCheckpoint, list_checkpoints, read_state
+from flashdit.shared.runs import newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
 RECORD_FORMAT = 1
@@ -86,9 +86,13 @@ def leave_out_unreadable(
         progress: Whether to show a bar, where somebody watches.
 
     Raises:
-        ValueError: If no image of a class can be read, or a resumed run began with other images.
+        ValueError: If no image of a class can be read, a resumed run began with other classes, or the run's
+            folder lies among the images.
     """
     if record is not None:
+        if record.resolve().is_relative_to(source.found.root.resolve()):  # its pictures would become data
+            root = printable(source.found.root)
+            raise ValueError(f"run.dir must not lie in the images of data.path, {root}, got {record.parent}")
         source = with_classes_of_run(source, record.parent)
     before = _from_main(_read_record(record))
     sizes = dict(zip(source.names, source.num_bytes, strict=True))
@@ -116,18 +120,16 @@ def with_classes_of_run(source: ImageFolder, run_dir: Path) -> ImageFolder:
     Raises:
         ValueError: If the folder has not the run's classes.
     """
-    for checkpoint in reversed(list_checkpoints(run_dir)):
-        try:
-            names = read_state(checkpoint).get("class_names") or source.class_names
-        except DamagedCheckpoint:  # which is named where the run goes on from the one before
-            continue
-        if names != source.class_names:
-            source = ImageFolder(source.options, names)
-        if new := source.class_names[len(names) :]:
-            raise ValueError(
-                f"a resumed run keeps its classes, {printable(source.found.root)} has others too: "
-                f"{', '.join(new)}; give another run.dir"
-            )
+    names = newest_readable(run_dir, lambda checkpoint: read_state(checkpoint).get("class_names"))
+    if not names:
+        return source
+    if names != source.class_names:
+        source = ImageFolder(source.options, names)
+    if new := source.class_names[len(names) :]:
+        raise ValueError(
+            f"a resumed run keeps its classes, {printable(source.found.root)} has others too: "
+            f"{', '.join(new)}; give another run.dir"
+        )
     return source
 
 

@@ -13,13 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flashdit.data.images import centre_crop, find_images, parse_background, read_image
+from flashdit.data.images import crop_of_file, find_images, parse_background, read_image
 from flashdit.data.shards import LatentShards
 from flashdit.shared.registry import Buildable, Registry
 
 DATASETS = Registry("data", "flashdit.data")
-
-
 MOST_PIXELS = 8192  # of a side
 
 
@@ -118,8 +116,10 @@ class ImagesOptions:
     """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
-        if not 1 <= self.image_size <= MOST_PIXELS:
-            raise ValueError(f"data.image_size must be from 1 to {MOST_PIXELS}, got {self.image_size}")
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+        if self.image_size > MOST_PIXELS:
+            raise ValueError(f"data.image_size must be at most {MOST_PIXELS}, got {self.image_size}")
         parse_background(self.background)
 
 
@@ -157,10 +157,7 @@ class ImageFolder:
     def read(self, index: int) -> tuple[Tensor, int]:
         """Returns one centre-cropped image, uint8 (3, S, S), and the short side that its file has."""
         picture = self.picture(index)
-        try:
-            cropped = centre_crop(picture, self.image_size)
-        except ValueError as error:
-            raise ValueError(f"every image must be readable, {self.paths[index]} is not: {error}") from error
+        cropped = crop_of_file(picture, self.image_size, self.paths[index])
         return torch.from_numpy(np.array(cropped)).permute(2, 0, 1), min(picture.size)
 
     def identity(self) -> dict[str, Any]:

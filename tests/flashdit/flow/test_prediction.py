@@ -96,7 +96,7 @@ def test_a_run_stores_what_its_model_predicts(tiny_overrides, tmp_path):
     assert settings.model.get("prediction") is None
     Trainer(settings).fit()
     assert load_generator(tmp_path / "run").model.config["prediction"] == "data"
-    with pytest.raises(ValueError, match=r"whose flow\.prediction is data, not None"):
+    with pytest.raises(ValueError, match=r"whose flow\.prediction is data, not velocity"):
         Trainer(config.load(None, overrides[:-1]))
 
 

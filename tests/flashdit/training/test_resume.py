@@ -284,6 +284,11 @@ def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):
-    options = [f"data.path={tmp_path}", f"run.dir={tmp_path / 'run'}", "data.name=images"]
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "cat" / "0.png")
+    below = tmp_path / "pictures" / "run"
+    options = [f"data.path={tmp_path / 'pictures'}", f"run.dir={below}", "data.name=images"]
+    options += ["data.image_size=32", "model.num_classes=1"]
     with pytest.raises(ValueError, match=r"run\.dir must not lie in the images of data\.path"):
-        config.load("digits", [*options, "latents.vae=digits"])
+        Trainer(config.load("digits", options))
+    assert not below.exists()

@@ -58,7 +58,7 @@ def test_every_shipped_config_loads_builds_and_opens_with_its_command(path):
         _, side, *_ = path.stem.split("_")
         assert (model.config.img_size, model.config.window_size) == (int(side), SIDES[side])
     else:
-        assert path.stem in ("digits_32", "digits_64")
+        assert path.stem in ("digits_32", "digits_64", "small_64")
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
