@@ -118,7 +118,7 @@ def spread(faults: Sequence[Fault], count: int) -> list[Fault]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Returns the files of a file's tests, of its folder's and its part's in TESTS, first those that name it."""
+    """Returns the files of a file's tests, its folder's and its part's in TESTS, first those that name it."""
     path = Path(file)
     module, own = ".".join(path.with_suffix("").parts), f"test_{path.name}"
     part = next(part for part in (path, *path.parents) if str(part) in TESTS)
