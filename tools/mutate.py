@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,18 @@ FAULTS = Path(__file__).with_name("mutations.toml")
 COPIED = ("flashdit", "iwin_core", "iwin_tasks", "tests", "configs", "tools", "benchmarks", "docs")
 PRELOADED = ("torch", "torchvision", "diffusers.models.modeling_utils", "accelerate", "timm", "scipy.linalg")
 COMMANDS = ["tests/flashdit/commands", "tests/test_commands.py", "tests/test_scripts.py"]
-TESTS = {  # folders whose faults other folders' tests are meant to notice too, in the order they are run
+IMAGES = ["tests/flashdit/data/test_images.py", "tests/flashdit/data/test_inspection.py"]
+PIPELINE = ["tests/flashdit/sampling/test_pipeline.py", "tests/flashdit/sampling/test_exported.py"]
+TESTS = {  # files that tests elsewhere or without their name are for; folders that others' tests are for, too
+    "flashdit/commands/survey.py": ["tests/flashdit/commands/test_new.py"],
+    "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
+    "flashdit/data/walk.py": IMAGES,
+    "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
+    "flashdit/data/fit.py": ["tests/flashdit/test_trainer.py", "tests/flashdit/commands/test_estimate.py"],
+    "flashdit/evaluation/features/timm_models.py": ["tests/iwin_tasks/classification/test_extractor.py"],
+    "flashdit/sampling/schedulers.py": PIPELINE,
+    "flashdit/training/position.py": ["tests/flashdit/training", "tests/flashdit/test_trainer.py"],
+    "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
     "flashdit/models": [
         "tests/flashdit/models",
@@ -53,6 +65,7 @@ TESTS = {  # folders whose faults other folders' tests are meant to notice too, 
     ],
     "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
+    "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],
     "flashdit/commands": COMMANDS,
     "flashdit/trainer.py": [
         "tests/flashdit/training",
@@ -81,12 +94,13 @@ class Fault:
         return f"{self.file}: {self.old.strip()!r} → {self.new.strip()!r}"
 
 
-def read_faults(path: Path, folders: Sequence[str] = ("",)) -> list[Fault]:
+def read_faults(path: Path, folders: Sequence[str] = ("",), near: bool = False) -> list[Fault]:
     """Returns the faults of a TOML file, each checked to fit the code as it is.
 
     Args:
         path: Holds `[[fault]]` tables with `file`, `old`, `new` and, where need be, `tests`.
         folders: Beginnings of the files that are meant.
+        near: As `tests_of` takes it.
 
     Raises:
         ValueError: If a text to replace is not in its file exactly once.
@@ -95,9 +109,8 @@ def read_faults(path: Path, folders: Sequence[str] = ("",)) -> list[Fault]:
     for table in tomllib.loads(path.read_text())["fault"]:
         if not table["file"].startswith(tuple(folders)):
             continue
-        fault = Fault(
-            table["file"], table["old"], table["new"], tuple(table.get("tests", tests_of(table["file"])))
-        )
+        tests = tuple(table.get("tests", tests_of(table["file"], near)))
+        fault = Fault(table["file"], table["old"], table["new"], tests)
         times = (ROOT / fault.file).read_text().count(fault.old)
         if times != 1:
             raise ValueError(f"a fault's old text must be in its file once, got {times} times: {fault.key}")
@@ -117,17 +130,26 @@ def spread(faults: Sequence[Fault], count: int) -> list[Fault]:
     return chosen
 
 
-def tests_of(file: str) -> list[str]:
-    """Returns the files of a file's tests, its folder's and its part's in TESTS, first those that name it."""
+def tests_of(file: str, near: bool) -> list[str]:
+    """Returns the files of a file's tests, its folder's and its part's in TESTS, first those that name it.
+
+    Args:
+        file: Which has the fault.
+        near: Only those that name it, or else its folder's, or else all.
+    """
     path = Path(file)
-    module, own = ".".join(path.with_suffix("").parts), f"test_{path.name}"
     part = next(part for part in (path, *path.parents) if str(part) in TESTS)
     folder = [] if part == path else [ROOT / "tests" / path.parent]
     found: dict[Path, None] = {}
     for test in (*folder, *(ROOT / test for test in TESTS[str(part)])):
         found |= dict.fromkeys([test] if test.is_file() else sorted(test.rglob("test_*.py")))
-    first = sorted(found, key=lambda test: (test.name != own, module not in test.read_text()))
-    return [str(test.relative_to(ROOT)) for test in first]
+    own = [test for test in found if test.name == f"test_{path.name}"]
+    package, stem = ".".join(path.parent.parts), re.escape(path.stem)
+    imported = re.compile(rf"{re.escape(package)}(\.{stem}\b| import .*\b{stem}\b)")
+    naming = [test for test in found if imported.search(test.read_text())]
+    home = [test for test in found if test.parent == ROOT / "tests" / path.parent]
+    nearest = dict.fromkeys([*own, *naming] or home or found)
+    return [str(test.relative_to(ROOT)) for test in (nearest if near else nearest | found)]
 
 
 def run_tests(copy: str, tests: Sequence[str], log: str) -> None:
@@ -199,8 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--per-folder", type=int, metavar="N", help="N faults of each folder, evenly spread (default: all)"
     )
+    parser.add_argument("--near", action="store_true", help="only by tests that name the faulty module")
     arguments = parser.parse_args(argv)
-    faults = read_faults(arguments.faults, arguments.folder)
+    faults = read_faults(arguments.faults, arguments.folder, arguments.near)
     if arguments.per_folder is not None:
         faults = spread(faults, arguments.per_folder)
     results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}

@@ -215,6 +215,7 @@ def test_options_are_overrides():
         "autoencoder.factor=8",
         "training.steps=7",
     ]
+    assert overrides_of(parse(["--factor", "0"])) == ["autoencoder.factor=0"]  # which is refused there
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -45,6 +46,10 @@ def draft_of(num_images, **options):
     about = {"num_classes": 10, "image_size": 64, "latents": None, "space": Pixels(), "device": "cuda"}
     about |= {"images": "/pictures", "run_dir": "runs/x", "workers": 1}
     return Draft(num_images=num_images, **about | options)
+
+
+def latent_space(channels, factor):
+    return SimpleNamespace(channels=channels, factor=factor, image_side=None)
 
 
 def test_pictures_that_are_hard_to_read_train_by_the_printed_command_from_another_folder(
@@ -184,10 +189,19 @@ def test_the_model_grows_with_the_images(images, sizes):
         ({"device": "cpu", "num_images": 50_000}, 4),
         ({"image_size": 96}, 6),
         ({"image_size": 60}, 4),  # 15×15: windows are padded
+        ({"image_size": 36, "latents": "f2", "space": latent_space(4, factor=2)}, 2),  # 9×9 of 18×18
     ],
 )
 def test_patches_make_a_grid_of_at_most_sixteen(options, patch_size):
     assert draft_of(**{"num_images": 100} | options).patch_size == patch_size
+
+
+@pytest.mark.parametrize(
+    ("channels", "loss"), [(4, {"cosine_weight": 0}), (15, {"cosine_weight": 0}), (16, None)]
+)
+def test_the_angle_between_velocities_counts_where_there_are_many_channels(channels, loss):
+    draft = draft_of(100, latents="f2", space=latent_space(channels, factor=2))
+    assert yaml.safe_load(draft.to_yaml("# header"))["flow"].get("loss") == loss
 
 
 def test_previews_come_within_minutes_and_take_little_of_the_time():
