@@ -224,14 +224,12 @@ def test_the_defaults_that_help_states_are_those_of_the_options(entry, words, mo
     meant = defaults_of_options().get(words, {})
     for action in parsers[0]._actions:
         about = re.sub(r"(?<=\d),(?=\d)", "", action.help or "")
-        if "default" not in about:
-            continue
-        values = {
-            value
-            for value in (action.default, meant.get(action.dest))
-            if isinstance(value, str | int | float)
-        }
+        given = (action.default, meant.get(action.dest))
+        values = {value for value in given if isinstance(value, str | int | float) and value is not False}
         assert len(values) <= 1, (action.dest, values)
+        if "default" not in about:
+            assert not values or action.default is not None, f"{action.dest}: what is its default?"
+            continue
         for value in values:
             text = re.escape(f"{value:g}" if isinstance(value, float) else str(value))
             assert re.search(rf"default: {text}(?!\w)|\b{text}\b(?:(?! or )[^(;])*\(default\)", about), about
