@@ -34,7 +34,6 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
     "flashdit/data/walk.py": IMAGES,
     "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
-    "flashdit/data/fit.py": ["tests/flashdit/test_trainer.py", "tests/flashdit/commands/test_estimate.py"],
     "flashdit/evaluation/features/timm_models.py": ["tests/iwin_tasks/classification/test_extractor.py"],
     "flashdit/sampling/schedulers.py": PIPELINE,
     "flashdit/training/position.py": ["tests/flashdit/training", "tests/flashdit/test_trainer.py"],
