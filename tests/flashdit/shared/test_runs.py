@@ -10,6 +10,7 @@ import pytest
 
 from flashdit.shared.runs import (
     LATENTS,
+    DamagedCheckpoint,
     find_checkpoint,
     list_checkpoints,
     newest_run,
@@ -63,6 +64,13 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     assert read_state(folder) == {"format": 1, "step": 3}
     (folder / "state.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match=r"unknown checkpoint format of .* '9'.*\(known: 1\)"):
+        read_state(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", '["format"]', "1"])
+def test_a_state_that_is_no_mapping_is_a_damaged_checkpoint(tmp_path, text):
+    folder = make_checkpoint(tmp_path, 3, **{"state.json": text})
+    with pytest.raises(DamagedCheckpoint, match=r"step_00000003/state\.json is damaged: "):
         read_state(folder)
 
 
