@@ -41,7 +41,12 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     ],
     "flashdit/evaluation/features/timm_models.py": ["tests/iwin_tasks/classification/test_extractor.py"],
     "flashdit/sampling/schedulers.py": PIPELINE,
-    "flashdit/training/position.py": ["tests/flashdit/training", "tests/flashdit/test_trainer.py"],
+    "flashdit/training/position.py": [
+        "tests/flashdit/training/test_task.py",
+        "tests/flashdit/training",
+        "tests/flashdit/test_trainer.py",
+        "tests/iwin_tasks/classification/test_task.py",
+    ],
     "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
     "flashdit/models": [
