@@ -60,6 +60,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
     assert names == ["damaged_step_00000004", "step_00000004", "step_00000006"]
 
 
+def test_a_step_that_is_damaged_twice_takes_the_place_of_the_first(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=4").fit()
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    earlier = newest.with_name("damaged_step_00000004")
+    shutil.copytree(newest, earlier)
+    (newest / "optimizer.pt").write_bytes(b"second")
+    trainer(tiny_overrides).fit()
+    assert (earlier / "optimizer.pt").read_bytes() == b"second"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [
+        f"step_{step:08d}" for step in (2, 4, 6)
+    ]
+
+
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     (tmp_path / "run/checkpoints/step_00000002/optimizer.pt").write_bytes(b"")
@@ -92,9 +105,10 @@ def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
 
 def test_what_kills_left_in_a_run_is_removed_by_the_next(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
-    leftovers = [tmp_path / "run/checkpoints/.step_00000003.abc.tmp", tmp_path / "run/.config.yaml.x.tmp"]
+    names = ("checkpoints/.step_00000003.a.tmp", ".config.yaml.b.tmp", "samples/.step_00000001.png.c.tmp")
+    leftovers = [tmp_path / "run" / name for name in names]
     for leftover in leftovers:
-        leftover.mkdir()
+        leftover.mkdir(parents=True)
     trainer(tiny_overrides).fit()
     assert not [path for path in leftovers if path.exists()]
 
