@@ -234,6 +234,7 @@ def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:
     scored = min(draft.num_images, SCORED_ON_CPU if draft.device == "cpu" else SCORED_ON_GPU)
     score = ["flashdit", "eval", "--checkpoint", run, "--reference", images, "--image-size", size]
     score += ["--num-images", str(scored)]
+    score += ["--labels", "reference"] if draft.num_classes > 1 else []  # classes are seldom of one size
     commands = [("", train_command(out)), ("", shlex.join(["flashdit", "sample", "--checkpoint", run]))]
     if has_inception():
         return [*commands, ("", shlex.join(score))]

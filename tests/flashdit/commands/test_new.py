@@ -85,7 +85,16 @@ def test_the_next_commands_are_what_a_shell_takes(tmp_path, capsys):
     assert sample.parse(commands[1][2:]).checkpoint is not None
     assert commands[2][:2] == ["iwin", "classify"]
     assert {f"data.path={folder}", f"run.dir={run}_classifier", "model.num_classes=2"} <= set(commands[2])
-    reference = ["--reference", str(folder), "--image-size", "32", "--num-images", "6"]
+    reference = [
+        "--reference",
+        str(folder),
+        "--image-size",
+        "32",
+        "--num-images",
+        "6",
+        "--labels",
+        "reference",
+    ]
     assert commands[3] == [
         *("flashdit", "eval", "--checkpoint", run),
         *reference,
