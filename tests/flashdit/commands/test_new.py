@@ -174,13 +174,13 @@ def test_latents_take_the_autoencoder_by_its_lasting_name(tmp_path, capsys):
     folder = folder_of(tmp_path / "p", *[(70, 70)] * 4)
     made, _ = written(capsys, "--images", folder, "--latents", "digits")
     assert made["latents"] == {"vae": "digits"}
-    assert made["model"]["patch_size"] == 2, "64 pixels, factor 2: 32 latents a side, 16 tokens"
+    assert made["model"]["patch_size"] == 4, "64 pixels, factor 2: 32 latents a side, 8 tokens on a CPU"
     assert made["flow"]["prediction"] == "velocity"
     load_vae("digits").module.save_pretrained(tmp_path / "own")
     (tmp_path / "mine.yaml").unlink()
     made, _ = written(capsys, "--images", folder, "--latents", "own", "--image-size", "32")
     assert made["latents"] == {"vae": str(tmp_path / "own")}
-    assert made["model"]["patch_size"] == 1
+    assert made["model"]["patch_size"] == 2
 
 
 @pytest.mark.parametrize(
