@@ -185,6 +185,7 @@ class FolderEncoding:
         rows: list[int] = []
         small: dict[str, int] = {}
         unreadable: dict[str, str] = {}
+        transparent = 0
         first = shard * self.options.shard_rows  # numbers of posterior noise: each image has its own
         for batch in self._batches(shard):
             found = next(read)
@@ -195,6 +196,7 @@ class FolderEncoding:
             names = (self.source.names[row] for row in found.rows)
             small |= self._small(dict(zip(names, found.short_sides, strict=True)))
             unreadable |= {self.source.names[row]: why for row, why in found.unreadable.items()}
+            transparent += found.transparent
             first += len(batch)
             bar.update(len(batch))
         latents, mirrored = torch.cat(parts, 1)
@@ -208,6 +210,7 @@ class FolderEncoding:
             "sha256": file_sha256(path),
             "images": {name: self.listing[name] for name in self.shards[shard]},
             "small": small,
+            "transparent": transparent,
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
@@ -251,6 +254,7 @@ class FolderEncoding:
         unreadable = dict(self.source.found.unreadable)
         for record in records:
             unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
+        transparent = [record["transparent"] for record in records if "transparent" in record]
         manifest = self.plan | {
             "vae": self.options.vae,
             "vae_config": self.vae.config,
@@ -262,6 +266,7 @@ class FolderEncoding:
                 {name: side for record in records for name, side in record.get("small", {}).items()},
                 self.options.image_size,
             ),
+            "transparent": sum(transparent) if len(transparent) == len(records) else None,
             "shape": self.shape,
             "mean": moments.mean,
             "std": std,
