@@ -18,7 +18,7 @@ from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
-from flashdit.training.contents import difference_in_words
+from flashdit.training.contents import difference_in_words, equality_in_words
 from flashdit.training.guard import StopSignals
 from flashdit.training.task import PeriodicAction
 
@@ -103,7 +103,7 @@ def test_moved_data_and_defaults_that_are_written_out_are_the_same(
     with caplog.at_level("INFO"):
         run = trainer(tiny_overrides, f"data.path={moved}/", *written)
     assert run.step == 2
-    assert f"data.path is {moved}/, was {tiny_shards}: its content is the same" in caplog.text
+    assert f"data.path is {moved}/, was {tiny_shards}: its files have the same names and sizes" in caplog.text
     assert "resumed with another data" not in caplog.text
 
 
@@ -170,6 +170,21 @@ def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run
 )
 def test_differences_are_told_in_words(before, now, words):
     assert difference_in_words(before, now) == words
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ({"classes": ["a"], "files": {"a/0.png": 7}}, "its files have the same names and sizes"),
+        ({"files": {"x.safetensors": "5ca1"}}, "its files have the same names and checksums in the manifest"),
+        ({"classes": ["a"]}, "its classes have the same names, of its files nothing is known"),
+        ({"classes": None}, "what it was is not known"),
+        ("5ca1", "its configuration and weights are the same"),
+    ],
+)
+def test_no_more_is_said_to_be_the_same_than_was_compared(contents, words):
+    assert difference_in_words(contents, contents) == ""
+    assert equality_in_words(contents, contents) == words
 
 
 def test_a_vae_may_be_added_to_a_run_without_one_and_not_taken_away(tiny_overrides, tmp_path):
