@@ -22,6 +22,7 @@ from flashdit.data.encode_plan import (
     describe_update,
     known_classes,
     listing_sha256,
+    lost_records,
     read_plan,
     read_records,
     record_file,
@@ -30,7 +31,7 @@ from flashdit.data.encode_plan import (
 )
 from flashdit.data.images import enlarged_images, report_images
 from flashdit.data.inspection import ReadableImages, ReadBatch
-from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
@@ -134,7 +135,9 @@ class FolderEncoding:
     def begin(self) -> None:
         """Writes what the encoding will be, and says so; one process calls it before any writes."""
         report_images(self.source.found.describe(), self.source.found.unreadable)
-        if update := describe_update(self.listing, self.records, self.kept) if self.records else "":
+        if lost := lost_records(self.out, self.records):
+            logger.warning("%s has no record of %s: encoded again", self.out / RECORDS, ", ".join(lost))
+        elif update := describe_update(self.listing, self.records, self.kept) if self.records else "":
             logger.info("%s", update)
         if self.before != self.plan:
             (self.out / MANIFEST).unlink(missing_ok=True)  # an encoding that is cut off is not complete

@@ -253,6 +253,24 @@ def test_an_update_that_is_cut_off_is_finished_by_the_next(copied):
     assert len(labels_by_name(copied)) == 20
 
 
+@pytest.mark.parametrize("gone", ["plan.json", "shard001.json", "plan.json, damaged"])
+def test_a_lost_record_is_named(copied, caplog, gone):
+    out = Path(copied.out)
+    before, record = contents(out), out / "records" / gone.partition(",")[0]
+    record.unlink()
+    if "damaged" in gone:
+        record.write_text("{")
+    if "plan" in gone:
+        words = r"plan.json is not" if "damaged" in gone else r"out holds latents, but no records/plan.json"
+        with pytest.raises(ValueError, match=words):
+            FolderEncoding(copied)
+        return
+    encode(copied)
+    assert contents(out) == before
+    assert "records has no record of latents_rank00_shard001.safetensors: encoded again" in caplog.text
+    assert "new" not in caplog.text
+
+
 def test_a_repaired_image_is_encoded_and_a_new_class_comes_last(copied):
     before = state(copied.out)
     Image.new("RGB", (40, 40), "red").save(Path(copied.images, "eel", "03.png"))

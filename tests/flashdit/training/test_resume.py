@@ -36,6 +36,10 @@ def trainer(overrides, *more):
         ("state.json", b'{"format": 1}', r"state\.json is damaged: it has no step, images_seen"),
         ("ema/diffusion_pytorch_model.safetensors", b"half", r"readable safetensors file, .*ema"),
         ("config.yaml", b"", None),
+        ("state.json", None, r"step_00000004/state\.json is missing"),
+        ("optimizer.pt", None, r"must be a file, got .*step_00000004/optimizer\.pt"),
+        ("processes.pt", None, r"must be a file, got .*step_00000004/processes\.pt"),
+        ("ema/diffusion_pytorch_model.safetensors", None, r"no \.safetensors file in .*step_00000004/ema"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from(
@@ -43,7 +47,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
 ):
     trainer(tiny_overrides, "training.steps=4", "training.keep_last=2").fit()
     newest = list_checkpoints(tmp_path / "run")[-1]
-    (newest / file).write_bytes(damage)
+    if damage is None:
+        (newest / file).unlink()
+    else:
+        (newest / file).write_bytes(damage)
     with caplog.at_level("INFO"):
         run = trainer(tiny_overrides, "training.keep_last=2")
     if reason is None:
@@ -62,8 +69,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
 
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
-    (tmp_path / "run/checkpoints/step_00000002/optimizer.pt").write_bytes(b"")
+    folder = tmp_path / "run/checkpoints/step_00000002"
+    (folder / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*optimizer\.pt is not"):
+        trainer(tiny_overrides)
+    (folder / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*state\.json is missing"):
         trainer(tiny_overrides)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
 
