@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdit.data.images import NAMED_AT_MOST, FoundImages, enlarged_images, find_images, image_sides
+from flashdit.data.walk import printable
 
 SEEN_AT_MOST = 2_000  # files whose head is read, spread over the folder
 IMAGE_SIZES = (32, 64, 128, 256)
@@ -64,7 +65,7 @@ class Survey:
                 "is trained on"
             )
         lines += [
-            f"cannot be read, left out of training and refused by scoring: {name}: {why}"
+            f"cannot be read, left out of training and refused by scoring: {printable(name)}: {why}"
             for name, why in [*self.unreadable.items()][:NAMED_AT_MOST]
         ]
         return lines

@@ -34,6 +34,7 @@ from flashdit.data.inspection import ReadableImages, ReadBatch
 from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
+from flashdit.data.walk import printable
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.process import AUTOCAST
@@ -205,7 +206,7 @@ class FolderEncoding:
         latents, mirrored = torch.cat(parts, 1)
         path = write_shard(self.out, 0, shard, latents, mirrored, self.source.labels[rows])
         for name, why in unreadable.items():
-            logger.warning("skipped %s, which cannot be read: %s", name, why)
+            logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
         record = {
             "file": path.name,
             "rows": len(rows),
@@ -227,7 +228,7 @@ class FolderEncoding:
             self.said_enlarged = True
             logger.warning(
                 "%s is enlarged %.1f times, perhaps others too: see --image-size",
-                much[0],
+                printable(much[0]),
                 size / short_sides[much[0]],
             )
         return {name: side for name, side in short_sides.items() if side < size}
@@ -237,7 +238,7 @@ class FolderEncoding:
         latents = self.encode(images, numbers)
         finite = latents.isfinite().all(0).flatten(1).all(1)
         if not finite.all():
-            name = self.source.names[rows[int(finite.int().argmin())]]
+            name = printable(self.source.names[rows[int(finite.int().argmin())]])
             kinds = f"precision={self.options.precision} and dtype={self.options.dtype}"
             raise ValueError(f"latents must be finite, those of {name} are not with {kinds}")
         return latents

@@ -250,7 +250,7 @@ def enlarged_images(short_sides: Mapping[str, int], image_size: int) -> str:
         return ""
     name = min(small, key=small.__getitem__)
     were, times = "was" if len(small) == 1 else "were", image_size / small[name]
-    return f"{len(small):,} smaller than {image_size} px {were} enlarged, {name} {times:.1f} times"
+    return f"{len(small):,} smaller than {image_size} px {were} enlarged, {printable(name)} {times:.1f} times"
 
 
 def transparent_images(count: int | None, background: str) -> str:
@@ -264,7 +264,7 @@ def report_images(line: str, unreadable: Mapping[str, str]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     for name, why in [*unreadable.items()][:NAMED_AT_MOST]:
-        logger.warning("skipped %s, which cannot be read: %s", name, why)
+        logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
     if len(unreadable) > NAMED_AT_MOST:
         logger.warning("and %s more that cannot be read", f"{len(unreadable) - NAMED_AT_MOST:,}")
     logger.info(line)
