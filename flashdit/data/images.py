@@ -134,7 +134,7 @@ def image_sides(path: Path) -> tuple[int, int]:
     """Returns the two sides of an image file in pixels, as its head has them; nothing is decoded.
 
     Raises:
-        ValueError: If the head cannot be read, or tells of more pixels than Pillow's limit.
+        ValueError: If the head cannot be read, or tells of more than `Image.MAX_IMAGE_PIXELS`.
     """
     with _opened(path) as file:
         return file.size

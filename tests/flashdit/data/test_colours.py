@@ -46,7 +46,7 @@ def test_the_transparent_grey_of_a_png_is_compared_in_its_own_depth(decoded, bit
 def test_of_a_key_only_the_bits_of_the_files_depth_count(decoded):
     values = RANDOM[..., 0] >> 12
     plain, _ = decoded(png(values, 4, 0, (5,)))
-    assert (decoded(png(values, 4, 0, (0xFF05,)))[0] == plain).all()
+    assert (decoded(png(values, 4, 0, (0xFF15,)))[0] == plain).all()
     assert (plain[values == 5] == BACKGROUND).all()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hard_pictures import make_hard_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -310,6 +311,22 @@ def test_an_encoding_of_an_earlier_version_resumes_and_can_then_be_updated(copie
         ValueError, match=r"encoded by a version that did not keep names, and .* give another"
     ):
         FolderEncoding(copied)
+
+
+def test_images_that_the_background_shows_through_are_counted(options, tmp_path, capsys):
+    options = replace(options, images=str(make_hard_pictures(tmp_path / "hard")), background="#0a0b0c")
+    encode_latents.main(arguments(options))
+    line = (
+        "2 smaller than 32 px were enlarged, formes/small.png 1.6 times; 5 with transparency are shown over "
+    )
+    assert f"1 unreadable; {line}#0a0b0c: {options.out}/manifest.json" in capsys.readouterr().out
+    record = Path(options.out, "records", "shard000.json")
+    content = json.loads(record.read_text())
+    del content["transparent"]  # as an earlier version wrote it
+    record.write_text(json.dumps(content))
+    assert encode(options)["transparent"] is None
+    encode_latents.main(arguments(options))
+    assert "transparency" not in capsys.readouterr().out
 
 
 def test_enlarged_images_are_told_at_once_and_at_the_end(options, caplog):
