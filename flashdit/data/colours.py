@@ -50,7 +50,8 @@ def decode(file: ImageFile, background: tuple[int, int, int]) -> DecodedImage:
         return DecodedImage(pixels, False)
     canvas = Image.new("RGBA", pixels.size, (*background, 255))
     canvas.alpha_composite(pixels)
-    return DecodedImage(canvas.convert("RGB"), bool(np.asarray(pixels)[..., 3].min() < 255))
+    opaque = pixels.getchannel("A").histogram()[255]
+    return DecodedImage(canvas.convert("RGB"), opaque < pixels.width * pixels.height)
 
 
 def _orientation(file: ImageFile) -> int:

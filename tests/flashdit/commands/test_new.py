@@ -6,7 +6,7 @@ from hard_pictures import READABLE, make_hard_pictures
 from PIL import Image
 
 from flashdit import config
-from flashdit.commands import budget, new, sample, train
+from flashdit.commands import budget, new, sample, survey, train
 from flashdit.commands.budget import Machine
 from flashdit.commands.draft import SCALES, Draft, round_count
 from flashdit.data.autoencoders import load_vae
@@ -85,7 +85,16 @@ def test_the_next_commands_are_what_a_shell_takes(tmp_path, capsys):
     assert sample.parse(commands[1][2:]).checkpoint is not None
     assert commands[2][:2] == ["iwin", "classify"]
     assert {f"data.path={folder}", f"run.dir={run}_classifier", "model.num_classes=2"} <= set(commands[2])
-    reference = ["--reference", str(folder), "--image-size", "32", "--num-images", "6"]
+    reference = [
+        "--reference",
+        str(folder),
+        "--image-size",
+        "32",
+        "--num-images",
+        "6",
+        "--labels",
+        "reference",
+    ]
     assert commands[3] == [
         *("flashdit", "eval", "--checkpoint", run),
         *reference,
@@ -137,6 +146,28 @@ def test_an_unreadable_image_is_told_and_not_counted(tmp_path, capsys):
     assert "p: 3 images in 2 classes; left out: 1 unreadable" in printed
     assert "refused by scoring: a/text.png: cannot identify" in printed
     assert made["training"]["steps"] == SCALES[0].least
+
+
+def test_a_small_folder_is_decoded_and_counted_as_training_counts_it(tmp_path, capsys):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    whole = (folder / "b" / "1.png").read_bytes()
+    (folder / "b" / "1.png").write_bytes(whole[: len(whole) // 2])  # its head is whole
+    _, printed = written(capsys, "--images", folder)
+    assert "p: 3 images in 2 classes; left out: 1 unreadable" in printed
+    assert "refused by scoring: b/1.png:" in printed
+    assert "next:\n  take the images that cannot be read out of the folder" in printed
+    assert "--num-images 3" in printed
+
+
+def test_of_a_large_folder_only_heads_are_read_and_that_is_said(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    monkeypatch.setattr(survey, "DECODED_AT_MOST", 4 * 40 * 40 - 1)
+    monkeypatch.setattr(survey, "read_image", None)
+    _, printed = written(capsys, "--images", folder)
+    assert (
+        "40 px on the short side; trained on at 32×32 (by the heads of 4 files; training decodes" in printed
+    )
+    assert "take the images" not in printed
 
 
 def test_latents_take_the_autoencoder_by_its_lasting_name(tmp_path, capsys):
