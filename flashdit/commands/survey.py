@@ -16,6 +16,7 @@ from flashdit.data.images import (
     image_sides,
     read_image,
 )
+from flashdit.data.walk import printable
 from flashdit.shared.progress import progress_bar
 
 SEEN_AT_MOST = 2_000  # files whose head is read, spread over the folder
@@ -76,7 +77,7 @@ class Survey:
                 "is trained on"
             )
         lines += [
-            f"cannot be read, left out of training and refused by scoring: {name}: {why}"
+            f"cannot be read, left out of training and refused by scoring: {printable(name)}: {why}"
             for name, why in [*self.unreadable.items()][:NAMED_AT_MOST]
         ]
         return lines

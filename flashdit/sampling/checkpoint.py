@@ -33,6 +33,8 @@ def load_model(folder: Path) -> FlashDiT:
     name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
     if name != "FlashDiT":
         raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"a checkpoint must hold weights, got no .safetensors file in {folder}")
     try:
         model = FlashDiT.from_pretrained(folder)
     except Exception as error:
@@ -58,6 +60,10 @@ class CheckpointGenerator(ImageGenerator):
     ):
         profiles = [path.parent.name for path in checkpoint.glob("*/config.json")]
         if weights not in profiles:
+            if (checkpoint / weights).is_dir():
+                raise ValueError(
+                    f"weights must come with their configuration, {checkpoint / weights} has no config.json"
+                )
             raise unknown(f"weights of {checkpoint}", weights, profiles)
         try:
             state = read_state(checkpoint)

@@ -28,9 +28,15 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"{PREFIX}{step:08d}"
 
 
+def step_folders(run_dir: Path) -> list[Path]:
+    """Returns the folders that are called like a run's checkpoints, by step; one may lack files."""
+    folders = (run_dir / "checkpoints").glob(f"{PREFIX}*")
+    return sorted(path for path in folders if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir())
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Returns a run's checkpoint folders, by step."""
-    return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if (path / STATE).is_file())
+    return [path for path in step_folders(run_dir) if (path / STATE).is_file()]
 
 
 def newest_readable(run_dir: Path, read: Callable[[Path], Content]) -> Content | None:
@@ -96,6 +102,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     try:
         state = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} is missing") from error
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
     if not isinstance(state, dict):

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from flashdit.shared.files import discard, mend
-from flashdit.shared.runs import PREFIX, DamagedCheckpoint, list_checkpoints
+from flashdit.shared.runs import PREFIX, DamagedCheckpoint, step_folders
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.task import Task
 
@@ -48,7 +48,7 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
 
     def search() -> tuple[Path, Saved] | None:
         reasons = []
-        for folder in reversed(list_checkpoints(run_dir)):
+        for folder in reversed(step_folders(run_dir)):
             try:
                 saved = read_checkpoint(folder)
             except DamagedCheckpoint as error:
@@ -72,7 +72,7 @@ def open_run_folder(run_dir: Path, step: int) -> None:
     """Mends what kills left in a run's folder, and renames the damaged checkpoints after a step."""
     for folder in (run_dir, *(path for path in run_dir.glob("*") if path.is_dir())):
         mend(folder)
-    for folder in list_checkpoints(run_dir):
+    for folder in step_folders(run_dir):
         if int(folder.name.removeprefix(PREFIX)) > step:
             aside = folder.with_name(DAMAGED + folder.name)
             discard(aside)

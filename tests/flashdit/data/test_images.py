@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -409,6 +410,20 @@ def test_names_that_are_no_utf_8_are_escaped(tmp_path):
     os.mkdir(os.fsencode(tmp_path) + b"/eel\xe9")
     with pytest.raises(ValueError, match=r"name of a class folder must be UTF-8, got .*eel\\xe9"):
         find_images(tmp_path)
+
+
+def test_names_with_line_breaks_and_terminal_codes_are_read_and_shown_on_one_line(tmp_path, caplog):
+    odd = "a\nb\x1b[31m\u202ec.png"
+    save(tmp_path, f"cat/{odd}", f"cat/絵 {'n' * 200}.png")
+    found = find_images(tmp_path)
+    assert [read_image(path).size for path in found.paths] == [(8, 8), (8, 8)]
+    report_images(enlarged_images({odd: 8}, 32), {odd: "broken"})
+    shown = "a\\nb\\x1b[31m\\u202ec.png"
+    assert caplog.messages[0] == f"skipped {shown}, which cannot be read: broken"
+    assert shown in enlarged_images({odd: 8}, 32)
+    found.paths[0].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=re.escape(f"{shown} is not: cannot identify")):
+        read_image(found.paths[0])
 
 
 def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
