@@ -83,7 +83,11 @@ def find_images(root: Path, class_names: Sequence[str] = (), called: str = "data
     ]
     if not any(classes.values()):
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{called} must hold images ({suffixes}), got none in {printable(root)}")
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in walk.left_out.items())
+        raise ValueError(
+            f"{called} must hold images ({suffixes}), got none in {printable(root)}"
+            + (f"; left out: {left_out}" if left_out else "")
+        )
     if empty:
         raise ValueError(
             f"every class folder must hold an image, {printable(root)} has without: {', '.join(empty)}"

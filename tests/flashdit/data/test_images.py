@@ -463,3 +463,10 @@ def test_sides_are_read_without_decoding(tmp_path):
     path.write_bytes(b"no head")
     with pytest.raises(ValueError, match=r"^every image must be readable, .*a.png is not: cannot identify"):
         image_sides(path)
+
+
+def test_images_beside_a_folder_without_any_are_told_where_none_is_found(tmp_path):
+    (tmp_path / "scores").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"got none in .*; left out: 1 loose beside the class folder"):
+        find_images(tmp_path)
