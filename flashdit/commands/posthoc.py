@@ -46,7 +46,7 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
     from flashdit.shared.runs import find_checkpoint, list_checkpoints, step_folder
 
     if step is None:
-        return find_checkpoint(run)
+        return find_checkpoint(run, "RUN")
     folder = step_folder(run, step)
     if folder not in list_checkpoints(run):
         raise unknown(f"checkpoint of {run}", folder.name, [path.name for path in list_checkpoints(run)])

@@ -135,7 +135,7 @@ def export_run(
             VAE is missing.
     """
     read_export(out)
-    generator = load_generator(run, "cpu", vae, weights)
+    generator = load_generator(run, "cpu", vae, weights, called="RUN")
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     target = out.resolve()
     with only_writer(target, is_file=True):  # its lock lies beside it, since the folder itself is replaced

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,15 @@ def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_crc32(path: Path) -> str:
+    """Returns the CRC-32 of a file as hexadecimal digits: four times as fast as SHA-256, against damage."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
 
 
 @contextmanager

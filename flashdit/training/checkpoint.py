@@ -6,7 +6,8 @@ runs/<name>/checkpoints/step_XXXXXXXX/
     …                     what the task writes beside them
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
-    state.json            step, images seen, EMA updates, steps skipped, and what the task adds
+    state.json            step, images seen, EMA updates, steps skipped, what the task adds, and the CRC-32 of
+                          every file but config.yaml
     config.yaml           the resolved configuration
 The .pt files are loaded with weights_only=True.
 """
@@ -29,11 +30,13 @@ from torch import Tensor, nn
 from flashdit.shared.files import discard, write_atomically, write_json
 from flashdit.shared.runs import (
     CHECKPOINT_FORMAT,
-    PREFIX,
+    CHECKSUMS,
     STATE,
     DamagedCheckpoint,
+    checksums,
     list_checkpoints,
     read_state,
+    step_of,
 )
 from flashdit.shared.weights import read_content, read_tensors
 from flashdit.training.profiles import Profile
@@ -71,7 +74,8 @@ def write_checkpoint(
         torch.save(optimizer, temporary / OPTIMIZER)
         torch.save(processes, temporary / PROCESSES)
         (temporary / "config.yaml").write_text(config_text)
-        write_json(temporary / STATE, {"format": CHECKPOINT_FORMAT, **state})
+        whole = {"format": CHECKPOINT_FORMAT, **state, CHECKSUMS: checksums(temporary)}
+        write_json(temporary / STATE, whole)
 
     try:
         write_atomically(folder, write)
@@ -110,6 +114,9 @@ def read_checkpoint(folder: Path) -> Saved:
     missing = [name for name in POSITION if name not in state]
     if missing:
         raise DamagedCheckpoint(f"{folder / STATE} is damaged: it has no {', '.join(missing)}")
+    for name in state.get(CHECKSUMS, (OPTIMIZER, PROCESSES, "model", "ema")):
+        if not (folder / name).exists():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {name}")
     try:
         optimizer, processes = (read_content(folder / name) for name in (OPTIMIZER, PROCESSES))
         if not isinstance(optimizer, dict) or not {"optimizer", "scaler"} <= optimizer.keys():
@@ -135,7 +142,7 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
     if keep_last is None:
         return
     for folder in list_checkpoints(run_dir)[:-keep_last]:
-        if keep_every is None or int(folder.name.removeprefix(PREFIX)) % keep_every:
+        if keep_every is None or step_of(folder) % keep_every:
             discard(folder)
 
 

@@ -13,7 +13,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.runs import find_checkpoint
+from flashdit.shared.runs import find_average, find_checkpoint
 from flashdit.shared.weights import read_tensors
 from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
 from iwin_core.windows import per_axis
@@ -103,7 +103,7 @@ def load_weights(model: IwinTransformer, source: Path | str) -> None:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"weights must be a file of weights or a run, got {path}")
-    load_official_checkpoint(model, read_tensors(find_checkpoint(path) / "ema") if path.is_dir() else path)
+    load_official_checkpoint(model, read_tensors(find_average(path, "weights")) if path.is_dir() else path)
 
 
 def input_format(
