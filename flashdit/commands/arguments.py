@@ -34,6 +34,13 @@ def path(text: str) -> Path:
     return Path(path_text(text))
 
 
+def png_path(text: str) -> Path:
+    """Returns the path of an option that names a PNG file."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
+    return path(text)
+
+
 def add_weights(parser: argparse._ActionsContainer) -> None:
     """Adds what names a checkpoint's weights and its VAE."""
     add = parser.add_argument

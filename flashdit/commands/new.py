@@ -64,14 +64,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.name = out.stem if arguments.name is None else arguments.name
     if arguments.name in ("", ".", "..") or Path(arguments.name).name != arguments.name:
         raise ValueError(f"--name must be the name of a folder in runs, got '{arguments.name}'")
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise ValueError(f"--image-size must be at least 1, got {arguments.image_size}")
+    if arguments.image_size is not None:
+        from flashdit.data.sources import MOST_PIXELS
+
+        if not 1 <= arguments.image_size <= MOST_PIXELS:
+            raise ValueError(f"--image-size must be from 1 to {MOST_PIXELS}, got {arguments.image_size}")
     run_dir = Path("runs", arguments.name)
     if run_dir.exists():
         raise ValueError(f"--name must be that of a new run, {run_dir} exists: give another --name")
-    for text in (str(arguments.images.absolute()), arguments.name, arguments.latents):
-        if "$" in text:
-            raise ValueError(f"a path with $ stands for a variable in a configuration: rename it, got {text}")
+    if "$" in arguments.name:
+        raise ValueError(f"a new name with $ stands for a variable in a configuration, got {arguments.name}")
+    for text in (str(arguments.images.absolute()), arguments.latents):
+        if "${" in text:
+            raise ValueError(
+                f"a path with ${{ stands for another key of a configuration: rename it, got {text}"
+            )
     return arguments
 
 

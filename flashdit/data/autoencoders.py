@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from flashdit.data.ldm import load_ldm_vae
 from flashdit.data.pixels import Pixels
 from flashdit.data.sources import companions_of
+from flashdit.shared.paths import expanded
 from flashdit.shared.runs import find_average, list_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def load_vae(name: str) -> Autoencoder:
 
 def _path(name: str) -> Path:
     """Returns a name as a path."""
-    return Path(os.path.expandvars(name)).expanduser()
+    return Path(expanded(name))
 
 
 def _without_variant(name: str) -> tuple[str, str | None]:

@@ -35,6 +35,7 @@ from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.paths import check_outside
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import read_batches
@@ -101,8 +102,7 @@ class FolderEncoding:
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
         self.options, self.out = options, Path(options.out)
-        if self.out.resolve().is_relative_to(Path(options.images).resolve()):
-            raise ValueError(f"--out must not lie in the images of {options.images}, got {options.out}")
+        check_outside(self.out, options.images, "--out", "--images")
         self.before = read_plan(self.out)
         self.source = _open_folder(options, self.out, self.before)
         self.listing = dict(zip(self.source.names, self.source.num_bytes, strict=True))

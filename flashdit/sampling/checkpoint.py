@@ -25,9 +25,11 @@ from flashdit.shared.runs import (
     DamagedCheckpoint,
     check_whole,
     find_checkpoint,
+    images_of,
     newest_run,
     read_state,
 )
+from flashdit.training.checkpoint import stored_config
 
 ALWAYS_THERE = ("ema", "model")
 """Weights that every checkpoint has."""
@@ -107,6 +109,11 @@ class CheckpointGenerator(ImageGenerator):
             with path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
         return digest.hexdigest()
+
+    @property
+    def images_path(self) -> str | None:
+        """Folder of the images that it was trained on; None where it was trained on other data."""
+        return images_of(stored_config(self.checkpoint))
 
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""

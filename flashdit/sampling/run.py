@@ -12,6 +12,7 @@ from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.folder import SampleFolder, digest, make_recipe
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.locks import only_writer
+from flashdit.shared.paths import check_outside
 from flashdit.shared.progress import progress_bar
 
 
@@ -33,10 +34,14 @@ def open_folder(
         output: The folder; None names one after the recipe, in the run's `samples`.
         order: How the labels were chosen, `balanced` or `random`.
         form: One of `flashdit.sampling.folder.FORMATS`.
+
+    Raises:
+        ValueError: If the folder holds something else, or lies in the images that the model was trained on.
     """
     recipe = make_recipe(generator, labels, options, order=order, form=form)
     name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
     path = output or generator.run_dir / "samples" / name
+    check_outside(path, generator.images_path, "--output", f"the run {generator.run_dir}")
     return SampleFolder(path, recipe, labels, generator.class_names)
 
 

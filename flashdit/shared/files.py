@@ -21,6 +21,8 @@ from typing import Any
 from flashdit.shared.locks import held, locked_folder
 
 TEMPORARY, REPLACED = ".tmp", ".old"
+DRAWN = "drawn by flashdit"
+"""Text in the files of pictures that commands draw, by which a later one knows that it may replace them."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -138,6 +138,12 @@ def find_average(path: Path | str, called: str) -> Path:
     checkpoint = find_checkpoint(path, called)
     check_whole(checkpoint, "ema")
     return checkpoint / "ema"
+
+
+def images_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the folder of images that a run's plain configuration names; None for other data."""
+    data = config.get("data") or {}
+    return data.get("path") if data.get("name") == "images" else None
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:

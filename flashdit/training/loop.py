@@ -120,7 +120,7 @@ class TrainingLoop(Generic[AnyTask]):
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """Makes the run's folder ready, with this process as its only writer."""
-        with only_writer(self.run_dir):
+        with only_writer(self.run_dir, called="run.dir"):
             if any(path not in self.known for path in list_checkpoints(self.run_dir)):
                 raise ValueError(f"{self.run_dir} was trained by another process meanwhile: start again")
             open_run_folder(self.run_dir, self.step)

@@ -13,12 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from flashdit.shared.files import discard, mend
+from flashdit.shared.locks import check_no_writer
+from flashdit.shared.paths import check_replaceable, check_writable
 from flashdit.shared.runs import DamagedCheckpoint, check_whole, list_checkpoints, step_of
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.task import Task
 
 logger = logging.getLogger(__name__)
 DAMAGED = "damaged_"
+CONFIG_MARK = "\n  max_skips: "
+"""Text that the resolved configuration of every run holds."""
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
@@ -70,6 +74,17 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
         folder = broadcast_object_list([found and found[0]])[0]
         found = found or (folder and (folder, read_checkpoint(folder)))
     return found
+
+
+def check_run_folder(run_dir: Path) -> None:
+    """Refuses a folder that cannot be written, that is being written, or whose config.yaml is no run's.
+
+    Raises:
+        ValueError: Likewise.
+    """
+    check_writable(run_dir, "run.dir")
+    check_replaceable(run_dir / "config.yaml", CONFIG_MARK, "the config.yaml in run.dir")
+    check_no_writer(run_dir)
 
 
 def open_run_folder(run_dir: Path, step: int) -> None:

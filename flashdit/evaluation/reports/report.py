@@ -19,6 +19,8 @@ from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.shared.files import write_atomically, write_json
 
 RESULT_SCHEMA = 2
+JSON_MARK, MARKDOWN_MARK = '"timings_s": {', "| metric | samples ("
+"""Texts that every metrics.json, and every table beside one, holds."""
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")
 
 

@@ -40,7 +40,7 @@ def samples(tmp_path_factory) -> Path:
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
-    num_classes, class_names, data_name = 10, DIGIT_NAMES, "digits"
+    num_classes, class_names, data_name, images_path = 10, DIGIT_NAMES, "digits", None
     sampling = SamplingOptions()
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(

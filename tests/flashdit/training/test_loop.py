@@ -214,7 +214,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_named_before_the_first_step(
 
 def test_a_run_folder_that_cannot_be_made_is_named_before_the_first_step(tiny_overrides, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Not a directory"):
+    with pytest.raises(ValueError, match=r"^run\.dir must be where files .*file/run: Not a directory$"):
         trainer(tiny_overrides, f"run.dir={tmp_path / 'file' / 'run'}").fit()
 
 

@@ -283,6 +283,17 @@ def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
     assert trainer(tiny_overrides, "flow.prediction=velocity").step == 2
 
 
+def test_a_configuration_of_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "config.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# mine\ntraining: {steps: 2}\n")
+    with pytest.raises(
+        ValueError, match=r"^the config\.yaml in run\.dir must be a new file or an earlier one"
+    ):
+        trainer(tiny_overrides)
+    assert mine.read_text().startswith("# mine")
+
+
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):
     (tmp_path / "pictures" / "cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "cat" / "0.png")
