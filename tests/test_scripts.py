@@ -150,7 +150,7 @@ def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path
         (
             train,
             ["--config", "absent.yaml"],
-            "--config must be a YAML file or a shipped configuration, got absent.yaml",
+            "--config: absent.yaml does not exist, and is no shipped configuration",
         ),
         (sample, ["--class", "207"], "class 207 is out of range for this 10-class model (0–9)"),
         (sample, ["--class", "sevn"], "unknown class 'sevn'; did you mean 'seven'"),

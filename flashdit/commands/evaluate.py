@@ -172,11 +172,14 @@ def make_reference(argv: Sequence[str]) -> None:
     from flashdit.evaluation.features.ranks import processes
     from flashdit.evaluation.images.sources import open_reference
     from flashdit.evaluation.reference import REFERENCE_MARK, write_reference
-    from flashdit.evaluation.request import open_extractor
+    from flashdit.evaluation.request import check_bounds, open_extractor
     from flashdit.shared.locks import only_writer
+    from flashdit.shared.seeds import check_seed
 
     with processes(device) as ranks, ExitStack() as outputs:
         with ranks.agree():
+            check_seed(arguments.seed, "--seed")
+            check_bounds(arguments.batch_size, arguments.image_size)
             source = open_reference(arguments.images, arguments.background, arguments.image_size)
             extractor = open_extractor(arguments.images, arguments.extractor, arguments.extractor_weights)
             extractor.to(device)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path, path_text
+from flashdit.shared.paths import check_writable
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     out: Path = arguments.out
     if out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out must be a .yaml file, got {out}")
+    check_writable(out.parent, "--out")
     if out.exists():
         raise ValueError(f"--out must be a new file, {out} exists: delete it or give another name")
     arguments.name = out.stem if arguments.name is None else arguments.name
@@ -135,22 +137,26 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
     Raises:
         ValueError: If training would refuse the configuration or the data.
     """
+    import torch
+
     from flashdit.commands import budget
     from flashdit.config import with_sizes
+    from flashdit.memory import count_parameters, memory_bytes
     from flashdit.models.costs import activations, forward_flops
+    from flashdit.shared.process import device_memory
 
     machine = budget.this_machine(parsed(draft.to_yaml("")).training)
     draft, seconds, costs = affordable(draft, machine)
     config, data = budget.with_data(parsed(draft.to_yaml("")))
     assert data is not None
-    counts, multiply_adds = budget.count_parameters(config), forward_flops(config.model_arguments) / 2
+    counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2
     saved = activations(config.model_arguments, config.training.precision != "fp32")["all kept"]
-    memory, batch, parts = budget.device_memory(), config.training.global_batch_size, 1
-    needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
+    memory, batch, parts = device_memory(torch.device(draft.device)), config.training.global_batch_size, 1
+    needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     while memory is not None and needed > MEMORY_SHARE * memory and batch % (2 * parts) == 0:
         parts *= 2
         config.training.accumulation = parts
-        needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
+        needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     draft = replace(draft, pace=draft.paced(seconds, parts))
     config = with_sizes(parsed(draft.to_yaml("")), data)
     found = budget.facts(config, counts, multiply_adds, machine, data)

@@ -30,6 +30,7 @@ from flashdit.shared.runs import (
     read_state,
 )
 from flashdit.training.checkpoint import stored_config
+from flashdit.training.meter import warn_if_slow
 
 ALWAYS_THERE = ("ema", "model")
 """Weights that every checkpoint has."""
@@ -176,6 +177,7 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
     name, texts = changes.pop("sampler", None), changes.pop("sampler_option", ())
     changes["sampler"] = change_sampler(generator.sampling.sampler, name, texts)
     options = replace(generator.sampling, **changes)
-    generator.image_size(options)
+    generator.check_batch_fits(options, 1)
     generator.warn_of_guidance(options)
+    warn_if_slow(options.precision, generator.space.mean.device)
     return options

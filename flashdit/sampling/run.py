@@ -9,10 +9,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
-from flashdit.sampling.folder import SampleFolder, digest, make_recipe
+from flashdit.sampling.folder import RECIPE, SampleFolder, digest, least_bytes, make_recipe
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.locks import only_writer
-from flashdit.shared.paths import check_outside
+from flashdit.shared.paths import check_disk, check_outside, check_writable
 from flashdit.shared.progress import progress_bar
 
 
@@ -41,6 +41,10 @@ def open_folder(
     recipe = make_recipe(generator, labels, options, order=order, form=form)
     name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
     path = output or generator.run_dir / "samples" / name
+    check_writable(path, "--output")
+    if not (path / RECIPE).exists():
+        room = least_bytes(len(labels), *generator.image_size(options), form)
+        check_disk(path, room, "--output", f"{len(labels):,} pictures")
     check_outside(path, generator.images_path, "--output", f"the run {generator.run_dir}")
     return SampleFolder(path, recipe, labels, generator.class_names)
 

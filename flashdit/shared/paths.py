@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,14 +41,33 @@ def check_writable(path: Path, called: str) -> None:
         path: A folder, or one that will be made, as those above it.
         called: What names it, for the message.
     """
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest(path)):
             pass
     except OSError as error:
         raise ValueError(
             f"{called} must be where files can be written, got {path}: {error.strerror}"
         ) from error
+
+
+def check_disk(path: Path, needed: float, called: str, what: str) -> None:
+    """Raises ValueError if a disk has not so many bytes left.
+
+    Args:
+        path: What will lie there; it need not exist.
+        needed: Bytes.
+        called: What names the path, for the message.
+        what: Takes the bytes, likewise.
+    """
+    free = shutil.disk_usage(nearest(path)).free
+    if free < needed:
+        given, wanted = (f"{size / 2**30:,.4g} GiB" for size in (free, needed))
+        raise ValueError(f"{called} needs room for {what}, {wanted}, got {given} free for {path}")
+
+
+def nearest(path: Path) -> Path:
+    """Returns a path itself if it is there, else the nearest folder above it that is."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def check_outside(path: Path, images: Path | str | None, called: str, owner: str) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flashdit.shared.files import discard, write_atomically, write_json
+from flashdit.shared.paths import check_disk
 from flashdit.shared.runs import (
     CHECKPOINT_FORMAT,
     CHECKSUMS,
@@ -155,16 +156,7 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
         tracks: Power-function averages that a checkpoint holds besides.
     """
     needed = 2 * (4 + tracks) * sum(4 * parameter.numel() for parameter in model.parameters())
-    existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        gib = 2**30
-        raise ValueError(
-            f"run.dir needs room for two checkpoints, {needed / gib:.2f} GiB, "
-            f"got {free / gib:.2f} GiB free for {run_dir}"
-        )
+    check_disk(run_dir, needed, "run.dir", "two checkpoints")
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any]:

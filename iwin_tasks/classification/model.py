@@ -19,6 +19,8 @@ from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
 from iwin_core.windows import per_axis
 
 NAMES = "iwin_*"
+MOST_BLOCKS = 1000
+"""Of all stages; more take long to build and do not train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ def check_model(spec: Mapping[str, Any]) -> None:
             raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in types])
         if key != "name":
             check_type(f"model.{key}", value, types[key])
+    if sum(spec.get("depths") or ()) > MOST_BLOCKS:
+        raise ValueError(f"model.depths must be {MOST_BLOCKS} blocks at most, got {spec['depths']}")
 
 
 def make_model(spec: Mapping[str, Any]) -> IwinTransformer:

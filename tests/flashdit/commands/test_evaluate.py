@@ -59,6 +59,9 @@ class StandInGenerator:
     def image_size(self, options) -> tuple[int, int]:
         return 32, 32
 
+    def check_batch_fits(self, options, count) -> None:
+        """It fits."""
+
     def generate(self, labels, options, ids=None):
         images, known = digits("train")
         rows = torch.stack([(known == label).nonzero()[place % 100, 0] for place, label in enumerate(labels)])

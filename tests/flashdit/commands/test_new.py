@@ -14,6 +14,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.evaluation.features import inception
 from flashdit.models.costs import forward_flops
 from flashdit.models.sizes import SIZES
+from flashdit.shared import process
 
 
 @pytest.fixture(autouse=True)
@@ -202,12 +203,12 @@ def test_previews_come_within_minutes_and_take_little_of_the_time():
 
 def test_what_does_not_fit_the_memory_is_accumulated(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
-    monkeypatch.setattr(budget, "device_memory", lambda: 200 * 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 200 * 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] > 1
     assert "MiB here" not in printed
     (tmp_path / "mine.yaml").unlink()
-    monkeypatch.setattr(budget, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] == made["training"]["global_batch_size"]
     assert "of 1.00 MiB here" in printed
