@@ -161,15 +161,15 @@ def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path
         (
             train,
             ["--config", "absent.yaml"],
-            "--config must be a YAML file or a shipped configuration, got absent.yaml",
+            "--config: absent.yaml does not exist, and is no shipped configuration",
         ),
         (sample, ["--class", "207"], "class 207 is out of range for this 10-class model (0–9)"),
         (sample, ["--class", "sevn"], "unknown class 'sevn'; did you mean 'seven'"),
-        (sample, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (sample, ["--checkpoint", "absent"], "--checkpoint: absent does not exist"),
         (sample, ["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
         (sample, ["--num-images", "0"], "num_images must be at least 1, got 0"),
         (sample, ["--output", "kept"], "one of the same samples"),
-        (eval_fid, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (eval_fid, ["--checkpoint", "absent"], "--checkpoint: absent does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

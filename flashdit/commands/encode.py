@@ -64,7 +64,7 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
     check_processes(state.num_processes)
     encoding = FolderEncoding(EncodingOptions(**given), device)
-    with only_writer(encoding.out) if state.is_main_process else nullcontext():
+    with only_writer(encoding.out, called="--out") if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         if state.is_main_process:
             encoding.begin()

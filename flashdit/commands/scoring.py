@@ -86,14 +86,6 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
     add_device(parser)
 
 
-def trained_images(generator: CheckpointGenerator) -> str | None:
-    """Returns the folder of images that a generator was trained on; None for other data."""
-    from flashdit.training.checkpoint import stored_config
-
-    is_folder = generator.data_name == "images"
-    return stored_config(generator.checkpoint).get("data", {}).get("path") if is_folder else None
-
-
 def make_request(
     arguments: argparse.Namespace, generator: CheckpointGenerator | None, samples: Path | None = None
 ) -> EvaluationRequest:
@@ -106,7 +98,7 @@ def make_request(
         generator=generator,
         sampling=None if generator is None else sampling_options(generator, given_sampling(arguments)),
         data=None if generator is None else generator.data_name,
-        data_path=None if generator is None else trained_images(generator),
+        data_path=None if generator is None else generator.images_path,
         labels=arguments.labels or "balanced",
         num_images=arguments.num_images,
         reference=arguments.reference,

@@ -33,14 +33,16 @@ from flashdit.data.images import enlarged_images, report_images
 from flashdit.data.inspection import ReadableImages, ReadBatch
 from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
-from flashdit.data.sources import ImageFolder, ImagesOptions
+from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
 from flashdit.data.walk import printable
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.paths import check_outside
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.progress import progress_bar
-from flashdit.shared.readers import read_batches
+from flashdit.shared.readers import check_workers, read_batches
 from flashdit.shared.registry import unknown
+from flashdit.shared.seeds import check_seed
 
 logger = logging.getLogger(__name__)
 ENLARGED_MUCH = 4  # times; said at once, not only at the end
@@ -78,9 +80,10 @@ class EncodingOptions:
         for name in ("image_size", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.image_size > MOST_PIXELS:
+            raise ValueError(f"image_size must be at most {MOST_PIXELS}, got {self.image_size}")
+        check_seed(self.seed, "seed")
+        check_workers(self.workers, "workers")
         for name, known in (("dtype", STORED_DTYPES), ("precision", AUTOCAST)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -103,8 +106,7 @@ class FolderEncoding:
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
         self.options, self.out = options, Path(options.out)
-        if self.out.resolve().is_relative_to(Path(options.images).resolve()):
-            raise ValueError(f"--out must not lie in the images of {options.images}, got {options.out}")
+        check_outside(self.out, options.images, "--out", "--images")
         self.before = read_plan(self.out)
         self.source = _open_folder(options, self.out, self.before)
         self.listing = dict(zip(self.source.names, self.source.num_bytes, strict=True))

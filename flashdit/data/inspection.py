@@ -24,6 +24,7 @@ from flashdit.data.images import (
 from flashdit.data.sources import CroppedImage, ImageFolder
 from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
+from flashdit.shared.paths import check_outside
 from flashdit.shared.runs import newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
@@ -105,9 +106,7 @@ def leave_out_unreadable(
             folder lies among the images.
     """
     if record is not None:
-        if record.resolve().is_relative_to(source.found.root.resolve()):  # its pictures would become data
-            root = printable(source.found.root)
-            raise ValueError(f"run.dir must not lie in the images of data.path, {root}, got {record.parent}")
+        check_outside(record.parent, source.found.root, "run.dir", "data.path")
         source = with_classes_of_run(source, record.parent)
     before = _from_main(_read_record(record))
     sizes = dict(zip(source.names, source.num_bytes, strict=True))

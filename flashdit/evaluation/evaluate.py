@@ -129,9 +129,12 @@ def class_warnings(plan: Plan) -> list[str]:
 def share_warnings(plan: Plan) -> list[str]:
     """Returns how far the classes' shares differ between drawn samples and reference, where it is much."""
     source = plan.reference.source
-    if not isinstance(plan.samples, GeneratedSource) or source is None or source.labels is None:
+    if not isinstance(plan.samples, GeneratedSource) or source is None:
         return []
-    labels = [plan.classes.numbered(one.labels, one) for one in (plan.samples, source)]
+    sets = [plan.classes.numbered(one.labels, one) for one in (plan.samples, source)]
+    labels = [one for one in sets if one is not None]
+    if len(labels) < 2:
+        return []
     count = 1 + max(int(one.max()) for one in labels)
     shares = torch.stack([one.bincount(minlength=count) / len(one) for one in labels])
     moved = float((shares[0] - shares[1]).abs().sum() / 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flashdit.data.sources import companions_of
+from flashdit.data.sources import MOST_PIXELS, companions_of
 from flashdit.evaluation.classes import UNKNOWN_NAMED, names_of
 from flashdit.evaluation.evaluate import Plan, check_image_sizes
 from flashdit.evaluation.features.cache import FeatureCache
@@ -19,12 +19,26 @@ from flashdit.evaluation.images.sources import GeneratedSource, Source, check_re
 from flashdit.evaluation.metrics.scoring import check_classes, default_metrics, in_order
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.stored import extractor_of
-from flashdit.sampling.classes import balanced_labels, equal_shares, random_labels, shuffled
+from flashdit.sampling.classes import (
+    balanced_labels,
+    check_labels_fit,
+    equal_shares,
+    random_labels,
+    shuffled,
+)
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import unknown
 
 LABEL_MODES = ("balanced", "random", "reference")
+
+
+def check_bounds(batch_size: int, image_size: int | None) -> None:
+    """Raises ValueError for a batch, or an image size, that is larger than any machine reads."""
+    if batch_size >= 2**31:
+        raise ValueError(f"the batch size must be below 2^31, got {batch_size}")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise ValueError(f"the image size must be at most {MOST_PIXELS}, got {image_size}")
 
 
 @dataclass(kw_only=True)
@@ -86,6 +100,8 @@ class EvaluationRequest:
         for name, value in (numbers | {"image size": self.image_size}).items():
             if value is not None and value < 1:
                 raise ValueError(f"the {name} must be positive, got {value}")
+        check_bounds(self.batch_size, self.image_size)
+        check_labels_fit(self.num_images or 0)
         in_order(self.metrics or ())
 
     @property

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.evaluation.features.extractor import colours_of
-from flashdit.shared.process import float32_products
+from flashdit.shared.process import check_model_fits, float32_products
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
 from flashdit.training.loop import TrainingLoop
@@ -81,10 +81,13 @@ class ClassifierTask(Task):
 
     def __init__(self, config: ClassifierConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
+        with torch.device("meta"):
+            self.form = form_of(config, make_model(config.model))
+        images = share_of_batch(config.training, accelerator.num_processes), 3, *self.form.image_size
+        check_model_fits(lambda: make_model(config.model), images, accelerator.device)
         self.model = make_model(config.model)
         if config.weights is not None and not list_checkpoints(Path(config.run.dir)):
             load_weights(self.model, config.weights)
-        self.form = form_of(config, self.model)
         run_dir = Path(config.run.dir)
         self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes, run_dir)
         self.held_out = open_held_out(config, self.model)

@@ -14,6 +14,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.evaluation.features import inception
 from flashdit.models.costs import forward_flops
 from flashdit.models.sizes import SIZES
+from flashdit.shared import process
 
 
 @pytest.fixture(autouse=True)
@@ -233,12 +234,12 @@ def test_previews_come_within_minutes_and_take_little_of_the_time():
 
 def test_what_does_not_fit_the_memory_is_accumulated(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
-    monkeypatch.setattr(budget, "device_memory", lambda: 200 * 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 200 * 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] > 1
     assert "MiB here" not in printed
     (tmp_path / "mine.yaml").unlink()
-    monkeypatch.setattr(budget, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] == made["training"]["global_batch_size"]
     assert "of 1.00 MiB here" in printed
@@ -283,12 +284,13 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(tmp_path, exit_messag
     assert "at least 2 images that can be read, got 1" in about("--images", one)
     assert "--latents: latents.vae and --vae must be a data set that brings" in about("--latents", "sd-vae")
     assert "--image-size must be a multiple of 4 or" in about("--image-size", "61")
-    assert "--image-size must be at least 1, got 0" in about("--image-size", "0")
+    assert "--image-size must be from 1 to 8192, got 0" in about("--image-size", "0")
+    assert "--image-size must be from 1 to 8192, got 100000" in about("--image-size", "100000")
     assert "--image-size: the image size must be a multiple of the VAE's factor=2" in about(
         *("--latents", "digits", "--image-size", "33")
     )
     assert "--name must be the name of a folder in runs, got 'a/b'" in about("--name", "a/b")
-    assert "a path with $ stands for a variable" in about("--name", "$x")
+    assert "a new name with $ stands for a variable" in about("--name", "$x")
     (tmp_path / "runs" / "old").mkdir(parents=True)
     assert "runs/old exists: give another --name" in about("--name", "old")
     assert "--out must be a .yaml file, got mine.txt" in refused("--images", folder, "--out", "mine.txt")

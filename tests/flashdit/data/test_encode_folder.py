@@ -369,7 +369,7 @@ def test_what_cannot_be_encoded_is_named(options, tmp_path):
     wrong = [
         ({"image_size": 31}, r"image size must be a multiple of the VAE's factor=2, got 31"),
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
-        ({"seed": -1}, r"seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be from 0 to below 2\^63, got -1"),
         ({"dtype": "float23"}, r"unknown dtype 'float23'; did you mean 'float32'"),
         ({"precision": "int8"}, r"unknown precision 'int8'"),
         ({"images": "absent"}, r"^--images must be a folder of images, got absent"),

@@ -36,10 +36,10 @@ def trainer(overrides, *more):
         ("state.json", b'{"format": 1}', r"state\.json is damaged: it has no step, images_seen"),
         ("ema/diffusion_pytorch_model.safetensors", b"half", r"readable safetensors file, .*ema"),
         ("config.yaml", b"", None),
-        ("state.json", None, r"step_00000004/state\.json is missing"),
-        ("optimizer.pt", None, r"must be a file, got .*step_00000004/optimizer\.pt"),
-        ("processes.pt", None, r"must be a file, got .*step_00000004/processes\.pt"),
-        ("ema/diffusion_pytorch_model.safetensors", None, r"no \.safetensors file in .*step_00000004/ema"),
+        ("state.json", None, r"step_00000004 is damaged: it has no state\.json"),
+        ("optimizer.pt", None, r"it has no optimizer\.pt"),
+        ("processes.pt", None, r"it has no processes\.pt"),
+        ("ema/diffusion_pytorch_model.safetensors", None, r"it has no ema/diffusion_pytorch_model\.safetensors"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from(
@@ -74,7 +74,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_
     with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*optimizer\.pt is not"):
         trainer(tiny_overrides)
     (folder / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*state\.json is missing"):
+    with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*it has no state\.json"):
         trainer(tiny_overrides)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
 
@@ -307,6 +307,17 @@ def test_a_damaged_space_or_state_is_named_and_the_run_goes_on_from_the_checkpoi
 def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
     trainer(tiny_overrides, "training.steps=2").fit()
     assert trainer(tiny_overrides, "flow.prediction=velocity").step == 2
+
+
+def test_a_configuration_of_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "config.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# mine\ntraining: {steps: 2}\n")
+    with pytest.raises(
+        ValueError, match=r"^the config\.yaml in run\.dir must be a new file or an earlier one"
+    ):
+        trainer(tiny_overrides)
+    assert mine.read_text().startswith("# mine")
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):
