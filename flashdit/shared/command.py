@@ -48,7 +48,8 @@ def _out_of_memory(error: BaseException) -> str:
     kind = type(error).__name__
     if kind != "OutOfMemoryError" and not isinstance(error, MemoryError) and "t allocate memory" not in text:
         return ""
-    return f"out of memory: {text.partition('. ')[0] or kind}; use a smaller batch, model or picture"
+    said = next((part for part in text.split(". ") if "memory" in part), kind)
+    return f"out of memory: {said}; use a smaller batch, model or picture"
 
 
 class Command(NamedTuple):
