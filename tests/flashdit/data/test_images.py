@@ -270,6 +270,26 @@ def test_each_error_of_a_decoder_is_a_value_error(tmp_path, monkeypatch, decoder
         read_image(tmp_path / "a.png")
 
 
+def center_crop_arr(picture, size):
+    """ADM's function of this name, from its guided_diffusion/image_datasets.py."""
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.Resampling.BOX)
+    scale = size / min(*picture.size)
+    sides = tuple(round(side * scale) for side in picture.size)
+    values = np.array(picture.resize(sides, resample=Image.Resampling.BICUBIC))
+    top, left = (values.shape[0] - size) // 2, (values.shape[1] - size) // 2
+    return values[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    "extent", [(64, 64), (64, 97), (63, 80), (290, 147), (20, 31), (32, 45), (32, 32)], ids=str
+)
+def test_the_centre_crop_is_adms(extent):
+    noise = np.random.default_rng(0).integers(0, 256, (*extent[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    assert (np.asarray(centre_crop(picture, 32)) == center_crop_arr(picture, 32)).all()
+
+
 def test_a_long_thin_image_is_refused_before_it_fills_the_memory():
     with pytest.raises(ValueError, match=r"must have at most 89,478,485 pixels, got 256 × 25600000"):
         centre_crop(Image.new("L", (100_000, 1)), 256)

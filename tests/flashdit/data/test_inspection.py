@@ -119,6 +119,23 @@ def test_a_class_of_broken_images_is_named(folder):
         leave_out_unreadable(open_folder(folder))
 
 
+def test_an_image_too_long_to_be_scaled_is_left_out(folder, caplog):
+    square(1_500, 1).save(folder / "formes" / "line.png")  # 256 × 384,000 pixels before it is cropped
+    source = leave_out_unreadable(open_folder(folder, 256))
+    assert len(source.paths) == READABLE
+    assert "skipped formes/line.png, which cannot be read: an image must have at most" in caplog.text
+    assert "formes/line.png" in leave_out_unreadable(open_folder(folder, 128)).names
+
+
+def test_a_run_among_its_images_is_refused(folder):
+    record = folder / "run" / "images.json"
+    with pytest.raises(
+        ValueError, match=r"run\.dir must not lie in the images of data\.path, .*pictures/run$"
+    ):
+        leave_out_unreadable(open_folder(folder), record)
+    assert not record.parent.exists()
+
+
 def test_a_damaged_record_is_named(folder, record):
     record.parent.mkdir()
     record.write_text("{")
