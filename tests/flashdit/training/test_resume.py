@@ -39,7 +39,11 @@ def trainer(overrides, *more):
         ("state.json", None, r"step_00000004 is damaged: it has no state\.json"),
         ("optimizer.pt", None, r"it has no optimizer\.pt"),
         ("processes.pt", None, r"it has no processes\.pt"),
-        ("ema/diffusion_pytorch_model.safetensors", None, r"it has no ema/diffusion_pytorch_model\.safetensors"),
+        (
+            "ema/diffusion_pytorch_model.safetensors",
+            None,
+            r"it has no ema/diffusion_pytorch_model\.safetensors",
+        ),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from(
