@@ -171,6 +171,13 @@ def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run
         trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3")
 
 
+def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(image_run, tmp_path):
+    trainer(image_run, f"data.path={tmp_path / 'images'}").fit()
+    (tmp_path / "run" / "contents.json.gz").unlink()
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    assert trainer(image_run, f"data.path={moved}", "training.steps=3").step == 2
+
+
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
