@@ -94,6 +94,17 @@ def test_a_bad_line_of_the_metrics_is_named_and_left_out(tiny_overrides, tmp_pat
     assert steps == [1, 2, 3, 4]
 
 
+def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": 5, "skipped_in_a_row": 2}))
+    run = trainer(tiny_overrides)
+    assert (run.step, run.images_seen, run.guard.skipped, run.guard.in_a_row) == (2, 16, 5, 2)
+    run.fit()
+    state = json.loads((list_checkpoints(tmp_path / "run")[-1] / "state.json").read_text())
+    assert (state["step"], state["images_seen"], state["skipped"], state["skipped_in_a_row"]) == (6, 48, 5, 0)
+
+
 def test_what_kills_left_in_a_run_is_removed_by_the_next(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     leftovers = [tmp_path / "run/checkpoints/.step_00000003.abc.tmp", tmp_path / "run/.config.yaml.x.tmp"]
