@@ -87,6 +87,7 @@ class InTrainingEvaluation:
             sampling=config.sampling,
             data=config.data["name"],
             data_path=config.data.get("path") if config.data["name"] == "images" else None,
+            labels=options.labels,
             num_images=options.num_images,
             reference=options.reference,
             extractor=options.extractor,

@@ -1,10 +1,14 @@
 """The console entries: what each command imports before it has parsed its words, and what it prints."""
 
+import argparse
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -161,3 +165,72 @@ def test_the_sub_commands_of_scoring_name_themselves(python, words):
     script = [sys.executable, "eval_fid.py", words[1], "--help"]
     shim = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert shim.stdout.startswith(f"usage: eval_fid.py {words[1]} ")
+
+
+def defaults_of_options():
+    """Returns by command and option what is meant where the option is not given, as help has to state it."""
+    from flashdit.autoencoder.config import DEFAULT_AUTOENCODER
+    from flashdit.commands.budget import H100_TFLOPS, MFU, Machine
+    from flashdit.commands.survey import IMAGE_SIZES
+    from flashdit.config import DEFAULT_CONFIG
+    from flashdit.data.encode_folder import EncodingOptions
+    from flashdit.evaluation.metrics.scoring import METRICS
+    from flashdit.evaluation.reference import write_reference
+    from flashdit.evaluation.request import EvaluationRequest
+    from flashdit.sampling.classes import PER_CLASS
+    from iwin_tasks.classification.config import DEFAULT_CLASSIFIER
+
+    left_out = ", ".join(name for name in METRICS.names() if not METRICS[name].by_default)
+    return {
+        "new": {"image_size": f"the largest of {', '.join(map(str, IMAGE_SIZES))} that half"},
+        "train": {"config": DEFAULT_CONFIG},
+        "sample": {"num_images": f"{PER_CLASS} a class"},
+        "eval": signature_defaults(EvaluationRequest) | {"metrics": f"all that apply, but {left_out}"},
+        "sweep": signature_defaults(EvaluationRequest),
+        "eval make-reference": signature_defaults(write_reference),
+        "autoencoder": {"config": DEFAULT_AUTOENCODER},
+        "encode": signature_defaults(EncodingOptions),
+        "estimate": {
+            "config": DEFAULT_CONFIG,
+            "gpus": Machine.devices,
+            "peak_tflops": H100_TFLOPS,
+            "mfu": f"{MFU['cuda']}; on a CPU {MFU['cpu']}",
+        },
+        "classify": {"config": DEFAULT_CLASSIFIER},
+    }
+
+
+def signature_defaults(function):
+    """Returns the defaults by name, but for the device, which every command chooses."""
+    parameters = inspect.signature(function).parameters.items()
+    return {name: item.default for name, item in parameters if name != "device"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"), [*((entry, name) for entry, name in EVERY), ("flashdit", "eval make-reference")]
+)
+def test_the_defaults_that_help_states_are_those_of_the_options(entry, words, monkeypatch):
+    parsers = []
+
+    def parse(parser, argv):
+        parsers.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse)
+    name, *rest = words.split()
+    with pytest.raises(KeyboardInterrupt):
+        import_module(ENTRIES[entry][1][name].module).main(rest)
+    meant = defaults_of_options().get(words, {})
+    for action in parsers[0]._actions:
+        about = re.sub(r"(?<=\d),(?=\d)", "", action.help or "")
+        given = (action.default, meant.get(action.dest))
+        values = {value for value in given if isinstance(value, str | int | float) and value is not False}
+        assert len(values) <= 1, (action.dest, values)
+        if "default" not in about:
+            assert not values or action.default is not None, f"{action.dest}: what is its default?"
+            continue
+        for value in values:
+            text = re.escape(f"{value:g}" if isinstance(value, float) else str(value))
+            assert re.search(rf"default: {text}(?!\w)|\b{text}\b(?:(?! or )[^(;])*\(default\)", about), about
+        assert values or not re.search(r"default: [^)]*\d", about), f"{about}: which default is that?"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hard_pictures import READABLE, make_hard_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -96,6 +97,16 @@ def test_two_processes_train_and_one_resumes(trained, tmp_path):
         if name.startswith(("model/", "ema/")):
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
     assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 25)]
+
+
+def test_two_processes_share_the_look_at_pictures_and_tell_it_once(tmp_path):
+    folder = make_hard_pictures(tmp_path / "pictures")
+    words = [f"data.path={folder}", f"run.dir={tmp_path / 'run'}", *NANO, "training.steps=2"]
+    words += ["data.image_size=32", "model.num_heads=2", "training.global_batch_size=4"]
+    done = run(*LAUNCH_2, "-m", "flashdit", "train", "--config", "pixels_64", *words, timeout=180)
+    assert done.stderr.count(f"pictures: {READABLE} images in 3 classes; left out: ") == 1
+    listing = json.loads((tmp_path / "run" / "images.json").read_text())
+    assert (len(listing["images"]), len(listing["unreadable"])) == (READABLE, 1)
 
 
 def test_training_leaves_a_preview_of_ten_classes(trained):

@@ -45,9 +45,6 @@ class PerceptualError(nn.Module):
             raise ValueError(
                 f"loss.vgg16 must be a file of torchvision's VGG16 weights, got {weights}: {error}"
             ) from error
-        for module in features:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # a feature that was taken must stay
         self.parts = nn.ModuleList(features[start:end] for start, end in pairwise((0, *TAPS)))
         self.mean = nn.Buffer(torch.tensor(IMAGENET_DEFAULT_MEAN).reshape(1, 3, 1, 1))
         self.std = nn.Buffer(torch.tensor(IMAGENET_DEFAULT_STD).reshape(1, 3, 1, 1))

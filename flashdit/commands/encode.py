@@ -53,6 +53,7 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
+    from flashdit.data.images import transparent_images
     from flashdit.data.manifest import MANIFEST
     from flashdit.shared.locks import only_writer
     from flashdit.shared.process import check_processes
@@ -76,8 +77,9 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
             counts = (
                 f"{counts} in {len(manifest['shards'])} shards, {len(manifest['unreadable']):,} unreadable"
             )
-            enlarged = f"; {manifest['enlarged']}" if manifest["enlarged"] else ""
-            print(f"{counts}{enlarged}: {encoding.out / MANIFEST}")
+            transparent = transparent_images(manifest["transparent"], manifest["background"])
+            remarks = [counts, manifest["enlarged"], transparent]
+            print(f"{'; '.join(remark for remark in remarks if remark)}: {encoding.out / MANIFEST}")
     state.destroy_process_group()
 
 

@@ -91,14 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.shared.files import write_atomically
 
     survey = survey_folder(arguments.images)
+    print(survey.found.describe(len(survey.found.unreadable) + len(survey.unreadable)), flush=True)
     draft = first_draft(survey, arguments)
-    print("\n".join(survey.describe(draft.image_size)))
+    print("\n".join(survey.describe(draft.image_size)), flush=True)
     draft, costs = with_costs(draft)
     text = draft.to_yaml(header(draft, arguments.out, costs))
     write_atomically(arguments.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote {arguments.out}; on this machine:")
     print("\n".join(f"  {name:12} {text}" for name, text in costs.items()))
     print("next:")
+    if survey.unreadable:
+        print("  take the images that cannot be read out of the folder, as scoring refuses them")
     for about, command in next_commands(draft, arguments.out):
         print(f"  {command}" + (f"  # {about}" if about else ""))
 
@@ -244,6 +247,7 @@ def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:
     scored = min(draft.num_images, SCORED_ON_CPU if draft.device == "cpu" else SCORED_ON_GPU)
     score = ["flashdit", "eval", "--checkpoint", run, "--reference", images, "--image-size", size]
     score += ["--num-images", str(scored)]
+    score += ["--labels", "reference"] if draft.num_classes > 1 else []  # classes are seldom of one size
     commands = [("", train_command(out)), ("", shlex.join(["flashdit", "sample", "--checkpoint", run]))]
     if has_inception():
         return [*commands, ("", shlex.join(score))]

@@ -27,7 +27,10 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument("--num-images", type=int, metavar="N", help="default: as many as fit the reference")
     add_weights(what)
     what.add_argument(
-        "--labels", metavar="KIND", help="balanced: equal shares (default), or random; in random order"
+        "--labels",
+        metavar="KIND",
+        help="balanced: equal shares (default), random, or reference: the shares that the reference has; in "
+        "random order",
     )
     scored = parser.add_argument_group("how it is scored")
     scored.add_argument(

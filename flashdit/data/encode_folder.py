@@ -22,6 +22,7 @@ from flashdit.data.encode_plan import (
     describe_update,
     known_classes,
     listing_sha256,
+    lost_records,
     read_plan,
     read_records,
     record_file,
@@ -30,9 +31,10 @@ from flashdit.data.encode_plan import (
 )
 from flashdit.data.images import enlarged_images, report_images
 from flashdit.data.inspection import ReadableImages, ReadBatch
-from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
+from flashdit.data.walk import printable
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.paths import check_outside
@@ -136,7 +138,9 @@ class FolderEncoding:
     def begin(self) -> None:
         """Writes what the encoding will be, and says so; one process calls it before any writes."""
         report_images(self.source.found.describe(), self.source.found.unreadable)
-        if update := describe_update(self.listing, self.records, self.kept) if self.records else "":
+        if lost := lost_records(self.out, self.records):
+            logger.warning("%s has no record of %s: encoded again", self.out / RECORDS, ", ".join(lost))
+        elif update := describe_update(self.listing, self.records, self.kept) if self.records else "":
             logger.info("%s", update)
         if self.before != self.plan:
             (self.out / MANIFEST).unlink(missing_ok=True)  # an encoding that is cut off is not complete
@@ -187,6 +191,7 @@ class FolderEncoding:
         rows: list[int] = []
         small: dict[str, int] = {}
         unreadable: dict[str, str] = {}
+        transparent = 0
         first = shard * self.options.shard_rows  # numbers of posterior noise: each image has its own
         for batch in self._batches(shard):
             found = next(read)
@@ -197,12 +202,13 @@ class FolderEncoding:
             names = (self.source.names[row] for row in found.rows)
             small |= self._small(dict(zip(names, found.short_sides, strict=True)))
             unreadable |= {self.source.names[row]: why for row, why in found.unreadable.items()}
+            transparent += found.transparent
             first += len(batch)
             bar.update(len(batch))
         latents, mirrored = torch.cat(parts, 1)
         path = write_shard(self.out, 0, shard, latents, mirrored, self.source.labels[rows])
         for name, why in unreadable.items():
-            logger.warning("skipped %s, which cannot be read: %s", name, why)
+            logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
         record = {
             "file": path.name,
             "rows": len(rows),
@@ -210,6 +216,7 @@ class FolderEncoding:
             "sha256": file_sha256(path),
             "images": {name: self.listing[name] for name in self.shards[shard]},
             "small": small,
+            "transparent": transparent,
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
@@ -223,7 +230,7 @@ class FolderEncoding:
             self.said_enlarged = True
             logger.warning(
                 "%s is enlarged %.1f times, perhaps others too: see --image-size",
-                much[0],
+                printable(much[0]),
                 size / short_sides[much[0]],
             )
         return {name: side for name, side in short_sides.items() if side < size}
@@ -233,7 +240,7 @@ class FolderEncoding:
         latents = self.encode(images, numbers)
         finite = latents.isfinite().all(0).flatten(1).all(1)
         if not finite.all():
-            name = self.source.names[rows[int(finite.int().argmin())]]
+            name = printable(self.source.names[rows[int(finite.int().argmin())]])
             kinds = f"precision={self.options.precision} and dtype={self.options.dtype}"
             raise ValueError(f"latents must be finite, those of {name} are not with {kinds}")
         return latents
@@ -253,6 +260,7 @@ class FolderEncoding:
         unreadable = dict(self.source.found.unreadable)
         for record in records:
             unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
+        transparent = [record["transparent"] for record in records if "transparent" in record]
         manifest = self.plan | {
             "vae": self.options.vae,
             "vae_config": self.vae.config,
@@ -264,6 +272,7 @@ class FolderEncoding:
                 {name: side for record in records for name, side in record.get("small", {}).items()},
                 self.options.image_size,
             ),
+            "transparent": sum(transparent) if len(transparent) == len(records) else None,
             "shape": self.shape,
             "mean": moments.mean,
             "std": std,

@@ -46,6 +46,8 @@ def load_model(folder: Path) -> FlashDiT:
     name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
     if name != "FlashDiT":
         raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"a checkpoint must hold weights, got no .safetensors file in {folder}")
     try:
         model = FlashDiT.from_pretrained(folder)
     except Exception as error:

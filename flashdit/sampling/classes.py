@@ -127,8 +127,12 @@ def check_labels_fit(count: int) -> None:
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> Tensor:
     """Returns labels (num_images,) int64, each class as often as any other (± 1), in seeded random order."""
-    order = torch.randperm(num_images, generator=generator_for(seed, "labels", 0))
-    return (torch.arange(num_images) % max(1, num_classes))[order]
+    return shuffled(torch.arange(num_images) % max(1, num_classes), seed)
+
+
+def shuffled(labels: Tensor, seed: int) -> Tensor:
+    """Returns labels (n,) in seeded random order."""
+    return labels[torch.randperm(len(labels), generator=generator_for(seed, "labels", 0))]
 
 
 def equal_shares(num_images: int, ids: Sequence[int]) -> Tensor:

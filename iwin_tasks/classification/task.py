@@ -33,6 +33,7 @@ from iwin_tasks.classification.data import (
     HeldOutExamples,
     TrainExamples,
     check_same_classes,
+    keep_readable,
     open_split,
 )
 from iwin_tasks.classification.evaluate import Accuracy, evaluate_classifier
@@ -91,9 +92,8 @@ class ClassifierTask(Task):
         self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes, run_dir)
         self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
-        for images in (self.images, self.held_out.images):
-            if isinstance(images, FolderImages):
-                images.leave_out_unreadable(run_dir, accelerator.is_main_process)
+        if isinstance(self.images, FolderImages) and isinstance(self.held_out.images, FolderImages):
+            keep_readable(self.images, self.held_out.images, run_dir, accelerator.is_main_process)
         shown = [pil_to_tensor(self.images.picture(row)) for row in range(min(16, len(self.images.labels)))]
         self.colours = "colour" if any(colours_of(image[None]) == "colour" for image in shown) else "grey"
         self.criterion = SoftTargetCrossEntropy()

@@ -212,11 +212,23 @@ def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_over
     with pytest.raises(ValueError, match=r"readable safetensors file, .*ema.* is not"):
         train(tiny_overrides)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"a checkpoint must hold weights, got none in .*ema"):
+    with pytest.raises(
+        ValueError, match=r"a checkpoint must hold weights, got no \.safetensors file in .*ema"
+    ):
         train(tiny_overrides)
+    with pytest.raises(
+        ValueError, match=r"a checkpoint must hold weights, got no \.safetensors file in .*ema"
+    ):
+        load_generator(tmp_path / "run")
     (folder / "ema" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(ValueError, match=r"must hold a FlashDiT, got DiTTransformer2DModel in .*ema"):
         load_generator(folder)
+    (folder / "ema" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"with their configuration, .*ema has no config.json"):
+        load_generator(folder)
+    (folder / "latents.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"latents.safetensors is damaged: No such file"):
+        load_generator(folder, weights="model")
 
 
 def test_images_without_a_vae_are_refused(tmp_path):

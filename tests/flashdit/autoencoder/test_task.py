@@ -1,6 +1,7 @@
 """Does an autoencoder learn its images, resume exactly, and come out as diffusers' own?"""
 
 import json
+import math
 
 import pytest
 import torch
@@ -140,12 +141,62 @@ def test_a_moved_folder_with_a_broken_picture_resumes_and_another_one_does_not(o
         )
 
 
-def test_held_out_images_are_not_trained_on(overrides):
+def test_held_out_images_are_not_trained_on(overrides, caplog):
+    caplog.set_level("INFO")
     task = AutoencoderTrainer(load_autoencoder_config(None, overrides)).task
     trained = [task.examples[position]["image"] for position in range(22)]
     assert len(task.held_out) == 2
+    assert f"2 of {task.images_per_epoch + 2} images are held out" in caplog.text
     for image in task.held_out:
         assert not any(torch.equal(image, other) or torch.equal(image.flip(-1), other) for other in trained)
+
+
+def test_at_most_a_tenth_of_the_images_is_held_out_and_a_resumed_run_holds_out_the_same(overrides):
+    config = load_autoencoder_config(None, [*overrides, "held_out_images=100"])
+    trainer = AutoencoderTrainer(config)
+    assert (len(trainer.task.held_out), trainer.task.images_per_epoch) == (2, 22)
+    trainer.fit()
+    with pytest.raises(ValueError, match=r"a run whose held_out_images is 100, not 1: give another run\.dir"):
+        AutoencoderTrainer(load_autoencoder_config(None, [*overrides, "held_out_images=1"]))
+
+
+@pytest.mark.parametrize(("mirrors", "low", "high"), [("false", 0, 0), ("null", 0, 0), ("true", 5, 17)])
+def test_images_are_mirrored_half_the_time_where_that_is_asked_for(overrides, mirrors, low, high):
+    config = load_autoencoder_config(None, [*overrides, f"data.mirrors={mirrors}"])
+    examples = AutoencoderTrainer(config).task.examples
+    shown = [examples[position]["image"] for position in range(22)]
+    plain = [examples.source.image(examples.rows[examples.order(position)]) for position in range(22)]
+    mirrored = [not torch.equal(*pair) for pair in zip(shown, plain, strict=True)]
+    assert low <= sum(mirrored) <= high
+    for flipped, image, whole in zip(mirrored, shown, plain, strict=True):
+        assert torch.equal(image, whole.flip(-1) if flipped else whole)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(overrides):
+    changes = ["loss.pixel=l2", "loss.kl_weight=0.01", "loss.perceptual_weight=0.5"]
+    task = AutoencoderTrainer(load_autoencoder_config(None, [*overrides, *changes])).task
+    task.perceptual = lambda images, reconstructions: (images - reconstructions).abs().sum()
+    image = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    decoded, mean, log_variance = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 4, 4), torch.rand(2, 2, 4, 4)
+    loss, terms = task.loss(lambda *_: (decoded, mean, log_variance), {"image": image, "noise": mean})
+    difference = image / 127.5 - 1 - decoded
+    kl = ((mean**2 + log_variance.exp() - log_variance - 1) / 2).mean()
+    torch.testing.assert_close(
+        loss, difference.pow(2).mean() + 0.01 * kl + 0.5 * difference.abs().sum(), rtol=1e-5, atol=0
+    )
+    assert terms.keys() == {"l2", "kl", "perceptual"}
+
+
+def test_the_psnr_of_held_out_images_is_that_of_the_saved_averages_posterior_means(overrides):
+    trainer = AutoencoderTrainer(load_autoencoder_config(None, overrides))
+    trainer.fit()
+    records = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    average = AutoencoderKL.from_pretrained(list_checkpoints(trainer.run_dir)[-1] / "ema")
+    images = trainer.task.held_out / 127.5 - 1
+    with torch.no_grad():
+        decoded = average.decode(average.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    error = ((images - decoded) / 2).double().pow(2).mean().item()
+    assert records[-1]["psnr"] == pytest.approx(-10 * math.log10(error), abs=1e-4)
 
 
 def test_the_psnr_grows_with_training(overrides):
@@ -166,6 +217,7 @@ def test_options_are_overrides():
         "autoencoder.factor=8",
         "training.steps=7",
     ]
+    assert overrides_of(parse(["--factor", "0"])) == ["autoencoder.factor=0"]  # which is refused there
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 import shlex
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from hard_pictures import READABLE, make_hard_pictures
 from PIL import Image
 
 from flashdit import config
-from flashdit.commands import budget, new, sample, train
+from flashdit.commands import budget, new, sample, survey, train
 from flashdit.commands.budget import Machine
 from flashdit.commands.draft import SCALES, Draft, round_count
 from flashdit.data.autoencoders import load_vae
+from flashdit.data.fit import DataFacts
+from flashdit.data.latents import LatentOptions
 from flashdit.data.pixels import Pixels
 from flashdit.evaluation.features import inception
 from flashdit.models.costs import forward_flops
@@ -46,6 +50,10 @@ def draft_of(num_images, **options):
     about = {"num_classes": 10, "image_size": 64, "latents": None, "space": Pixels(), "device": "cuda"}
     about |= {"images": "/pictures", "run_dir": "runs/x", "workers": 1}
     return Draft(num_images=num_images, **about | options)
+
+
+def latent_space(channels, factor):
+    return SimpleNamespace(channels=channels, factor=factor, image_side=None)
 
 
 def test_pictures_that_are_hard_to_read_train_by_the_printed_command_from_another_folder(
@@ -86,7 +94,16 @@ def test_the_next_commands_are_what_a_shell_takes(tmp_path, capsys):
     assert sample.parse(commands[1][2:]).checkpoint is not None
     assert commands[2][:2] == ["iwin", "classify"]
     assert {f"data.path={folder}", f"run.dir={run}_classifier", "model.num_classes=2"} <= set(commands[2])
-    reference = ["--reference", str(folder), "--image-size", "32", "--num-images", "6"]
+    reference = [
+        "--reference",
+        str(folder),
+        "--image-size",
+        "32",
+        "--num-images",
+        "6",
+        "--labels",
+        "reference",
+    ]
     assert commands[3] == [
         *("flashdit", "eval", "--checkpoint", run),
         *reference,
@@ -138,19 +155,71 @@ def test_an_unreadable_image_is_told_and_not_counted(tmp_path, capsys):
     assert "p: 3 images in 2 classes; left out: 1 unreadable" in printed
     assert "refused by scoring: a/text.png: cannot identify" in printed
     assert made["training"]["steps"] == SCALES[0].least
+    assert (tmp_path / "mine.yaml").read_text().startswith("# 3 images at 32×32")
+
+
+def test_of_many_images_some_are_looked_at_all_over_the_folder(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 6)
+    monkeypatch.setattr(survey, "SEEN_AT_MOST", 3)
+    found = survey.survey_folder(folder)
+    assert [*found.sides] == ["a/0.png", "a/4.png", "b/3.png"], "every other one of a/0 a/2 a/4 b/1 b/3 b/5"
+    assert found.num_images == 6
+    assert found.describe(32)[1].endswith("trained on at 32×32 (of 3 files, spread over the folder)")
+
+
+def test_an_autoencoder_of_one_side_alone_gives_it_and_another_one_is_refused(tmp_path, monkeypatch):
+    only = SimpleNamespace(name="Only", channels=4, factor=2, image_side=64)
+    monkeypatch.setattr(LatentOptions, "autoencoder", lambda options: only)
+    found = survey.survey_folder(folder_of(tmp_path / "p", *[(40, 40)] * 4))
+    words = ["--images", str(tmp_path / "p"), "--out", "mine.yaml", "--latents", "only"]
+    assert new.first_draft(found, new.parse(words)).image_size == 64
+    with pytest.raises(ValueError, match="--image-size: Only takes images of 64×64 alone, got 32×32"):
+        new.first_draft(found, new.parse([*words, "--image-size", "32"]))
+
+
+@pytest.mark.parametrize(
+    ("images", "factor", "told"), [(32_768, 8, True), (32_767, 8, False), (32_768, 1, False)]
+)
+def test_latents_that_take_a_gibibyte_are_told(images, factor, told):
+    vae, labels = latent_space(4, factor), torch.zeros(images, dtype=torch.long)
+    about = new.latents_in_memory(DataFacts((4, 32, 32), labels, None, 1, vae))
+    assert about == ({"latents": about["latents"]} if told else {})
+    assert not told or about["latents"].startswith("1.0 GiB in memory"), "2 · 4 bytes · 4096 · 32,768"
+
+
+def test_a_small_folder_is_decoded_and_counted_as_training_counts_it(tmp_path, capsys):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    whole = (folder / "b" / "1.png").read_bytes()
+    (folder / "b" / "1.png").write_bytes(whole[: len(whole) // 2])  # its head is whole
+    _, printed = written(capsys, "--images", folder)
+    assert "p: 3 images in 2 classes; left out: 1 unreadable" in printed
+    assert "refused by scoring: b/1.png:" in printed
+    assert "next:\n  take the images that cannot be read out of the folder" in printed
+    assert "--num-images 3" in printed
+
+
+def test_of_a_large_folder_only_heads_are_read_and_that_is_said(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    monkeypatch.setattr(survey, "DECODED_AT_MOST", 4 * 40 * 40 - 1)
+    monkeypatch.setattr(survey, "read_image", None)
+    _, printed = written(capsys, "--images", folder)
+    assert (
+        "40 px on the short side; trained on at 32×32 (by the heads of 4 files; training decodes" in printed
+    )
+    assert "take the images" not in printed
 
 
 def test_latents_take_the_autoencoder_by_its_lasting_name(tmp_path, capsys):
     folder = folder_of(tmp_path / "p", *[(70, 70)] * 4)
     made, _ = written(capsys, "--images", folder, "--latents", "digits")
     assert made["latents"] == {"vae": "digits"}
-    assert made["model"]["patch_size"] == 2, "64 pixels, factor 2: 32 latents a side, 16 tokens"
+    assert made["model"]["patch_size"] == 4, "64 pixels, factor 2: 32 latents a side, 8 tokens on a CPU"
     assert made["flow"]["prediction"] == "velocity"
     load_vae("digits").module.save_pretrained(tmp_path / "own")
     (tmp_path / "mine.yaml").unlink()
     made, _ = written(capsys, "--images", folder, "--latents", "own", "--image-size", "32")
     assert made["latents"] == {"vae": str(tmp_path / "own")}
-    assert made["model"]["patch_size"] == 1
+    assert made["model"]["patch_size"] == 2
 
 
 @pytest.mark.parametrize(
@@ -185,10 +254,19 @@ def test_the_model_grows_with_the_images(images, sizes):
         ({"device": "cpu", "num_images": 50_000}, 4),
         ({"image_size": 96}, 6),
         ({"image_size": 60}, 4),  # 15×15: windows are padded
+        ({"image_size": 36, "latents": "f2", "space": latent_space(4, factor=2)}, 2),  # 9×9 of 18×18
     ],
 )
 def test_patches_make_a_grid_of_at_most_sixteen(options, patch_size):
     assert draft_of(**{"num_images": 100} | options).patch_size == patch_size
+
+
+@pytest.mark.parametrize(
+    ("channels", "loss"), [(4, {"cosine_weight": 0}), (15, {"cosine_weight": 0}), (16, None)]
+)
+def test_the_angle_between_velocities_counts_where_there_are_many_channels(channels, loss):
+    draft = draft_of(100, latents="f2", space=latent_space(channels, factor=2))
+    assert yaml.safe_load(draft.to_yaml("# header"))["flow"].get("loss") == loss
 
 
 def test_previews_come_within_minutes_and_take_little_of_the_time():

@@ -2,18 +2,18 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hard_pictures import make_hard_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -253,6 +253,24 @@ def test_an_update_that_is_cut_off_is_finished_by_the_next(copied):
     assert len(labels_by_name(copied)) == 20
 
 
+@pytest.mark.parametrize("gone", ["plan.json", "shard001.json", "plan.json, damaged"])
+def test_a_lost_record_is_named(copied, caplog, gone):
+    out = Path(copied.out)
+    before, record = contents(out), out / "records" / gone.partition(",")[0]
+    record.unlink()
+    if "damaged" in gone:
+        record.write_text("{")
+    if "plan" in gone:
+        words = r"plan.json is not" if "damaged" in gone else r"out holds latents, but no records/plan.json"
+        with pytest.raises(ValueError, match=words):
+            FolderEncoding(copied)
+        return
+    encode(copied)
+    assert contents(out) == before
+    assert "records has no record of latents_rank00_shard001.safetensors: encoded again" in caplog.text
+    assert "new" not in caplog.text
+
+
 def test_a_repaired_image_is_encoded_and_a_new_class_comes_last(copied):
     before = state(copied.out)
     Image.new("RGB", (40, 40), "red").save(Path(copied.images, "eel", "03.png"))
@@ -287,11 +305,29 @@ def test_an_encoding_of_an_earlier_version_resumes_and_can_then_be_updated(copie
     Path(copied.images, "eel", "13.png").unlink()
     assert encode(copied)["encoded"] == 20
     as_an_earlier_version(copied)
-    Path(copied.images, "eel", "12.jpg").unlink()
-    with pytest.raises(
-        ValueError, match=r"encoded by a version that did not keep names, and .* give another"
-    ):
-        FolderEncoding(copied)
+    changed = Path(copied.images, "eel", "12.jpg")
+    for change in (lambda: changed.write_bytes(changed.read_bytes() + b"more"), changed.unlink):
+        change()
+        with pytest.raises(
+            ValueError, match=r"encoded by a version that did not keep names, and .* give another"
+        ):
+            FolderEncoding(copied)
+
+
+def test_images_that_the_background_shows_through_are_counted(options, tmp_path, capsys):
+    options = replace(options, images=str(make_hard_pictures(tmp_path / "hard")), background="#0a0b0c")
+    encode_latents.main(arguments(options))
+    line = (
+        "2 smaller than 32 px were enlarged, formes/small.png 1.6 times; 5 with transparency are shown over "
+    )
+    assert f"1 unreadable; {line}#0a0b0c: {options.out}/manifest.json" in capsys.readouterr().out
+    record = Path(options.out, "records", "shard000.json")
+    content = json.loads(record.read_text())
+    del content["transparent"]  # as an earlier version wrote it
+    record.write_text(json.dumps(content))
+    assert encode(options)["transparent"] is None
+    encode_latents.main(arguments(options))
+    assert "transparency" not in capsys.readouterr().out
 
 
 def test_enlarged_images_are_told_at_once_and_at_the_end(options, caplog):
@@ -429,16 +465,3 @@ def test_corruption_that_keeps_the_size_is_found_by_verify(options, tmp_path, ex
 
 def test_a_command_without_its_folders_is_one_sentence(exit_message):
     assert "encoding needs --images, --vae and --out" in exit_message(encode_latents, "--vae", "digits")
-
-
-def test_help_states_the_defaults_of_the_options(capsys):
-    with pytest.raises(SystemExit):
-        encode_latents.parse(["--help"])
-    _, _, text = capsys.readouterr().out.partition("options:")
-    stated = {}
-    for part in re.split(r"\n  (?=--)", text):
-        if found := re.search(r"\(default: (\w+)\)", " ".join(part.split())):
-            stated[part.split()[0].removeprefix("--").replace("-", "_")] = found[1]
-    defaults = {field.name: str(field.default) for field in fields(EncodingOptions)}
-    unstated = {"images", "vae", "out", "sample"}
-    assert stated == {name: value for name, value in defaults.items() if name not in unstated}

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -269,6 +270,26 @@ def test_each_error_of_a_decoder_is_a_value_error(tmp_path, monkeypatch, decoder
         read_image(tmp_path / "a.png")
 
 
+def center_crop_arr(picture, size):
+    """ADM's function of this name, from its guided_diffusion/image_datasets.py."""
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.Resampling.BOX)
+    scale = size / min(*picture.size)
+    sides = tuple(round(side * scale) for side in picture.size)
+    values = np.array(picture.resize(sides, resample=Image.Resampling.BICUBIC))
+    top, left = (values.shape[0] - size) // 2, (values.shape[1] - size) // 2
+    return values[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    "extent", [(64, 64), (64, 97), (63, 80), (290, 147), (20, 31), (32, 45), (32, 32)], ids=str
+)
+def test_the_centre_crop_is_adms(extent):
+    noise = np.random.default_rng(0).integers(0, 256, (*extent[::-1], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    assert (np.asarray(centre_crop(picture, 32)) == center_crop_arr(picture, 32)).all()
+
+
 def test_a_long_thin_image_is_refused_before_it_fills_the_memory():
     with pytest.raises(ValueError, match=r"must have at most 89,478,485 pixels, got 256 × 25600000"):
         centre_crop(Image.new("L", (100_000, 1)), 256)
@@ -411,6 +432,20 @@ def test_names_that_are_no_utf_8_are_escaped(tmp_path):
         find_images(tmp_path)
 
 
+def test_names_with_line_breaks_and_terminal_codes_are_read_and_shown_on_one_line(tmp_path, caplog):
+    odd = "a\nb\x1b[31m\u202ec.png"
+    save(tmp_path, f"cat/{odd}", f"cat/絵 {'n' * 200}.png")
+    found = find_images(tmp_path)
+    assert [read_image(path).size for path in found.paths] == [(8, 8), (8, 8)]
+    report_images(enlarged_images({odd: 8}, 32), {odd: "broken"})
+    shown = "a\\nb\\x1b[31m\\u202ec.png"
+    assert caplog.messages[0] == f"skipped {shown}, which cannot be read: broken"
+    assert shown in enlarged_images({odd: 8}, 32)
+    found.paths[0].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=re.escape(f"{shown} is not: cannot identify")):
+        read_image(found.paths[0])
+
+
 def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
     save(tmp_path, "cat/0.png")
     scandir = os.scandir
@@ -448,3 +483,10 @@ def test_sides_are_read_without_decoding(tmp_path):
     path.write_bytes(b"no head")
     with pytest.raises(ValueError, match=r"^every image must be readable, .*a.png is not: cannot identify"):
         image_sides(path)
+
+
+def test_images_beside_a_folder_without_any_are_told_where_none_is_found(tmp_path):
+    (tmp_path / "scores").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"got none in .*; left out: 1 loose beside the class folder"):
+        find_images(tmp_path)

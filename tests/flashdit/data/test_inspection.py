@@ -55,7 +55,8 @@ def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, r
     assert broken.startswith("skipped formes/broken.png, which cannot be read: ")
     assert line.endswith(
         "pictures: 12 images in 3 classes; left out: 3 hidden, 1 loose beside the class folders, 1 .txt, "
-        "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times"
+        "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times; "
+        "5 with transparency are shown over white"
     )
 
 
@@ -63,7 +64,8 @@ def test_the_record_keeps_names_bytes_and_sizes(folder, record):
     leave_out_unreadable(open_folder(folder), record)
     content = json.loads(record.read_text())
     path = folder / "10 squares" / "phone.jpg"
-    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60]
+    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60, False]
+    assert content["images"]["2 discs/rgba.png"][1:] == [48, 48, True]
     size, why = content["unreadable"]["formes/broken.png"]
     assert size == (folder / "formes" / "broken.png").stat().st_size
     assert why
@@ -115,6 +117,23 @@ def test_a_class_of_broken_images_is_named(folder):
         (folder / "formes" / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"every class must have a readable image, .* has none of formes"):
         leave_out_unreadable(open_folder(folder))
+
+
+def test_an_image_too_long_to_be_scaled_is_left_out(folder, caplog):
+    square(1_500, 1).save(folder / "formes" / "line.png")  # 256 × 384,000 pixels before it is cropped
+    source = leave_out_unreadable(open_folder(folder, 256))
+    assert len(source.paths) == READABLE
+    assert "skipped formes/line.png, which cannot be read: an image must have at most" in caplog.text
+    assert "formes/line.png" in leave_out_unreadable(open_folder(folder, 128)).names
+
+
+def test_a_run_among_its_images_is_refused(folder):
+    record = folder / "run" / "images.json"
+    with pytest.raises(
+        ValueError, match=r"run\.dir must not lie in the images of data\.path, .*pictures/run$"
+    ):
+        leave_out_unreadable(open_folder(folder), record)
+    assert not record.parent.exists()
 
 
 def test_a_damaged_record_is_named(folder, record):

@@ -159,6 +159,21 @@ def test_labels_become_the_numbers_of_their_names():
     assert classes.name_of(9) == "class 9"
 
 
+def test_a_class_of_the_reference_alone_gets_a_number_that_no_other_has():
+    samples, reference = source([0, 2], {0: "cat", 2: "eel"}), source([0, 1], {0: "dog", 1: "eel"})
+    classes = match_classes(ColourExtractor(), samples, reference)
+    assert classes.names == {0: "cat", 2: "eel", 3: "dog"}
+    assert classes.numbered(reference.labels, reference).tolist() == [3, 2]
+
+
+def test_classes_of_one_name_are_known_where_their_numbers_are_the_extractors():
+    extractor = ColourExtractor()
+    extractor.class_names = ["crane", "crane", "red"]  # as ImageNet has a bird and a machine
+    assert not match_classes(extractor, source([0, 1], {0: "crane", 1: "crane", 2: "red"}), None).unknown
+    other = source([0, 1], {1: "crane", 2: "red"})
+    assert match_classes(extractor, other, None).unknown.endswith("several classes are called crane")
+
+
 def test_labels_without_names_are_taken_for_numbers_and_that_is_said(folder, monkeypatch, tmp_path):
     images = np.array([[[COLOURS[name]] * 4] * 4 for name in ("red", "blue")], np.uint8)
     np.savez(tmp_path / "s.npz", images, np.array([0, 2]))

@@ -14,6 +14,7 @@ from flashdit.shared.settings import read_settings
 def home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("AT_HOME", "~/data")
     monkeypatch.delenv("UNSET", raising=False)
 
 
@@ -24,6 +25,7 @@ def home(monkeypatch):
         ("~", "/home/ann"),
         ("$DATA/x", "/data/x"),
         ("${DATA}x", "/datax"),
+        ("$AT_HOME/x", "/home/ann/data/x"),
         ("a~b/5$", "a~b/5$"),
         ("plain", "plain"),
     ],

@@ -71,3 +71,6 @@ def test_a_log_file_gets_few_lines(tmp_path):
 def test_a_terminal_gets_many(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert progress_bar(total=3).mininterval == 0.1
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert progress_bar(total=3).mininterval == 30
+    assert progress_bar(total=3, mininterval=2).mininterval == 2

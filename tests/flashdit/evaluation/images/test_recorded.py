@@ -13,6 +13,7 @@ from flashdit.evaluation.images.sources import open_source
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import choose_labels
 from flashdit.sampling.folder import SampleFolder, make_recipe
+from flashdit.shared.pictures import save_png
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,14 @@ def test_a_folder_that_lacks_a_sample_is_refused(folders, tmp_path, form, gone, 
         open_source(folder)
 
 
+def test_a_sample_without_a_byte_counts_as_missing(folders, tmp_path):
+    folder = copy_of(folders, "png", tmp_path)
+    for name in ("000002.png", "000004.png"):  # a full disk leaves such files
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"lacks 000002\.png and 1 more: the same `flashdit sample`"):
+        open_source(folder)
+
+
 def test_a_folder_that_is_not_finished_is_refused(folders, tmp_path):
     folder = copy_of(folders, "png", tmp_path)
     recipe = json.loads((folder / "recipe.json").read_text())
@@ -97,6 +106,16 @@ def test_pictures_that_tell_no_class_have_no_labels_and_that_is_said(folders, tm
         picture.save(folder / "000000.png")  # without its text
     assert open_source(folder).labels is None
     assert "6 samples of `flashdit sample`; the pictures do not tell their classes apart" in caplog.text
+
+
+def test_pictures_whose_classes_are_not_the_recipes_have_no_labels(folders, tmp_path):
+    folder = copy_of(folders, "png", tmp_path)
+    labels = open_source(folder).labels.tolist()
+    hen, cat = (folder / f"{labels.index(label):06d}.png" for label in (2, 0))
+    for file, other in ((hen, "cat"), (cat, "hen")):
+        with Image.open(file) as picture:
+            save_png(torch.from_numpy(np.array(picture)).permute(2, 0, 1), file, {"class": other})
+    assert open_source(folder).labels is None
 
 
 def test_an_npz_among_other_pictures_is_read_and_that_is_said(tmp_path, caplog):
