@@ -1,6 +1,7 @@
 """What no machine can hold is refused in a sentence before it is made, and what fits is not."""
 
 import resource
+import shutil
 
 import pytest
 import torch
@@ -139,16 +140,26 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
         (["--steps", 10**30], "steps must be at most 1,000,000"),
         (["--seed", 2**63], f"seed must be from 0 to below 2^63, got {2**63}"),
         (["--seed", -1], "seed must be from 0 to below 2^63, got -1"),
-        (
-            ["--num-images", 10**7, "--height", 2048, "--width", 2048, "--format", "npz"],
-            "--output needs room for 10,000,000 pictures",
-        ),
     ],
 )
 def test_samples_that_no_machine_holds_are_refused(tiny_checkpoint, tmp_path, exit_message, words, message):
     argv = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", *words]
     assert message in exit_message(sample, *argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_the_disk_cannot_hold_are_refused_unless_they_are_there(
+    tiny_checkpoint, tmp_path, exit_message, monkeypatch
+):
+    argv = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", "--num-images", 3]
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=3 * 3 * 3 * 32 * 32))
+    said = "--output needs room for 3 pictures, 2.594e-05 GiB, got 2.575e-05 GiB free for"
+    assert said in exit_message(sample, *argv)
+    assert not (tmp_path / "out").exists()
+    sample.main([str(word) for word in [*argv, "--format", "npz"]])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=0))
+    sample.main([str(word) for word in [*argv, "--format", "npz"]])
 
 
 def test_a_batch_of_pictures_that_does_not_fit_is_refused_and_a_smaller_one_is_not(
