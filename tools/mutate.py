@@ -47,6 +47,10 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/test_trainer.py",
         "tests/iwin_tasks/classification/test_task.py",
     ],
+    "flashdit/training/resume.py": [
+        "tests/flashdit/training/test_resume.py",
+        "tests/flashdit/test_trainer.py",
+    ],
     "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
     "flashdit/models": [
