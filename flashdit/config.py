@@ -56,6 +56,8 @@ class EvaluationOptions:
     """Steps between evaluations; 0 makes none."""
     num_images: int = 5_000
     """Samples, shared among all processes; a score compares only with others of the same number."""
+    labels: str = "balanced"
+    """Of the samples: `balanced`, `random`, or `reference`, in the shares that the reference has."""
     reference: str | None = None
     """An npz of ADM's or of make-reference, a folder, or a data set that brings one; None means what the
     run's own data set brings."""

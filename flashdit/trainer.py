@@ -29,6 +29,7 @@ from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
+from flashdit.memory import check_step_fits
 from flashdit.models.attention import ATTENTIONS
 from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
@@ -86,6 +87,7 @@ class InTrainingEvaluation:
             sampling=config.sampling,
             data=config.data["name"],
             data_path=config.data.get("path") if config.data["name"] == "images" else None,
+            labels=options.labels,
             num_images=options.num_images,
             reference=options.reference,
             extractor=options.extractor,
@@ -144,8 +146,10 @@ class FlashDiTTask(Task):
                 logger.info("model.num_classes=0: the data's classes, %d, are left out", count)
         preview_every = config.training.preview_every if self.space.vae is not None else 0
         self.actions = [PeriodicAction(every=preview_every, run=self._write_preview)]
+        generator = TrainedGenerator(self.model, self.space, self.class_names, 0)
+        if preview_every:
+            generator.check_batch_fits(config.sampling, 1)
         if config.evaluation.every:
-            generator = TrainedGenerator(self.model, self.space, self.class_names, 0)
             self.evaluation = InTrainingEvaluation(config, generator, self.device)
             self.actions.append(PeriodicAction(every=config.evaluation.every, run=self._score))
         if config.weights is not None and not list_checkpoints(self.run_dir):
@@ -291,10 +295,12 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
         config: The checked configuration.
 
     Raises:
-        ValueError: If data, model and run folder do not fit together.
+        ValueError: If data, model and run folder do not fit together, or a step does not fit into memory.
     """
     config = with_sizes_of_data(config)
     accelerator = start_run(config, FlashDiTTask)
+    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    check_step_fits(config, accelerator.device, accelerator.num_processes, sharded)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)
     return TrainingLoop(config, task, accelerator)

@@ -17,6 +17,7 @@ flashdit/sampling flashdit/autoencoder
 flashdit/evaluation
 flashdit/digits
 flashdit/config.py
+flashdit/memory.py
 flashdit/trainer.py
 flashdit/web
 flashdit/commands

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hard_pictures import READABLE, make_hard_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -98,6 +99,16 @@ def test_two_processes_train_and_one_resumes(trained, tmp_path):
     assert [record["images_seen"] for record in records(tmp_path)] == [16 * step for step in range(1, 25)]
 
 
+def test_two_processes_share_the_look_at_pictures_and_tell_it_once(tmp_path):
+    folder = make_hard_pictures(tmp_path / "pictures")
+    words = [f"data.path={folder}", f"run.dir={tmp_path / 'run'}", *NANO, "training.steps=2"]
+    words += ["data.image_size=32", "model.num_heads=2", "training.global_batch_size=4"]
+    done = run(*LAUNCH_2, "-m", "flashdit", "train", "--config", "pixels_64", *words, timeout=180)
+    assert done.stderr.count(f"pictures: {READABLE} images in 3 classes; left out: ") == 1
+    listing = json.loads((tmp_path / "run" / "images.json").read_text())
+    assert (len(listing["images"]), len(listing["unreadable"])) == (READABLE, 1)
+
+
 def test_training_leaves_a_preview_of_ten_classes(trained):
     with Image.open(trained / "samples" / "step_00000024.png") as grid:
         assert grid.width > 4 * 64
@@ -150,15 +161,15 @@ def test_scoring_a_checkpoint_writes_scores_beside_their_floor(trained, tmp_path
         (
             train,
             ["--config", "absent.yaml"],
-            "--config must be a YAML file or a shipped configuration, got absent.yaml",
+            "--config: absent.yaml does not exist, and is no shipped configuration",
         ),
         (sample, ["--class", "207"], "class 207 is out of range for this 10-class model (0–9)"),
         (sample, ["--class", "sevn"], "unknown class 'sevn'; did you mean 'seven'"),
-        (sample, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (sample, ["--checkpoint", "absent"], "--checkpoint: absent does not exist"),
         (sample, ["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
         (sample, ["--num-images", "0"], "num_images must be at least 1, got 0"),
         (sample, ["--output", "kept"], "one of the same samples"),
-        (eval_fid, ["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (eval_fid, ["--checkpoint", "absent"], "--checkpoint: absent does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

@@ -19,6 +19,8 @@ DEFAULT_AUTOENCODER = "autoencoder/small"
 """The shipped configuration of a run that names none."""
 PIXEL_ERRORS = ("l1", "l2")
 FACTORS = (1, 2, 4, 8, 16, 32)
+MOST_LAYERS = 100
+"""Of a level; a deeper one takes long to build and does not train."""
 MAX_WIDENING = 4
 """Times the first level's channels that the deepest one has at the most."""
 
@@ -44,6 +46,8 @@ class AutoencoderOptions:
         for name in ("channels", "layers_per_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.layers_per_block > MOST_LAYERS:
+            raise ValueError(f"layers_per_block must be at most {MOST_LAYERS}, got {self.layers_per_block}")
         if self.width < 4 or self.width % 4:
             raise ValueError(f"width must be a positive multiple of 4, got {self.width}")
 

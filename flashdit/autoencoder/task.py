@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,14 @@ from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, ImageFolder, PixelSource
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid
+from flashdit.shared.process import check_model_fits
 from flashdit.shared.seeds import EpochOrder, generator_for
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
+from flashdit.training.options import share_of_batch
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
+logger = logging.getLogger(__name__)
 SHOWN_IMAGES = 10
 """Held-out images of the picture of reconstructions."""
 RECONSTRUCTED_AT_ONCE = 32
@@ -104,8 +108,12 @@ class AutoencoderTask(Task):
             raise ValueError(f"an autoencoder requires 2 images or more, one to be held out, got {count}")
         order = torch.randperm(count, generator=generator_for(config.seed, "held out", 0)).tolist()
         held_out = min(config.held_out_images, max(1, count // 10))
+        if self.main:
+            logger.info("%s of %s images are held out", f"{held_out:,}", f"{count:,}")
         self.held_out = torch.stack([source.image(row) for row in sorted(order[:held_out])])
         self.arguments = config.autoencoder.arguments(side)
+        images = share_of_batch(config.training, accelerator.num_processes), 3, side, side
+        check_model_fits(lambda: Reconstructor(**self.arguments), images, self.device)
         self.model = Reconstructor(**self.arguments)
         latent_side = side // config.autoencoder.factor
         self.latent_shape = (config.autoencoder.channels, latent_side, latent_side)

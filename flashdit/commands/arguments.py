@@ -34,6 +34,13 @@ def path(text: str) -> Path:
     return Path(path_text(text))
 
 
+def png_path(text: str) -> Path:
+    """Returns the path of an option that names a PNG file."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text}")
+    return path(text)
+
+
 def add_weights(parser: argparse._ActionsContainer) -> None:
     """Adds what names a checkpoint's weights and its VAE."""
     add = parser.add_argument
@@ -71,7 +78,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts")
     add("--shift", type=float, help="below 1, finer steps near noise")
     add("--seed", type=int)
-    add("--height", type=int, help="in pixels; any multiple of the VAE's factor times the patch size")
+    add(
+        "--height",
+        type=int,
+        help="in pixels; any multiple of the patch size, for latents times the VAE's factor",
+    )
     add("--width", type=int, help="in pixels; likewise")
     add("--precision", help="what the model computes in: fp32, tf32, bf16 or fp16")
     add(

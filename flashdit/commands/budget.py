@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +21,8 @@ from flashdit.config import (
 )
 from flashdit.data.fit import DataFacts, check_fit
 from flashdit.data.sources import DATASETS
+from flashdit.memory import Counts, memory_bytes, model_without_memory
 from flashdit.models.costs import Activations
-from flashdit.models.dit import FlashDiT
 from flashdit.shared.command import resolve_device
 from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.registry import Buildable
@@ -71,83 +71,16 @@ def this_machine(training: TrainingOptions, mfu: float | None = None) -> Machine
     return Machine(devices=1, peak_tflops=peak / 1e12, mfu=share, measured=device.type)
 
 
-def device_memory() -> int | None:
-    """Returns the bytes of memory of this machine's device; None where the system does not tell."""
-    if resolve_device(None) == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # not on Windows
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Parameters of a model."""
-
-    all: int
-    trained: int
-    block: int
-    """Of one block."""
-    outside: int
-    """Of what is in no block."""
-
-
-def model_without_memory(config: RunConfig) -> FlashDiT:
-    """Returns the configured model on torch's meta device."""
-    with torch.device("meta"):
-        return FlashDiT(**config.model_arguments)
-
-
-def count_parameters(config: RunConfig) -> Counts:
-    """Returns the parameters of the configured model."""
-    model = model_without_memory(config)
-    total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
-    return Counts(
-        all=total,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        block=blocks // len(model.blocks),
-        outside=total - blocks,
-    )
-
-
-def memory_bytes(
-    config: RunConfig, counts: Counts, saved: Activations, gpus: int, sharded: bool
-) -> dict[str, float]:
-    """Returns the bytes of one GPU by what they hold, by the formulas of `flashdit estimate --help`.
-
-    Args:
-        config: Of the run.
-        counts: Its model's parameters.
-        saved: What a forward pass keeps.
-        gpus: How many share the batch.
-        sharded: Whether by FSDP2, else by DDP.
-    """
-    training, shards = config.training, gpus if sharded else 1
-    images = share_of_batch(training, gpus)
-    width = 4 if training.precision == "fp32" else 2
-    accumulated = sharded and training.accumulation > 1
-    rows: dict[str, float] = {
-        "weights": 4 * counts.all / shards,
-        "EMA": 4 * counts.all * (1 + len(config.ema.power_widths)) / shards,
-        "AdamW": 8 * counts.trained / shards,
-        "gradients": 4 * counts.trained / (1 if accumulated else shards),
-        "DDP's buckets": 0 if sharded or gpus == 1 else 4 * counts.trained,
-        "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
-        "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
-        "activations": images * saved.per_image,
-    }
-    return rows | {"sum": sum(rows.values())}
-
-
 def kept_checkpoints(training: TrainingOptions) -> int:
     """Returns how many checkpoints lie on the disk when the run has ended."""
-    saved = sorted({*range(training.save_every, training.steps + 1, training.save_every), training.steps})
-    if training.keep_last is None:
-        return len(saved)
-    older = saved[: -training.keep_last]
-    every = training.keep_every
-    return len(saved) - len(older) + sum(every is not None and step % every == 0 for step in older)
+    steps, save_every = training.steps, training.save_every
+    saved = -(-steps // save_every)  # the last step is one of them
+    if training.keep_last is None or training.keep_last >= saved:
+        return saved
+    if training.keep_every is None:
+        return training.keep_last
+    older = (saved - training.keep_last) * save_every  # the newest step that is not among the last
+    return training.keep_last + older // math.lcm(save_every, training.keep_every)
 
 
 def checkpoint_bytes(config: RunConfig, counts: Counts) -> float:
@@ -214,7 +147,7 @@ def with_data(config: RunConfig) -> tuple[RunConfig, DataFacts | None]:
         return config, None
     data = facts_of_data(config)
     config = with_sizes(config, data)
-    check_fit(model_without_memory(config).config, data, data.vae)
+    check_fit(model_without_memory(config, depth=1).config, data, data.vae)
     return config, data
 
 

@@ -26,6 +26,8 @@ OLDER_SCORES = (
 )
 """Beginnings of the scores' names, for runs whose records do not list their `scores`."""
 REFERENCE_POINTS = 100
+CURVES_MARK = '"curves": {'
+"""Text that every file of --write-reference holds."""
 Curve = list[tuple[float, float]]
 """(images seen, value), by rising images."""
 

@@ -12,7 +12,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.models.sizes import SIZES
 
 LARGEST_GRID, SMALL_GRID, LEAST_GRID = 16, 8, 4
-"""Tokens of a side: at most, for pixels and a small model on a CPU, and at least."""
+"""Tokens of a side: at most, for a small model on a CPU, and at least."""
 FEWEST_FOR_COSINE = 16
 """Channels from which the angle between velocities says something; LightningDiT's have 32."""
 EMA_SHARE = 0.04
@@ -156,7 +156,7 @@ class Draft:
     @property
     def patch_size(self) -> int:
         """Side of a patch: the smallest one whose grid is no larger than wanted."""
-        cheaper = self.device == "cpu" and self.latents is None and self.scale in SCALES[:2]
+        cheaper = self.device == "cpu" and self.scale in SCALES[:2]
         wanted = SMALL_GRID if cheaper and self.image_size <= LARGEST_GRID * SMALL_GRID else LARGEST_GRID
         grid = max(grid for grid in range(1, wanted + 1) if self.side % grid == 0)
         if grid < LEAST_GRID:

@@ -53,6 +53,7 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
+    from flashdit.data.images import transparent_images
     from flashdit.data.manifest import MANIFEST
     from flashdit.shared.locks import only_writer
     from flashdit.shared.process import check_processes
@@ -63,7 +64,7 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
     check_processes(state.num_processes)
     encoding = FolderEncoding(EncodingOptions(**given), device)
-    with only_writer(encoding.out) if state.is_main_process else nullcontext():
+    with only_writer(encoding.out, called="--out") if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         if state.is_main_process:
             encoding.begin()
@@ -76,8 +77,9 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
             counts = (
                 f"{counts} in {len(manifest['shards'])} shards, {len(manifest['unreadable']):,} unreadable"
             )
-            enlarged = f"; {manifest['enlarged']}" if manifest["enlarged"] else ""
-            print(f"{counts}{enlarged}: {encoding.out / MANIFEST}")
+            transparent = transparent_images(manifest["transparent"], manifest["background"])
+            remarks = [counts, manifest["enlarged"], transparent]
+            print(f"{'; '.join(remark for remark in remarks if remark)}: {encoding.out / MANIFEST}")
     state.destroy_process_group()
 
 

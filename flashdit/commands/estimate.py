@@ -78,6 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"--{name} must be below 2^63, got {value}")
     mfu, peak = arguments.mfu, arguments.peak_tflops
     if not (0 < (1 if mfu is None else mfu) <= 1 and 0 < (1 if peak is None else peak) < float("inf")):
         rule = "--mfu must be above 0 and at most 1, and --peak-tflops positive"
@@ -100,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     from rich.table import Table
 
-    from flashdit.commands.budget import count_parameters, facts, memory_table, read_config, with_data
+    from flashdit.commands.budget import facts, memory_table, read_config, with_data
+    from flashdit.memory import count_parameters
     from flashdit.models.costs import activations, forward_flops
 
     config = read_config(arguments.config, arguments.overrides)

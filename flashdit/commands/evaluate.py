@@ -6,13 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator, path, path_text
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
 from flashdit.shared.command import open_console, resolve_device
+from flashdit.shared.paths import check_outside
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan
@@ -79,6 +80,8 @@ def open_all(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Plan, Path]:
             default = samples.with_name(f"{samples.stem}.metrics.json")
         output = output_file(arguments.output, default)
         request = make_request(arguments, generator, samples)
+        if not output.parent.exists():  # a new folder below images would be a class without any
+            check_outside(output, samples or request.data_path, "--output", "--samples or --checkpoint")
     plan = open_plan(request, ranks)
     with ranks.agree():
         if arguments.csv is not None:
@@ -93,14 +96,30 @@ def score_images(argv: Sequence[str]) -> None:
 
     from flashdit.evaluation.evaluate import evaluate_fully
     from flashdit.evaluation.features.ranks import processes
-    from flashdit.shared.locks import only_writer
 
-    with processes(arguments.device) as ranks:
+    with processes(arguments.device) as ranks, ExitStack() as outputs:
         plan, output = open_all(arguments, ranks)
-        with only_writer(output, is_file=True) if ranks.is_main else nullcontext():
-            done = evaluate_fully(plan, ranks, {"pool", "logits"} if arguments.html else ())
+        with ranks.agree():
             if ranks.is_main:
-                write_all(plan, done, output, arguments)
+                hold_outputs(outputs, output, arguments)
+        done = evaluate_fully(plan, ranks, {"pool", "logits"} if arguments.html else ())
+        if ranks.is_main:
+            write_all(plan, done, output, arguments)
+
+
+def hold_outputs(outputs: ExitStack, output: Path, arguments: argparse.Namespace) -> None:
+    """Makes this process the only writer of what the command line asks for, before anything is scored."""
+    from flashdit.evaluation.reports.html import HTML_MARK
+    from flashdit.evaluation.reports.report import JSON_MARK, MARKDOWN_MARK
+    from flashdit.shared.locks import only_writer
+    from flashdit.shared.paths import check_replaceable, check_writable
+
+    outputs.enter_context(only_writer(output, mark=JSON_MARK, is_file=True))
+    check_replaceable(output.with_suffix(".md"), MARKDOWN_MARK, "--output")
+    if arguments.html:
+        check_replaceable(output.with_suffix(".html"), HTML_MARK, "--html")
+    if arguments.csv:
+        check_writable(arguments.csv.parent, "--csv")
 
 
 def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Namespace) -> None:
@@ -143,6 +162,8 @@ def make_reference(argv: Sequence[str]) -> None:
         raise ValueError(f"a reference must be written to an .npz file, got {arguments.output}")
     if arguments.output.resolve() == Path(arguments.images).resolve():
         raise ValueError(f"a reference must not replace its images, got {arguments.output} for both")
+    if not arguments.output.parent.exists():
+        check_outside(arguments.output, arguments.images, "OUT.npz", arguments.images)
     if arguments.batch_size < 1:
         raise ValueError(f"the batch size must be positive, got {arguments.batch_size}")
     device = resolve_device(arguments.device)
@@ -150,27 +171,33 @@ def make_reference(argv: Sequence[str]) -> None:
     from flashdit.evaluation.features.cache import FeatureCache
     from flashdit.evaluation.features.ranks import processes
     from flashdit.evaluation.images.sources import open_reference
-    from flashdit.evaluation.reference import write_reference
-    from flashdit.evaluation.request import open_extractor
+    from flashdit.evaluation.reference import REFERENCE_MARK, write_reference
+    from flashdit.evaluation.request import check_bounds, open_extractor
     from flashdit.shared.locks import only_writer
+    from flashdit.shared.seeds import check_seed
 
-    with processes(device) as ranks:
+    with processes(device) as ranks, ExitStack() as outputs:
         with ranks.agree():
+            check_seed(arguments.seed, "--seed")
+            check_bounds(arguments.batch_size, arguments.image_size)
             source = open_reference(arguments.images, arguments.background, arguments.image_size)
             extractor = open_extractor(arguments.images, arguments.extractor, arguments.extractor_weights)
             extractor.to(device)
-        with only_writer(arguments.output, is_file=True) if ranks.is_main else nullcontext():
-            write_reference(
-                source,
-                extractor,
-                arguments.output,
-                num_images=arguments.num_images,
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                device=device,
-                ranks=ranks,
-                cache=None if arguments.no_cache else FeatureCache(),
-            )
+            if ranks.is_main:
+                outputs.enter_context(
+                    only_writer(arguments.output, is_file=True, mark=REFERENCE_MARK, called="OUT.npz")
+                )
+        write_reference(
+            source,
+            extractor,
+            arguments.output,
+            num_images=arguments.num_images,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            device=device,
+            ranks=ranks,
+            cache=None if arguments.no_cache else FeatureCache(),
+        )
         if ranks.is_main:
             height, width = source.image_size
             print(
@@ -189,9 +216,16 @@ def compare(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=path, metavar="FILE.md", help="write the table as Markdown too")
     arguments = parser.parse_args(argv)
 
-    from flashdit.evaluation.reports.compare import column_names, comparison_rows, read_result, verdicts
+    from flashdit.evaluation.reports.compare import (
+        COMPARISON_MARK,
+        column_names,
+        comparison_rows,
+        read_result,
+        verdicts,
+    )
     from flashdit.evaluation.reports.report import markdown_table, print_rows
     from flashdit.shared.files import write_atomically
+    from flashdit.shared.locks import only_writer
 
     results = [read_result(path) for path in arguments.results]
     names = column_names(arguments.results)
@@ -199,7 +233,8 @@ def compare(argv: Sequence[str]) -> None:
     print_rows(rows, notes, open_console())
     if arguments.output:
         text = "\n".join([markdown_table(rows), "", *(f"- {note}" for note in notes), ""])
-        write_atomically(arguments.output, lambda temporary: temporary.write_text(text))
+        with only_writer(arguments.output, is_file=True, mark=COMPARISON_MARK):
+            write_atomically(arguments.output, lambda temporary: temporary.write_text(text))
         print(f"wrote {arguments.output}")
 
 

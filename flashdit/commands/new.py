@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path, path_text
+from flashdit.shared.paths import check_writable
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -59,19 +60,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     out: Path = arguments.out
     if out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out must be a .yaml file, got {out}")
+    check_writable(out.parent, "--out")
     if out.exists():
         raise ValueError(f"--out must be a new file, {out} exists: delete it or give another name")
     arguments.name = out.stem if arguments.name is None else arguments.name
     if arguments.name in ("", ".", "..") or Path(arguments.name).name != arguments.name:
         raise ValueError(f"--name must be the name of a folder in runs, got '{arguments.name}'")
-    if arguments.image_size is not None and arguments.image_size < 1:
-        raise ValueError(f"--image-size must be at least 1, got {arguments.image_size}")
+    if arguments.image_size is not None:
+        from flashdit.data.sources import MOST_PIXELS
+
+        if not 1 <= arguments.image_size <= MOST_PIXELS:
+            raise ValueError(f"--image-size must be from 1 to {MOST_PIXELS}, got {arguments.image_size}")
     run_dir = Path("runs", arguments.name)
     if run_dir.exists():
         raise ValueError(f"--name must be that of a new run, {run_dir} exists: give another --name")
-    for text in (str(arguments.images.absolute()), arguments.name, arguments.latents):
-        if "$" in text:
-            raise ValueError(f"a path with $ stands for a variable in a configuration: rename it, got {text}")
+    if "$" in arguments.name:
+        raise ValueError(f"a new name with $ stands for a variable in a configuration, got {arguments.name}")
+    for text in (str(arguments.images.absolute()), arguments.latents):
+        if "${" in text:
+            raise ValueError(
+                f"a path with ${{ stands for another key of a configuration: rename it, got {text}"
+            )
     return arguments
 
 
@@ -82,14 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.shared.files import write_atomically
 
     survey = survey_folder(arguments.images)
+    print(survey.found.describe(len(survey.found.unreadable) + len(survey.unreadable)), flush=True)
     draft = first_draft(survey, arguments)
-    print("\n".join(survey.describe(draft.image_size)))
+    print("\n".join(survey.describe(draft.image_size)), flush=True)
     draft, costs = with_costs(draft)
     text = draft.to_yaml(header(draft, arguments.out, costs))
     write_atomically(arguments.out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     print(f"wrote {arguments.out}; on this machine:")
     print("\n".join(f"  {name:12} {text}" for name, text in costs.items()))
     print("next:")
+    if survey.unreadable:
+        print("  take the images that cannot be read out of the folder, as scoring refuses them")
     for about, command in next_commands(draft, arguments.out):
         print(f"  {command}" + (f"  # {about}" if about else ""))
 
@@ -128,25 +140,29 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
     Raises:
         ValueError: If training would refuse the configuration or the data.
     """
+    import torch
+
     from flashdit.commands import budget
     from flashdit.config import with_sizes
+    from flashdit.memory import count_parameters, memory_bytes
     from flashdit.models.costs import activations, forward_flops
+    from flashdit.shared.process import device_memory
 
     machine = budget.this_machine(parsed(draft.to_yaml("")).training)
     draft, seconds, costs = affordable(draft, machine)
     config, data = budget.with_data(parsed(draft.to_yaml("")))
     assert data is not None
-    counts, multiply_adds = budget.count_parameters(config), forward_flops(config.model_arguments) / 2
+    counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2
     saved = activations(config.model_arguments, config.training.precision != "fp32")["all kept"]
-    memory, batch, parts = budget.device_memory(), config.training.global_batch_size, 1
-    needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
+    memory, batch, parts = device_memory(torch.device(draft.device)), config.training.global_batch_size, 1
+    needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     while memory is not None and needed > MEMORY_SHARE * memory and batch % (2 * parts) == 0:
         parts *= 2
         config.training.accumulation = parts
-        needed = budget.memory_bytes(config, counts, saved, 1, False)["sum"]
+        needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     draft = replace(draft, pace=draft.paced(seconds, parts))
     config = with_sizes(parsed(draft.to_yaml("")), data)
-    found = budget.facts(config, counts, multiply_adds, machine, data)
+    found = budget.facts(config, counts, multiply_adds, machine, data, draft.num_images)
     costs |= {key: found[key] for key in ("assumed", "length", "parameters", "checkpoints")}
     costs["memory"] = budget.size(needed)
     if memory is not None and needed > MEMORY_SHARE * memory:
@@ -231,6 +247,7 @@ def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:
     scored = min(draft.num_images, SCORED_ON_CPU if draft.device == "cpu" else SCORED_ON_GPU)
     score = ["flashdit", "eval", "--checkpoint", run, "--reference", images, "--image-size", size]
     score += ["--num-images", str(scored)]
+    score += ["--labels", "reference"] if draft.num_classes > 1 else []  # classes are seldom of one size
     commands = [("", train_command(out)), ("", shlex.join(["flashdit", "sample", "--checkpoint", run]))]
     if has_inception():
         return [*commands, ("", shlex.join(score))]

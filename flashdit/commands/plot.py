@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashdit.commands.arguments import path, path_text
 from flashdit.commands.curves import (
+    CURVES_MARK,
     Curve,
     RunCurves,
     read_reference,
@@ -18,7 +19,11 @@ from flashdit.commands.curves import (
     smooth,
     write_reference_curve,
 )
+from flashdit.shared.files import DRAWN
+from flashdit.shared.locks import only_writer
+from flashdit.shared.paths import check_outside
 from flashdit.shared.registry import unknown
+from flashdit.shared.runs import images_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,9 +186,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = distinct([read_run(path) for path in arguments.runs], arguments.runs)
     metrics = pick_metrics(arguments.metric, runs)
     if arguments.write_reference is not None:
-        write_reference_curve(
-            runs[0], [name for name in metrics if name in runs[0].curves], arguments.write_reference
-        )
+        names = [name for name in metrics if name in runs[0].curves]
+        with only_writer(
+            arguments.write_reference, is_file=True, mark=CURVES_MARK, called="--write-reference"
+        ):
+            write_reference_curve(runs[0], names, arguments.write_reference)
         print(f"wrote {arguments.write_reference}")
         return
     if arguments.reference is None:
@@ -191,5 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         references = [] if arguments.reference == "none" else [read_reference(Path(arguments.reference))]
     output = arguments.output or arguments.runs[0] / "curves.png"
-    draw_runs(runs, references, metrics, arguments.smoothing, output)
+    for run in runs:
+        check_outside(output, images_of(run.task), "--output", f"the run {run.name}")
+    with only_writer(output, is_file=True, mark=DRAWN if arguments.output else None):
+        draw_runs(runs, references, metrics, arguments.smoothing, output)
     print(f"wrote {output}")

@@ -46,7 +46,7 @@ def checkpoint_of(run: Path, step: int | None) -> Path:
     from flashdit.shared.runs import find_checkpoint, list_checkpoints, step_folder
 
     if step is None:
-        return find_checkpoint(run)
+        return find_checkpoint(run, "RUN")
     folder = step_folder(run, step)
     if folder not in list_checkpoints(run):
         raise unknown(f"checkpoint of {run}", folder.name, [path.name for path in list_checkpoints(run)])
@@ -58,19 +58,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     from rich.table import Table
 
-    from flashdit.training.posthoc import reconstruct, usable_snapshots
+    from flashdit.shared.locks import only_writer
+    from flashdit.shared.paths import check_outside
+    from flashdit.shared.runs import images_of
+    from flashdit.training.checkpoint import stored_config
+    from flashdit.training.posthoc import check_average, reconstruct, usable_snapshots
 
-    checkpoint = checkpoint_of(arguments.run, arguments.step)
-    snapshots = usable_snapshots(arguments.run, checkpoint)
-    output = arguments.output or checkpoint
-    table = Table("average", "profile error", "")
     for width in arguments.width:
         if width != round(width, 3):
             raise ValueError(
                 f"--width must have three decimals at most, since it names a folder, got {width}"
             )
+    checkpoint = checkpoint_of(arguments.run, arguments.step)
+    snapshots = usable_snapshots(arguments.run, checkpoint)
+    output = arguments.output or checkpoint
+    check_outside(output, images_of(stored_config(checkpoint)), "--output", f"the run {arguments.run}")
+    table = Table("average", "profile error", "")
+    for width in arguments.width:
         name = f"ema_{width:.3f}"
-        missed = reconstruct(checkpoint, snapshots, width, output / name)
+        with only_writer(output / name, is_file=True):
+            check_average(output / name)
+            missed = reconstruct(checkpoint, snapshots, width, output / name)
         table.add_row(name, f"{missed:.2%}", "coarse: wants more snapshots" if missed > COARSE else "")
     open_console().print(table)
     print(f"made from {len(snapshots)} snapshots, in {output}")

@@ -27,7 +27,10 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument("--num-images", type=int, metavar="N", help="default: as many as fit the reference")
     add_weights(what)
     what.add_argument(
-        "--labels", metavar="KIND", help="balanced: equal shares (default), or random; in random order"
+        "--labels",
+        metavar="KIND",
+        help="balanced: equal shares (default), random, or reference: the shares that the reference has; in "
+        "random order",
     )
     scored = parser.add_argument_group("how it is scored")
     scored.add_argument(
@@ -83,14 +86,6 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
     add_device(parser)
 
 
-def trained_images(generator: CheckpointGenerator) -> str | None:
-    """Returns the folder of images that a generator was trained on; None for other data."""
-    from flashdit.training.checkpoint import stored_config
-
-    is_folder = generator.data_name == "images"
-    return stored_config(generator.checkpoint).get("data", {}).get("path") if is_folder else None
-
-
 def make_request(
     arguments: argparse.Namespace, generator: CheckpointGenerator | None, samples: Path | None = None
 ) -> EvaluationRequest:
@@ -103,7 +98,7 @@ def make_request(
         generator=generator,
         sampling=None if generator is None else sampling_options(generator, given_sampling(arguments)),
         data=None if generator is None else generator.data_name,
-        data_path=None if generator is None else trained_images(generator),
+        data_path=None if generator is None else generator.images_path,
         labels=arguments.labels or "balanced",
         num_images=arguments.num_images,
         reference=arguments.reference,

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashdit.data.images import NAMED_AT_MOST, FoundImages, enlarged_images, find_images, image_sides
+from flashdit.data.images import (
+    NAMED_AT_MOST,
+    READERS,
+    FoundImages,
+    enlarged_images,
+    find_images,
+    image_sides,
+    read_image,
+)
+from flashdit.data.walk import printable
+from flashdit.shared.progress import progress_bar
 
 SEEN_AT_MOST = 2_000  # files whose head is read, spread over the folder
+DECODED_AT_MOST = 300e6  # pixels of a folder whose every file is decoded, which takes some seconds
 IMAGE_SIZES = (32, 64, 128, 256)
 """Sides that are chosen from where none is given."""
 MUCH = 1 / 3
@@ -24,6 +36,8 @@ class Survey:
     """In pixels, by name below the folder."""
     unreadable: dict[str, str]
     """Why others could not be read, by name."""
+    decoded: bool
+    """Whether every file was decoded, as training does, instead of only the heads of some."""
 
     @property
     def num_images(self) -> int:
@@ -45,15 +59,14 @@ class Survey:
         return sum(1 - min(sides) / max(sides) for sides in self.sides.values()) / len(self.sides)
 
     def describe(self, image_size: int) -> list[str]:
-        """Returns lines: what was found and left out, and what becomes of the images at a size."""
+        """Returns lines: what becomes of the images at a size, and which cannot be read."""
         short = {name: min(sides) for name, sides in self.sides.items()}
-        lines = [
-            self.found.describe(len(self.found.unreadable) + len(self.unreadable)),
-            f"{_range(short.values())} on the short side; trained on at {image_size}×{image_size}",
-        ]
-        looked = len(self.sides) + len(self.unreadable)
-        if looked < len(self.found.paths):
-            lines[1] += f" (of {looked:,} files, spread over the folder)"
+        lines = [f"{_range(short.values())} on the short side; trained on at {image_size}×{image_size}"]
+        if not self.decoded:
+            looked = len(self.sides) + len(self.unreadable)
+            lines[0] += (
+                f" (by the heads of {looked:,} files; training decodes all and leaves broken ones out)"
+            )
         enlarged = enlarged_images(short, image_size)
         if len(short) > 1 and all(side < image_size for side in short.values()):
             enlarged = f"all of them, {enlarged}: nothing finer than they are is learnt"
@@ -64,31 +77,54 @@ class Survey:
                 "is trained on"
             )
         lines += [
-            f"cannot be read, left out of training and refused by scoring: {name}: {why}"
+            f"cannot be read, left out of training and refused by scoring: {printable(name)}: {why}"
             for name, why in [*self.unreadable.items()][:NAMED_AT_MOST]
         ]
         return lines
 
 
 def survey_folder(root: Path) -> Survey:
-    """Returns what a folder holds, of many images only the sides of some.
+    """Returns what a folder holds: all files of a small one decoded, of a large one the heads of some.
 
     Raises:
         ValueError: If it is no folder, a class is empty, or fewer than two images can be read.
     """
     found = find_images(root, called="--images")
-    sides: dict[str, tuple[int, int]] = {}
-    unreadable: dict[str, str] = {}
-    for path in _spread(found.paths, SEEN_AT_MOST):
-        name = path.relative_to(root).as_posix()
-        try:
-            sides[name] = image_sides(path)
-        except ValueError as error:
-            unreadable[name] = str(error.__cause__ or error)
-    survey = Survey(found, sides, unreadable)
+    paths = _spread(found.paths, SEEN_AT_MOST)
+    sides, unreadable = _read(root, paths, image_sides)
+    pixels = sum(width * height for width, height in sides.values())
+    decoded = len(paths) == len(found.paths) and pixels <= DECODED_AT_MOST
+    if decoded:
+        readable = [path for path in paths if path.relative_to(root).as_posix() in sides]
+        sides, broken = _read(root, readable, lambda path: read_image(path).size)
+        unreadable |= broken
+    survey = Survey(found, sides, unreadable, decoded)
     if min(survey.num_images, len(sides)) < 2:
         raise ValueError(f"--images must hold at least 2 images that can be read, got {len(sides)} in {root}")
     return survey
+
+
+def _read(
+    root: Path, paths: Sequence[Path], look: Callable[[Path], tuple[int, int]]
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Returns the sides of those that can be read, and why others cannot be, by name below the root."""
+
+    def try_one(path: Path) -> tuple[int, int] | str:
+        try:
+            return look(path)
+        except ValueError as error:
+            return str(error.__cause__ or error)
+
+    sides, unreadable = {}, {}
+    with ThreadPoolExecutor(READERS) as readers:
+        bar = progress_bar(readers.map(try_one, paths), total=len(paths), desc="look", leave=False)
+        for path, seen in zip(paths, bar, strict=True):
+            name = path.relative_to(root).as_posix()
+            if isinstance(seen, str):
+                unreadable[name] = seen
+            else:
+                sides[name] = seen
+    return sides, unreadable
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def output_folder(given: Path | None, default: Path) -> Path:
-    """Returns the folder to write."""
-    output = given or default
+def output_folder(given: Path | None, generator: CheckpointGenerator) -> Path:
+    """Returns the folder to write, checked."""
+    from flashdit.evaluation.reports.sweeps import check_sweep_folder
+    from flashdit.shared.paths import check_outside
+
+    output = given or generator.run_dir / "eval" / "sweep"
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got {output}")
+    check_outside(output, generator.images_path, "--output", f"the run {generator.run_dir}")
+    check_sweep_folder(output)
     return output
 
 
@@ -141,11 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.evaluation.features.ranks import processes
     from flashdit.evaluation.reports.sweeps import read_sweeps, write_sweep
     from flashdit.evaluation.request import open_plan
+    from flashdit.shared.locks import only_writer
 
-    with processes(arguments.device) as ranks:
+    with processes(arguments.device) as ranks, ExitStack() as outputs:
         with ranks.agree():
             generator = open_generator(arguments)
-            output = output_folder(arguments.output, generator.run_dir / "eval" / "sweep")
+            output = output_folder(arguments.output, generator)
+            if ranks.is_main:
+                outputs.enter_context(only_writer(output))
             request = make_request(arguments, generator)
         plan = open_plan(request, ranks)
         with ranks.agree():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor
 from flashdit.data.ldm import load_ldm_vae
 from flashdit.data.pixels import Pixels
 from flashdit.data.sources import companions_of
-from flashdit.shared.runs import list_checkpoints
+from flashdit.shared.paths import expanded
+from flashdit.shared.runs import find_average, list_checkpoints
 
 logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -211,7 +211,7 @@ def load_vae(name: str) -> Autoencoder:
 
 def _path(name: str) -> Path:
     """Returns a name as a path."""
-    return Path(os.path.expandvars(name)).expanduser()
+    return Path(expanded(name))
 
 
 def _without_variant(name: str) -> tuple[str, str | None]:
@@ -240,7 +240,7 @@ def _find(name: str, path: Path) -> Place:
         name, variant = _without_variant(name)
         path = _path(name)
     if path.is_dir():
-        averages = [checkpoint / "ema" for checkpoint in list_checkpoints(path)[-1:]]  # of a run of ours
+        averages = [find_average(path, "the autoencoder")] if list_checkpoints(path) else []  # a run of ours
         found = [folder for folder in (path, path / "vae", *averages) if (folder / "config.json").is_file()]
         if not found:
             raise ValueError(

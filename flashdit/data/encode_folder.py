@@ -22,6 +22,7 @@ from flashdit.data.encode_plan import (
     describe_update,
     known_classes,
     listing_sha256,
+    lost_records,
     read_plan,
     read_records,
     record_file,
@@ -30,15 +31,18 @@ from flashdit.data.encode_plan import (
 )
 from flashdit.data.images import enlarged_images, report_images
 from flashdit.data.inspection import ReadableImages, ReadBatch
-from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT
+from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
-from flashdit.data.sources import ImageFolder, ImagesOptions
+from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
+from flashdit.data.walk import printable
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
+from flashdit.shared.paths import check_outside
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.progress import progress_bar
-from flashdit.shared.readers import read_batches
+from flashdit.shared.readers import check_workers, read_batches
 from flashdit.shared.registry import unknown
+from flashdit.shared.seeds import check_seed
 
 logger = logging.getLogger(__name__)
 ENLARGED_MUCH = 4  # times; said at once, not only at the end
@@ -76,9 +80,10 @@ class EncodingOptions:
         for name in ("image_size", "batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.image_size > MOST_PIXELS:
+            raise ValueError(f"image_size must be at most {MOST_PIXELS}, got {self.image_size}")
+        check_seed(self.seed, "seed")
+        check_workers(self.workers, "workers")
         for name, known in (("dtype", STORED_DTYPES), ("precision", AUTOCAST)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -101,8 +106,7 @@ class FolderEncoding:
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
         self.options, self.out = options, Path(options.out)
-        if self.out.resolve().is_relative_to(Path(options.images).resolve()):
-            raise ValueError(f"--out must not lie in the images of {options.images}, got {options.out}")
+        check_outside(self.out, options.images, "--out", "--images")
         self.before = read_plan(self.out)
         self.source = _open_folder(options, self.out, self.before)
         self.listing = dict(zip(self.source.names, self.source.num_bytes, strict=True))
@@ -134,7 +138,9 @@ class FolderEncoding:
     def begin(self) -> None:
         """Writes what the encoding will be, and says so; one process calls it before any writes."""
         report_images(self.source.found.describe(), self.source.found.unreadable)
-        if update := describe_update(self.listing, self.records, self.kept) if self.records else "":
+        if lost := lost_records(self.out, self.records):
+            logger.warning("%s has no record of %s: encoded again", self.out / RECORDS, ", ".join(lost))
+        elif update := describe_update(self.listing, self.records, self.kept) if self.records else "":
             logger.info("%s", update)
         if self.before != self.plan:
             (self.out / MANIFEST).unlink(missing_ok=True)  # an encoding that is cut off is not complete
@@ -185,6 +191,7 @@ class FolderEncoding:
         rows: list[int] = []
         small: dict[str, int] = {}
         unreadable: dict[str, str] = {}
+        transparent = 0
         first = shard * self.options.shard_rows  # numbers of posterior noise: each image has its own
         for batch in self._batches(shard):
             found = next(read)
@@ -195,12 +202,13 @@ class FolderEncoding:
             names = (self.source.names[row] for row in found.rows)
             small |= self._small(dict(zip(names, found.short_sides, strict=True)))
             unreadable |= {self.source.names[row]: why for row, why in found.unreadable.items()}
+            transparent += found.transparent
             first += len(batch)
             bar.update(len(batch))
         latents, mirrored = torch.cat(parts, 1)
         path = write_shard(self.out, 0, shard, latents, mirrored, self.source.labels[rows])
         for name, why in unreadable.items():
-            logger.warning("skipped %s, which cannot be read: %s", name, why)
+            logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
         record = {
             "file": path.name,
             "rows": len(rows),
@@ -208,6 +216,7 @@ class FolderEncoding:
             "sha256": file_sha256(path),
             "images": {name: self.listing[name] for name in self.shards[shard]},
             "small": small,
+            "transparent": transparent,
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
@@ -221,7 +230,7 @@ class FolderEncoding:
             self.said_enlarged = True
             logger.warning(
                 "%s is enlarged %.1f times, perhaps others too: see --image-size",
-                much[0],
+                printable(much[0]),
                 size / short_sides[much[0]],
             )
         return {name: side for name, side in short_sides.items() if side < size}
@@ -231,7 +240,7 @@ class FolderEncoding:
         latents = self.encode(images, numbers)
         finite = latents.isfinite().all(0).flatten(1).all(1)
         if not finite.all():
-            name = self.source.names[rows[int(finite.int().argmin())]]
+            name = printable(self.source.names[rows[int(finite.int().argmin())]])
             kinds = f"precision={self.options.precision} and dtype={self.options.dtype}"
             raise ValueError(f"latents must be finite, those of {name} are not with {kinds}")
         return latents
@@ -251,6 +260,7 @@ class FolderEncoding:
         unreadable = dict(self.source.found.unreadable)
         for record in records:
             unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
+        transparent = [record["transparent"] for record in records if "transparent" in record]
         manifest = self.plan | {
             "vae": self.options.vae,
             "vae_config": self.vae.config,
@@ -262,6 +272,7 @@ class FolderEncoding:
                 {name: side for record in records for name, side in record.get("small", {}).items()},
                 self.options.image_size,
             ),
+            "transparent": sum(transparent) if len(transparent) == len(records) else None,
             "shape": self.shape,
             "mean": moments.mean,
             "std": std,

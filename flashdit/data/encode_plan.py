@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdit.data.manifest import RECORDS
+from flashdit.data.manifest import MANIFEST, RECORDS, read_json
 from flashdit.data.shards import CLASS_NAMES_FILE
 from flashdit.shared.files import write_json
 from flashdit.shared.locks import LOCK
@@ -28,14 +27,14 @@ def record_file(out: Path, shard: int) -> Path:
 def read_records(out: Path) -> dict[int, dict[str, Any]]:
     """Returns the records of the shards that were written, by shard."""
     paths = sorted((out / RECORDS).glob("shard*.json"))
-    records = {int(path.stem.removeprefix("shard")): json.loads(path.read_text()) for path in paths}
+    records = {int(path.stem.removeprefix("shard")): read_json(path) for path in paths}
     return dict(sorted(records.items()))
 
 
 def known_classes(out: Path, plan: Mapping[str, Any]) -> list[str]:
     """Returns the class names that an encoding was begun with; none where it does not say them."""
     names = out / CLASS_NAMES_FILE
-    return plan.get("class_names") or (json.loads(names.read_text()) if names.is_file() else [])
+    return plan.get("class_names") or (read_json(names) if names.is_file() else [])
 
 
 def listing_sha256(listing: Listing) -> str:
@@ -54,10 +53,22 @@ def read_plan(out: Path) -> dict[str, Any]:
     """
     plan = out / PLAN
     if plan.exists():
-        return json.loads(plan.read_text())
+        return read_json(plan)
+    if (out / MANIFEST).exists() or (out / RECORDS).exists():
+        raise ValueError(
+            f"{out} holds latents, but no {PLAN} that tells how they were made: give another --out"
+        )
     if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(f"--out must be a new folder or one of an earlier encoding, got {out}")
     return {}
+
+
+def lost_records(out: Path, records: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Returns the shards of a complete encoding that have no record."""
+    if not (out / MANIFEST).is_file():
+        return []
+    known = {record["file"] for record in records.values()}
+    return [shard["file"] for shard in read_json(out / MANIFEST)["shards"] if shard["file"] not in known]
 
 
 def check_plan(out: Path, before: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from flashdit.data.colours import DecodedImage, decode
+from flashdit.data.tiff import unknown_tiff
 from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk, printable
 
 logger = logging.getLogger(__name__)
@@ -40,19 +42,19 @@ class FoundImages:
     links: int
     """Links that were followed."""
 
-    def describe(self, unreadable: int | None = None, enlarged: str = "") -> str:
+    def describe(self, unreadable: int | None = None, *remarks: str) -> str:
         """Returns one line: what was found, and what was left out and why.
 
         Args:
             unreadable: Files left out because they cannot be read; None: those that the walk knows of.
-            enlarged: What `enlarged_images` says, where sizes are known.
+            remarks: What `enlarged_images` and `transparent_images` say, where the images have been read.
         """
         broken = len(self.unreadable) if unreadable is None else unreadable
         count = len(self.paths) + len(self.unreadable) - broken
         line = f"{_counted(count, 'image')} in {_counted(len(self.class_names), 'class', 'classes')}"
         left_out = [f"{number:,} {reason}" for reason, number in self.left_out.items()]
         left_out += [f"{broken:,} unreadable"] if broken else []
-        parts = [line, f"left out: {', '.join(left_out)}" if left_out else "", enlarged]
+        parts = [line, f"left out: {', '.join(left_out)}" if left_out else "", *remarks]
         parts += [f"{_counted(self.links, 'link')} followed"] if self.links else []
         return f"{printable(self.root)}: {'; '.join(part for part in parts if part)}"
 
@@ -81,7 +83,11 @@ def find_images(root: Path, class_names: Sequence[str] = (), called: str = "data
     ]
     if not any(classes.values()):
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{called} must hold images ({suffixes}), got none in {printable(root)}")
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in walk.left_out.items())
+        raise ValueError(
+            f"{called} must hold images ({suffixes}), got none in {printable(root)}"
+            + (f"; left out: {left_out}" if left_out else "")
+        )
     if empty:
         raise ValueError(
             f"every class folder must hold an image, {printable(root)} has without: {', '.join(empty)}"
@@ -105,43 +111,47 @@ def find_images(root: Path, class_names: Sequence[str] = (), called: str = "data
     )
 
 
-def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def decode_image(path: Path, background: tuple[int, int, int] = WHITE) -> DecodedImage:
     """Returns an image file as upright RGB, 8 bits a channel; of an animation the first frame.
 
-    Transparent pixels show the background. 16-bit grey is scaled from 0–65,535, 32-bit integers likewise
-    where none is larger and else from 0–2,147,483,647, floating point from 0–1. Colour profiles are not
-    applied.
+    Transparent pixels show the background. Grey of other than 8 unsigned bits is scaled from 0 to the largest
+    number of its kind, floating point from 0–1, and 32-bit integers from 0–65,535 where none is larger. Of
+    16-bit colour the upper byte is taken. Colour profiles are not applied.
 
     Args:
         path: A file of one of `IMAGE_FORMATS`, whatever its name.
         background: Red, green and blue, 0–255.
 
     Raises:
-        ValueError: If it cannot be read, has more pixels than Pillow's limit, or numbers out of range.
+        ValueError: If it cannot be read, has more than `Image.MAX_IMAGE_PIXELS`, or numbers out of range.
     """
     with _opened(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)
-        return _to_rgb(file, background)
+        return decode(file, background)
+
+
+def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Returns the picture of `decode_image`."""
+    return decode_image(path, background).picture
 
 
 def image_sides(path: Path) -> tuple[int, int]:
     """Returns the two sides of an image file in pixels, as its head has them; nothing is decoded.
 
     Raises:
-        ValueError: If the head cannot be read, or tells of more pixels than Pillow's limit.
+        ValueError: If the head cannot be read, or tells of more than `Image.MAX_IMAGE_PIXELS`.
     """
     with _opened(path) as file:
         return file.size
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile]:
     """Gives an image file, of which nothing is decoded yet; whatever goes wrong names the file."""
     _silence_pillow()
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is no regular file")  # opening a pipe would wait for ever
-        with Image.open(path, formats=IMAGE_FORMATS) as file:
+        with _identified(path) as file:
             _check_pixels(file.width, file.height)
             yield file
     except MemoryError:
@@ -151,39 +161,22 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"every image must be readable, {printable(path)} is not: {reason}") from error
 
 
+def _identified(path: Path) -> ImageFile:
+    """Returns an image file whose head Pillow has read."""
+    try:
+        return Image.open(path, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(unknown_tiff(path) or "cannot identify image file") from error
+    except Image.DecompressionBombError as error:  # names twice the limit, at which Pillow itself refuses
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"an image must have at most {limit} pixels, got more than twice as many") from error
+
+
 def _check_pixels(width: int, height: int) -> None:
-    """Raises ValueError for more pixels than Pillow's limit, at which it would only warn."""
+    """Raises ValueError for more pixels than `Image.MAX_IMAGE_PIXELS`, at which Pillow would only warn."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(f"an image must have at most {limit:,} pixels, got {width} × {height}")
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Returns an image of any mode as RGB, transparent pixels in the background's colour."""
-    if image.mode[0] in "IF":
-        image = _scaled_grey(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB")
-
-
-def _scaled_grey(image: Image.Image) -> Image.Image:
-    """Returns grey of 16 or 32 bits or floating point as 8 bits; alpha where one value is transparent."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    top = 1.0 if image.mode == "F" else 2.0**31 - 1 if high > 65535 else 65535.0
-    if not (low >= 0 and high <= top):  # also NaN
-        kind = "floating-point" if image.mode == "F" else "integer"
-        raise ValueError(f"{kind} grey values must be from 0 to {top:,.0f}, got {low:g} to {high:g}")
-    grey = Image.fromarray((values.astype(np.float32) * np.float32(255 / top)).round().astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if transparent is None:
-        return grey
-    return Image.merge(
-        "LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    )
 
 
 def _silence_pillow() -> None:
@@ -261,7 +254,13 @@ def enlarged_images(short_sides: Mapping[str, int], image_size: int) -> str:
         return ""
     name = min(small, key=small.__getitem__)
     were, times = "was" if len(small) == 1 else "were", image_size / small[name]
-    return f"{len(small):,} smaller than {image_size} px {were} enlarged, {name} {times:.1f} times"
+    return f"{len(small):,} smaller than {image_size} px {were} enlarged, {printable(name)} {times:.1f} times"
+
+
+def transparent_images(count: int | None, background: str) -> str:
+    """Returns how many images the background shows through, in words; nothing for none or None, unknown."""
+    verb = "is" if count == 1 else "are"
+    return f"{count:,} with transparency {verb} shown over {background}" if count else ""
 
 
 def report_images(line: str, unreadable: Mapping[str, str]) -> None:
@@ -269,7 +268,7 @@ def report_images(line: str, unreadable: Mapping[str, str]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     for name, why in [*unreadable.items()][:NAMED_AT_MOST]:
-        logger.warning("skipped %s, which cannot be read: %s", name, why)
+        logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
     if len(unreadable) > NAMED_AT_MOST:
         logger.warning("and %s more that cannot be read", f"{len(unreadable) - NAMED_AT_MOST:,}")
     logger.info(line)

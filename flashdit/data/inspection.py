@@ -14,14 +14,21 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from flashdit.data.images import READERS, check_crop, enlarged_images, report_images
-from flashdit.data.sources import ImageFolder
+from flashdit.data.images import (
+    READERS,
+    check_crop,
+    enlarged_images,
+    report_images,
+    transparent_images,
+)
+from flashdit.data.sources import CroppedImage, ImageFolder
 from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
+from flashdit.shared.paths import check_outside
 from flashdit.shared.runs import newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2  # of 1 there is no transparency, and files were read that are now refused
 AT_ONCE = 1_000  # images that wait for a reader
 
 
@@ -35,6 +42,8 @@ class ReadBatch:
     """Of these rows, uint8 (B, 3, S, S); None if there is none."""
     short_sides: list[int]
     """Of the files of these rows, in pixels."""
+    transparent: int
+    """How many of them the background shows through."""
     unreadable: dict[int, str]
     """Why the others could not be read, by row."""
 
@@ -51,15 +60,20 @@ class ReadableImages(Dataset):
 
     def __getitem__(self, rows: Sequence[int]) -> ReadBatch:
         """Returns the images of some rows."""
-        images, sides, unreadable = {}, [], {}
+        read: dict[int, CroppedImage] = {}
+        unreadable = {}
         for row in rows:
             try:
-                images[row], side = self.source.read(row)
-                sides.append(side)
+                read[row] = self.source.read(row)
             except ValueError as error:
                 unreadable[row] = str(error.__cause__ or error)
-        stacked = torch.stack([*images.values()]) if images else None
-        return ReadBatch(list(images), stacked, sides, unreadable)
+        return ReadBatch(
+            rows=list(read),
+            images=torch.stack([image.pixels for image in read.values()]) if read else None,
+            short_sides=[image.short_side for image in read.values()],
+            transparent=sum(image.transparent for image in read.values()),
+            unreadable=unreadable,
+        )
 
 
 class Seen(NamedTuple):
@@ -70,6 +84,8 @@ class Seen(NamedTuple):
     """Width and height; None where it cannot be read."""
     unreadable: str | None = None
     """Why not."""
+    transparent: bool = False
+    """Whether the background shows through."""
 
 
 def leave_out_unreadable(
@@ -90,9 +106,7 @@ def leave_out_unreadable(
             folder lies among the images.
     """
     if record is not None:
-        if record.resolve().is_relative_to(source.found.root.resolve()):  # its pictures would become data
-            root = printable(source.found.root)
-            raise ValueError(f"run.dir must not lie in the images of data.path, {root}, got {record.parent}")
+        check_outside(record.parent, source.found.root, "run.dir", "data.path")
         source = with_classes_of_run(source, record.parent)
     before = _from_main(_read_record(record))
     sizes = dict(zip(source.names, source.num_bytes, strict=True))
@@ -108,9 +122,13 @@ def leave_out_unreadable(
         name: seen.unreadable for name, seen in found.items() if seen.unreadable is not None
     }
     sides = {name: min(seen.size) for name, seen in found.items() if seen.size}
-    report_images(
-        source.found.describe(len(unreadable), enlarged_images(sides, source.image_size)), unreadable
+    transparent = sum(seen.transparent for seen in found.values())
+    line = source.found.describe(
+        len(unreadable),
+        enlarged_images(sides, source.image_size),
+        transparent_images(transparent, source.options.background),
     )
+    report_images(line, unreadable)
     return source.subset(readable)
 
 
@@ -156,11 +174,11 @@ def _decode(source: ImageFolder, rows: Sequence[int], progress: bool) -> dict[st
 def _look(source: ImageFolder, row: int) -> Seen:
     """Returns what is seen of one file."""
     try:
-        picture = source.picture(row)
+        picture, transparent = source.decode(row)
         check_crop(picture.size, source.image_size)
     except ValueError as error:
         return Seen(source.num_bytes[row], None, str(error.__cause__ or error))
-    return Seen(source.num_bytes[row], picture.size)
+    return Seen(source.num_bytes[row], picture.size, transparent=transparent)
 
 
 def _check_classes(source: ImageFolder, readable: Sequence[int]) -> None:
@@ -180,7 +198,10 @@ def _read_record(record: Path | None) -> dict[str, Seen]:
         content = json.loads(record.read_text()) if record else {}
         if content.get("format") != RECORD_FORMAT:
             return {}
-        seen = {name: Seen(size, (w, h)) for name, (size, w, h) in content["images"].items()}
+        seen = {
+            name: Seen(size, (width, height), transparent=transparent)
+            for name, (size, width, height, transparent) in content["images"].items()
+        }
         return seen | {name: Seen(size, None, why) for name, (size, why) in content["unreadable"].items()}
     except FileNotFoundError:
         return {}
@@ -191,10 +212,12 @@ def _read_record(record: Path | None) -> dict[str, Seen]:
 
 
 def _write_record(record: Path, found: dict[str, Seen]) -> None:
-    """Writes what was seen: bytes, width and height by name, and of the unreadable bytes and reason."""
+    """Writes by name bytes, width, height and transparency, and of the unreadable bytes and reason."""
     content = {
         "format": RECORD_FORMAT,
-        "images": {name: [seen.num_bytes, *seen.size] for name, seen in found.items() if seen.size},
+        "images": {
+            name: [seen.num_bytes, *seen.size, seen.transparent] for name, seen in found.items() if seen.size
+        },
         "unreadable": {
             name: [seen.num_bytes, seen.unreadable] for name, seen in found.items() if not seen.size
         },

@@ -14,6 +14,18 @@ RECORDS = "records"
 MANIFEST_FORMAT = 1
 
 
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file of an encoded folder holds.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"a file of an encoded folder must be JSON, {path} is not: {error}") from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Returns the manifest of a folder of shards; None where there is none, as in LightningDiT's own.
 
@@ -27,10 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 f"an encoding must be complete, {folder} has no {MANIFEST}: run encode_latents.py again"
             )
         return None
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"a manifest must be JSON, {path} is not: {error}") from error
+    manifest = read_json(path)
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(
             f"a manifest must have format {MANIFEST_FORMAT}, {path} has {manifest.get('format')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdit.data.manifest import check_files, read_manifest
+from flashdit.data.manifest import check_files, read_json, read_manifest
 from flashdit.shared.files import write_atomically
 from flashdit.shared.weights import read_content
 
@@ -63,7 +62,7 @@ class LatentShards:
 
     Attributes:
         labels: (N,) int64.
-        class_names: One per class, from `class_names.json` where it lies beside the shards.
+        class_names: One per class, from `class_names.json` beside the shards or else from the manifest.
         shape: (C, H, W) of one latent.
         manifest: What `encode_latents.py` says of the shards; None for shards from elsewhere.
 
@@ -86,7 +85,8 @@ class LatentShards:
         self.ends = list(accumulate(map(len, labels)))
         self.shape = tuple(self._shard(0)["latents"].shape[1:])
         names = folder / CLASS_NAMES_FILE
-        self.class_names = json.loads(names.read_text()) if names.exists() else None
+        known = (self.manifest or {}).get("class_names")
+        self.class_names: list[str] | None = read_json(names) if names.exists() else known
         self.num_classes = len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
     def _index(self, shard: int) -> Tensor:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flashdit.data.images import crop_of_file, find_images, parse_background, read_image
+from flashdit.data.colours import DecodedImage
+from flashdit.data.images import crop_of_file, decode_image, find_images, parse_background
 from flashdit.data.shards import LatentShards
 from flashdit.shared.registry import Buildable, Registry
 
@@ -123,6 +124,17 @@ class ImagesOptions:
         parse_background(self.background)
 
 
+class CroppedImage(NamedTuple):
+    """An image as it is trained on, and what is to be said of its file."""
+
+    pixels: Tensor
+    """uint8 (3, S, S)."""
+    short_side: int
+    """Of the file, in pixels."""
+    transparent: bool
+    """Whether the background shows through any pixel of the file."""
+
+
 @DATASETS.register("images", ImagesOptions)
 class ImageFolder:
     """Images in class sub-folders; an image is read when it is asked for.
@@ -150,15 +162,19 @@ class ImageFolder:
         self.names = [path.relative_to(self.found.root).as_posix() for path in self.paths]
         self.labels = torch.tensor(self.found.labels)
 
+    def decode(self, index: int) -> DecodedImage:
+        """Returns one whole image."""
+        return decode_image(self.paths[index], self.background)
+
     def picture(self, index: int) -> Image.Image:
         """Returns one whole image, RGB."""
-        return read_image(self.paths[index], self.background)
+        return self.decode(index).picture
 
-    def read(self, index: int) -> tuple[Tensor, int]:
-        """Returns one centre-cropped image, uint8 (3, S, S), and the short side that its file has."""
-        picture = self.picture(index)
-        cropped = crop_of_file(picture, self.image_size, self.paths[index])
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1), min(picture.size)
+    def read(self, index: int) -> CroppedImage:
+        """Returns one centre-cropped image."""
+        picture, transparent = self.decode(index)
+        cropped = np.array(crop_of_file(picture, self.image_size, self.paths[index]))
+        return CroppedImage(torch.from_numpy(cropped).permute(2, 0, 1), min(picture.size), transparent)
 
     def identity(self) -> dict[str, Any]:
         """Returns what the images are known by: their classes, names below the folder and sizes."""
@@ -166,7 +182,7 @@ class ImageFolder:
 
     def image(self, index: int) -> Tensor:
         """Returns one centre-cropped image, uint8 (3, S, S)."""
-        return self.read(index)[0]
+        return self.read(index).pixels
 
     def subset(self, rows: Sequence[int]) -> ImageFolder:
         """Returns the same folder with only the images of some rows, in their order."""

@@ -18,6 +18,9 @@ IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {suffix for _, suffix in DECODERS}
 )
+CONTROL_CODES = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)  # control codes, breaks and directions
 NOT_DATA = {"__MACOSX", "@eaDir"}  # what archives and file servers leave behind, beside names with a dot
 
 
@@ -68,7 +71,7 @@ class Walk:
             self.left_out[printable(suffix) or "without suffix"] += 1
         elif not stat.S_ISREG(about.st_mode):
             self.unreadable[self.name(path)] = "it is no regular file"
-        elif printable(path) != path:
+        elif not _is_utf8(path):
             self.unreadable[self.name(path)] = "its name is not UTF-8"
         else:
             return True
@@ -102,7 +105,7 @@ class Walk:
         for path, state in sorted(folders, key=lambda item: natural_key(os.path.basename(item[0]))):
             if _identity(state) in self.above:
                 self.unreadable[self.name(path)] = "a link to a folder that it lies in"
-            elif printable(path) != path:
+            elif not _is_utf8(path):
                 raise ValueError(f"the name of a class folder must be UTF-8, got {printable(path)}")
             else:
                 classes[os.path.basename(path)] = self.images(path, state)
@@ -116,8 +119,14 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def printable(text: object) -> str:
-    """Returns a text in which bytes that are no UTF-8, as file names may have them, are escaped."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Returns a text on one line: line breaks, terminal codes and bytes that are no UTF-8 are escaped."""
+    shown = CONTROL_CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _is_utf8(path: str) -> bool:
+    """Returns whether a path can be written as UTF-8; bytes that cannot are surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _identity(about: os.stat_result) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from flashdit.evaluation.classes import Classes, match_classes
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
@@ -28,6 +30,11 @@ from flashdit.evaluation.reference import Reference, first_colours
 from flashdit.evaluation.reports.report import EvalResult
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
+
+OTHER_SHARES = 0.1
+"""Of the samples that would need another class, above which a report says so."""
+MANY_A_CLASS = 20
+"""Images of a class, on average, from which a reference's shares are taken for those of its source."""
 
 
 class Plan(NamedTuple):
@@ -119,6 +126,28 @@ def class_warnings(plan: Plan) -> list[str]:
     return [f"no accuracy: {classes.unknown}"] if lacks else []
 
 
+def share_warnings(plan: Plan) -> list[str]:
+    """Returns how far the classes' shares differ between drawn samples and reference, where it is much."""
+    source = plan.reference.source
+    if not isinstance(plan.samples, GeneratedSource) or source is None:
+        return []
+    sets = [plan.classes.numbered(one.labels, one) for one in (plan.samples, source)]
+    labels = [one for one in sets if one is not None]
+    if len(labels) < 2:
+        return []
+    count = 1 + max(int(one.max()) for one in labels)
+    shares = torch.stack([one.bincount(minlength=count) / len(one) for one in labels])
+    moved = float((shares[0] - shares[1]).abs().sum() / 2)
+    if moved <= OTHER_SHARES or len(labels[1]) < MANY_A_CLASS * count:
+        return []
+    widest = int((shares[0] - shares[1]).abs().argmax())
+    return [
+        "the classes have other shares in the samples than in the reference, "
+        f"{plan.classes.name_of(widest)} {shares[0, widest]:.0%} and {shares[1, widest]:.0%}, which adds to "
+        "the distances: --labels reference, or evaluation.labels, draws them alike"
+    ]
+
+
 def floor_scores(plan: Plan, train: ImageStatistics, reference: ImageStatistics) -> Scores:
     """Returns the scores of real training images, and the extractor's accuracy on the held-out ones."""
     floor = compute_scores(plan.metrics, train, reference, plan.device)
@@ -196,5 +225,10 @@ def make_result(
         device=plan.device,
         processes=ranks.world,
         timings_s=timings_s,
-        warnings=[*extractor.warnings, *plan.reference.warnings, *colour_warnings(plan)],
+        warnings=[
+            *extractor.warnings,
+            *plan.reference.warnings,
+            *colour_warnings(plan),
+            *share_warnings(plan),
+        ],
     )

@@ -23,6 +23,8 @@ from flashdit.evaluation.stored import REFERENCE_SCHEMA, open_npz
 from flashdit.shared.files import file_sha256, write_atomically
 from flashdit.shared.seeds import generator_for
 
+REFERENCE_MARK = "fingerprint.npy"
+"""Name of an array that every file of make-reference holds."""
 COLOURS_SEEN = 16  # images of a set that are asked whether they are grey
 
 

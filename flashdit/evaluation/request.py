@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flashdit.data.sources import companions_of
+from flashdit.data.sources import MOST_PIXELS, companions_of
+from flashdit.evaluation.classes import UNKNOWN_NAMED, names_of
 from flashdit.evaluation.evaluate import Plan, check_image_sizes
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
@@ -18,12 +19,26 @@ from flashdit.evaluation.images.sources import GeneratedSource, Source, check_re
 from flashdit.evaluation.metrics.scoring import check_classes, default_metrics, in_order
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.stored import extractor_of
-from flashdit.sampling.classes import balanced_labels, random_labels
+from flashdit.sampling.classes import (
+    balanced_labels,
+    check_labels_fit,
+    equal_shares,
+    random_labels,
+    shuffled,
+)
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import unknown
 
-LABEL_MODES = ("balanced", "random")
+LABEL_MODES = ("balanced", "random", "reference")
+
+
+def check_bounds(batch_size: int, image_size: int | None) -> None:
+    """Raises ValueError for a batch, or an image size, that is larger than any machine reads."""
+    if batch_size >= 2**31:
+        raise ValueError(f"the batch size must be below 2^31, got {batch_size}")
+    if image_size is not None and image_size > MOST_PIXELS:
+        raise ValueError(f"the image size must be at most {MOST_PIXELS}, got {image_size}")
 
 
 @dataclass(kw_only=True)
@@ -36,7 +51,8 @@ class EvaluationRequest:
         sampling: How it draws them.
         data: The data set that the generator was trained on, whose own reference is the default.
         data_path: Its folder of images, if it is one, which a message names.
-        labels: Of drawn samples: `balanced`, equal shares in random order, or `random`.
+        labels: Of drawn samples, in random order: `balanced` in equal shares, `random`, or `reference` in the
+            shares that the reference has.
         num_images: How many are scored; None means all that exist, or of drawn ones as many as the
             reference's data set says.
         reference: A data set that brings one, an npz or a folder; None means that of `data`.
@@ -84,6 +100,8 @@ class EvaluationRequest:
         for name, value in (numbers | {"image size": self.image_size}).items():
             if value is not None and value < 1:
                 raise ValueError(f"the {name} must be positive, got {value}")
+        check_bounds(self.batch_size, self.image_size)
+        check_labels_fit(self.num_images or 0)
         in_order(self.metrics or ())
 
     @property
@@ -129,10 +147,11 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
         spec = request.reference_spec
         check_reference(spec)
         extractor = open_extractor(spec, request.extractor, request.extractor_weights).to(request.device)
+        reference = Reference(spec, extractor, request.background, request.image_size)
         plan = Plan(
-            open_samples(request),
+            open_samples(request, reference),
             extractor,
-            Reference(spec, extractor, request.background, request.image_size),
+            reference,
             [],
             FeatureCache() if request.cache else None,
             request.batch_size,
@@ -153,19 +172,45 @@ def open_extractor(reference: str, name: str | None, weights: str | None) -> Ext
     return build_extractor(name, weights)
 
 
-def open_samples(request: EvaluationRequest) -> Source:
+def open_samples(request: EvaluationRequest, reference: Reference) -> Source:
     """Returns the images that are scored."""
     if request.samples is not None:
         return open_source(request.samples, request.num_images, request.background, request.image_size)
     assert request.generator is not None
     assert request.sampling is not None
     count = request.num_images or companions_of(request.reference_spec).num_images
-    labels = sample_labels(request, count, request.generator.num_classes, request.sampling.seed)
+    num_classes, seed = request.generator.num_classes, request.sampling.seed
+    if request.labels == "reference":
+        labels = labels_like(reference, request.generator.class_names, count, seed)
+    elif request.labels == "random":
+        labels = random_labels(count, range(max(1, num_classes)), seed)
+    else:
+        labels = balanced_labels(count, num_classes, seed)
     return GeneratedSource(request.generator, labels, request.sampling)
 
 
-def sample_labels(request: EvaluationRequest, count: int, num_classes: int, seed: int) -> Tensor:
-    """Returns the class of every drawn sample, (count,) int64."""
-    if request.labels == "random":
-        return random_labels(count, range(max(1, num_classes)), seed)
-    return balanced_labels(count, num_classes, seed)
+def labels_like(reference: Reference, class_names: Sequence[str], count: int, seed: int) -> Tensor:
+    """Returns the class of every sample, (count,) int64: each in the share (± 1) that the reference has.
+
+    Args:
+        reference: Its classes are matched by name, or where it names none by number.
+        class_names: The model's, one per class.
+        count: Samples.
+        seed: Of their order.
+
+    Raises:
+        ValueError: If the reference does not tell the model's classes apart.
+    """
+    source, known = reference.source, dict(enumerate(class_names))
+    if source is None or source.labels is None:
+        raise ValueError(f"labels=reference requires a reference with labels, {reference.spec} has none")
+    numbers, theirs = {name: number for number, name in known.items()}, names_of(source, known) or known
+    found: list[int] = source.labels.tolist()
+    names = {label: theirs.get(label, str(label)) for label in set(found)}
+    if others := sorted(set(names.values()) - numbers.keys()):
+        raise ValueError(
+            f"labels=reference requires a reference of the model's classes, {reference.spec} has others: "
+            f"{', '.join(others[:UNKNOWN_NAMED])}"
+        )
+    same = {label: label if known.get(label) == name else numbers[name] for label, name in names.items()}
+    return shuffled(equal_shares(count, sorted(same[label] for label in found)), seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,16 +35,27 @@ class Activations:
         return self.fixed + images * self.per_image
 
 
+def depth_of(options: Mapping[str, Any]) -> int:
+    """Returns the number of blocks that arguments of FlashDiT ask for."""
+    return options.get("depth", signature(FlashDiT.__init__).parameters["depth"].default)
+
+
 def forward_flops(options: Mapping[str, Any]) -> int:
     """Returns the FLOPs of one image's forward pass: twice its multiply-adds, of matrix products alone.
+
+    They are counted of one block and of two, which are alike.
 
     Args:
         options: Arguments of FlashDiT.
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = FlashDiT(**options).eval()
-        model(*_inputs(model, 1))
-    return counter.get_total_flops()
+    counts = []
+    for blocks in (1, 2):
+        as_deep: dict[str, Any] = {**options, "depth": blocks}
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = FlashDiT(**as_deep).eval()
+            model(*_inputs(model, 1))
+        counts.append(counter.get_total_flops())
+    return counts[0] + (depth_of(options) - 1) * (counts[1] - counts[0])
 
 
 def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Activations]:
@@ -56,8 +68,7 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Ac
         options: Arguments of FlashDiT.
         low_precision: Whether autocast to bf16 or fp16 is on.
     """
-    with torch.device("meta"):
-        depth = len(FlashDiT(**options).blocks)
+    depth = depth_of(options)
     kept, inputs, products = (
         _measure(options, depth, low_precision, count) for count in (saved_bytes, input_bytes, product_bytes)
     )

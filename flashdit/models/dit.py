@@ -214,6 +214,8 @@ def _check(
     """Raises ValueError for invalid sizes."""
     if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
         raise ValueError(f"patch_size must divide sample_size, got {patch_size=} for {sample_size=}")
+    if hidden_size < 1:
+        raise ValueError(f"hidden_size must be at least 1, got {hidden_size=}")
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"num_heads must divide hidden_size, got {num_heads=} for {hidden_size=}")
     if depth < 1 or num_classes < 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdit.flow.prediction import VELOCITY
-from flashdit.shared.runs import STATE, find_checkpoint, read_state
+from flashdit.shared.runs import STATE, find_average, read_state
 from flashdit.shared.weights import read_tensors
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -161,7 +161,7 @@ def start_from(model: Any, source: Path | str, class_names: Sequence[str] = ()) 
         raise ValueError(f"weights must be a run, a checkpoint, a model folder or a file, got {path}")
     rows = None
     if path.is_dir():
-        path = path if (path / "config.json").is_file() else find_checkpoint(path) / "ema"
+        path = path if (path / "config.json").is_file() else find_average(path, "weights")
         check_unseen(model, path)
         if class_names and (path.parent / STATE).is_file():
             rows = same_classes(class_names, read_state(path.parent).get("class_names") or ())

@@ -20,7 +20,20 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import change_sampler, current_sampling
 from flashdit.shared.registry import unknown
-from flashdit.shared.runs import LATENTS, find_checkpoint, newest_run, read_state
+from flashdit.shared.runs import (
+    LATENTS,
+    DamagedCheckpoint,
+    check_whole,
+    find_checkpoint,
+    images_of,
+    newest_run,
+    read_state,
+)
+from flashdit.training.checkpoint import stored_config
+from flashdit.training.meter import warn_if_slow
+
+ALWAYS_THERE = ("ema", "model")
+"""Weights that every checkpoint has."""
 
 
 def load_model(folder: Path) -> FlashDiT:
@@ -33,11 +46,24 @@ def load_model(folder: Path) -> FlashDiT:
     name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
     if name != "FlashDiT":
         raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"a checkpoint must hold weights, got no .safetensors file in {folder}")
     try:
         model = FlashDiT.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"the FlashDiT in {folder} must be readable: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+def check_weights(checkpoint: Path, weights: str) -> None:
+    """Raises ValueError unless a checkpoint holds weights of a name, and they and its space are whole."""
+    for part in (weights, LATENTS):
+        check_whole(checkpoint, part)
+    profiles = [path.parent.name for path in checkpoint.glob("*/config.json")]
+    if weights not in profiles:
+        if weights in ALWAYS_THERE or (checkpoint / weights).is_dir():
+            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {weights}/config.json")
+        raise unknown(f"weights of {checkpoint}", weights, profiles)
 
 
 class CheckpointGenerator(ImageGenerator):
@@ -56,9 +82,7 @@ class CheckpointGenerator(ImageGenerator):
     def __init__(
         self, checkpoint: Path, device: torch.device | str, vae: str | None = None, weights: str = "ema"
     ):
-        profiles = [path.parent.name for path in checkpoint.glob("*/config.json")]
-        if weights not in profiles:
-            raise unknown(f"weights of {checkpoint}", weights, profiles)
+        check_weights(checkpoint, weights)
         try:
             state = read_state(checkpoint)
             self.data_name: str = state["data_name"]
@@ -89,6 +113,11 @@ class CheckpointGenerator(ImageGenerator):
                 hashlib.file_digest(file, lambda: digest)
         return digest.hexdigest()
 
+    @property
+    def images_path(self) -> str | None:
+        """Folder of the images that it was trained on; None where it was trained on other data."""
+        return images_of(stored_config(self.checkpoint))
+
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
         return {
@@ -109,6 +138,7 @@ def load_generator(
     weights: str = "ema",
     *,
     compiled: bool = False,
+    called: str = "--checkpoint",
 ) -> CheckpointGenerator:
     """Returns the generator of a checkpoint.
 
@@ -118,12 +148,17 @@ def load_generator(
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
         compiled: Whether to compile the model: slow to start, then faster.
+        called: What names the checkpoint, for messages.
 
     Raises:
         ValueError: If there is no checkpoint, or its VAE is missing or another one.
     """
     chosen = newest_run(holding=LATENTS) if checkpoint is None else checkpoint
-    generator = CheckpointGenerator(find_checkpoint(chosen), device, vae, weights)
+    try:
+        generator = CheckpointGenerator(find_checkpoint(chosen, called), device, vae, weights)
+    except DamagedCheckpoint as error:
+        again = "give an earlier one by its folder, or train on from the newest whole one"
+        raise DamagedCheckpoint(f"{error}: {again}") from error
     if compiled:
         generator.compile()
     return generator
@@ -144,6 +179,7 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
     name, texts = changes.pop("sampler", None), changes.pop("sampler_option", ())
     changes["sampler"] = change_sampler(generator.sampling.sampler, name, texts)
     options = replace(generator.sampling, **changes)
-    generator.image_size(options)
+    generator.check_batch_fits(options, 1)
     generator.warn_of_guidance(options)
+    warn_if_slow(options.precision, generator.space.mean.device)
     return options

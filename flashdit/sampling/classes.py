@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from flashdit.sampling.imagenet import imagenet_classes
+from flashdit.shared.process import check_memory
 from flashdit.shared.registry import unknown
 from flashdit.shared.seeds import generator_for
 
 ALL = "all"
 NEAREST = 3
 CLASSES_NAMED = 20  # classes, all of which a message names
+LABEL_BYTES = 200.0
+"""Of memory that a label takes while labels are made, listed and hashed, at the least."""
 ORDERS = ("balanced", "random")
 PER_CLASS, FIRST_CLASSES = 10, 10
 """Images of each class, and classes, where nothing else is asked for."""
@@ -113,13 +116,23 @@ def choose_labels(
     total = PER_CLASS * len(ids) if num_images is None else num_images
     if total < 1:
         raise ValueError(f"num_images must be at least 1, got {total}")
+    check_labels_fit(total)
     return equal_shares(total, ids) if order == "balanced" else random_labels(total, ids, seed)
+
+
+def check_labels_fit(count: int) -> None:
+    """Raises ValueError if memory cannot hold the labels of so many images while they are made."""
+    check_memory(LABEL_BYTES * count, torch.device("cpu"), f"the labels of num_images={count}")
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> Tensor:
     """Returns labels (num_images,) int64, each class as often as any other (± 1), in seeded random order."""
-    order = torch.randperm(num_images, generator=generator_for(seed, "labels", 0))
-    return (torch.arange(num_images) % max(1, num_classes))[order]
+    return shuffled(torch.arange(num_images) % max(1, num_classes), seed)
+
+
+def shuffled(labels: Tensor, seed: int) -> Tensor:
+    """Returns labels (n,) in seeded random order."""
+    return labels[torch.randperm(len(labels), generator=generator_for(seed, "labels", 0))]
 
 
 def equal_shares(num_images: int, ids: Sequence[int]) -> Tensor:

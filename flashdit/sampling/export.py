@@ -18,6 +18,7 @@ from flashdit.sampling.pipeline import FlashDiTPipeline
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically
 from flashdit.shared.locks import only_writer
+from flashdit.shared.paths import check_outside
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -135,10 +136,13 @@ def export_run(
             VAE is missing.
     """
     read_export(out)
-    generator = load_generator(run, "cpu", vae, weights)
+    generator = load_generator(run, "cpu", vae, weights, called="RUN")
+    check_outside(out, generator.images_path, "OUT", f"the run {generator.run_dir}")
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     target = out.resolve()
-    with only_writer(target, is_file=True):  # its lock lies beside it, since the folder itself is replaced
+    with only_writer(
+        target, is_file=True, called="OUT"
+    ):  # its lock lies beside it, since the folder itself is replaced
         before = read_export(out)
         write_atomically(target, pipeline.save_pretrained)
     if before is None:

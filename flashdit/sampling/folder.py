@@ -40,6 +40,8 @@ from flashdit.shared.registry import unknown
 logger = logging.getLogger(__name__)
 FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS_FOLDER = "recipe.json", "samples.npz", "grid.png", ".parts"
+PNG_LEAST = 70
+"""Bytes of the smallest PNG."""
 MEASURED = ("nfe", "nfe_max")
 CHANGES_NO_IMAGE = (*MEASURED, "checkpoint", "vae", "batch_size", "finished", "device", "class_names")
 
@@ -89,6 +91,15 @@ def digest(recipe: Mapping[str, Any], labels: Tensor) -> str:
     """Returns eight letters that tell recipes apart, for the name of a folder."""
     text = json.dumps([identity(recipe), labels.tolist()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def least_bytes(count: int, height: int, width: int, form: str) -> int:
+    """Returns the bytes that so many images take on the disk at the least, while they are put together.
+
+    Of an npz there are for a time the parts, the assembled pixels and the file itself.
+    """
+    pixels = 0 if form == "png" else 3 * 3 * height * width
+    return count * (pixels + (0 if form == "npz" else PNG_LEAST))
 
 
 class SampleFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import InvalidPixels, invalid_rows
-from flashdit.shared.process import computing_in, full_float32
+from flashdit.shared.process import check_memory, computing_in, full_float32
 from flashdit.shared.seeds import generator_for
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ def latent_shape(
     factor, sides = space.factor, []
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side < 1 or side % (factor * patch)):
-            parts = f"the VAE's factor {factor} × the patch size {patch}"
+            parts = f"the patch size {patch}"
+            if space.options.space != "pixels":
+                parts = f"the VAE's factor {factor} × {parts}"
             raise ValueError(f"{name} must be a multiple of {factor * patch} pixels ({parts}), got {side}")
         sides.append(native * factor if side is None else side)
     _, rows, columns = latent_size(vae, sides[0], sides[1])
@@ -140,6 +143,14 @@ class ImageGenerator:
         _, height, width = self.latent_shape(options)
         return height * self.space.factor, width * self.space.factor
 
+    def check_batch_fits(self, options: SamplingOptions, count: int) -> None:
+        """Raises ValueError if the device's memory cannot hold a batch of so many pictures."""
+        latent = math.prod(self.latent_shape(options))
+        height, width = self.image_size(options)
+        numbers = latent + 3 * height * width
+        what = f"{count:,} pictures of {height}×{width} at once"
+        check_memory(4.0 * count * numbers, self.space.mean.device, what)
+
     def noise(
         self, ids: Tensor, seed: int, shape: tuple[int, int, int] | None = None, purpose: str = "noise"
     ) -> Tensor:
@@ -163,6 +174,7 @@ class ImageGenerator:
         self.latent_shape(options)
         self.warn_of_guidance(options)
         wanted = torch.arange(len(labels)) if ids is None else ids
+        self.check_batch_fits(options, min(len(wanted), options.batch_size))
         for batch in wanted.split(options.batch_size) if len(wanted) else ():
             latents, count = self.latents(batch, labels[batch], options)
             sampling = f"cfg_scale={options.cfg_scale:g} and precision={options.precision}"

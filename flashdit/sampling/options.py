@@ -14,6 +14,7 @@ from flashdit.flow.samplers import SAMPLERS, Draw, Sampler, check_grid, time_gri
 from flashdit.sampling.records import current_sampling, sampler_name
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.registry import check_finite, unknown
+from flashdit.shared.seeds import check_seed
 
 
 @dataclass(kw_only=True)
@@ -55,8 +56,9 @@ class SamplingOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+            if value is not None and value >= 2**31:
+                raise ValueError(f"{key} must be below 2^31, got {value}")
+        check_seed(self.seed, "seed")
         check_grid(self.steps, self.shift)
 
     @staticmethod

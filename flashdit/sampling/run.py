@@ -9,9 +9,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
-from flashdit.sampling.folder import SampleFolder, digest, make_recipe
+from flashdit.sampling.folder import RECIPE, SampleFolder, digest, least_bytes, make_recipe
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.locks import only_writer
+from flashdit.shared.paths import check_disk, check_outside, check_writable
 from flashdit.shared.progress import progress_bar
 
 
@@ -33,10 +34,18 @@ def open_folder(
         output: The folder; None names one after the recipe, in the run's `samples`.
         order: How the labels were chosen, `balanced` or `random`.
         form: One of `flashdit.sampling.folder.FORMATS`.
+
+    Raises:
+        ValueError: If the folder holds something else, or lies in the images that the model was trained on.
     """
     recipe = make_recipe(generator, labels, options, order=order, form=form)
     name = f"cfg_{options.cfg_scale:g}_seed_{options.seed}_{digest(recipe, labels)}"
     path = output or generator.run_dir / "samples" / name
+    check_writable(path, "--output")
+    if not (path / RECIPE).exists():
+        room = least_bytes(len(labels), *generator.image_size(options), form)
+        check_disk(path, room, "--output", f"{len(labels):,} pictures")
+    check_outside(path, generator.images_path, "--output", f"the run {generator.run_dir}")
     return SampleFolder(path, recipe, labels, generator.class_names)
 
 

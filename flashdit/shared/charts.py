@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flashdit.shared.files import write_atomically
+from flashdit.shared.files import DRAWN, write_atomically
 
 COLOURS = ("#2f5d9b", "#d9822b", "#3a8f5c", "#9b3f7a")  # distinct for the colour-blind too
 PANEL_INCHES = (4.0, 2.9)  # inches
@@ -47,6 +47,7 @@ def new_axes(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure in the format of the path's suffix, whole or not at all."""
+    """Writes a figure in the format of the path's suffix, whole or not at all; it holds the text `DRAWN`."""
     kind = path.suffix.removeprefix(".")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=DPI))
+    about = {"Software" if kind == "png" else "Creator": DRAWN}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=DPI, metadata=about))

@@ -33,12 +33,23 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("FLASHDIT_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        too_large = _out_of_memory(error)
+        if os.environ.get("FLASHDIT_TRACEBACK") or (isinstance(error, RuntimeError) and not too_large):
             raise
-        sentence = " ".join(str(error).split())
+        sentence = too_large or " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """Returns a sentence for an error that says that memory is full; empty for any other."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if kind != "OutOfMemoryError" and not isinstance(error, MemoryError) and "t allocate memory" not in text:
+        return ""
+    said = next((part for part in text.split(". ") if "memory" in part), kind)
+    return f"out of memory: {said}; use a smaller batch, model or picture"
 
 
 class Command(NamedTuple):

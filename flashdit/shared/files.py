@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 from flashdit.shared.locks import held, locked_folder
 
 TEMPORARY, REPLACED = ".tmp", ".old"
+DRAWN = "drawn by flashdit"
+"""Text in the files of pictures that commands draw, by which a later one knows that it may replace them."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -98,6 +101,15 @@ def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_crc32(path: Path) -> str:
+    """Returns the CRC-32 of a file as hexadecimal digits: four times as fast as SHA-256, against damage."""
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
+from flashdit.shared.paths import check_replaceable, check_writable
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -85,7 +87,9 @@ def held(path: Path) -> Iterator[bool | None]:
 
 
 @contextmanager
-def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
+def only_writer(
+    target: Path, *, is_file: bool = False, mark: str | None = None, called: str = "--output"
+) -> Iterator[None]:
     """Runs as the only writer of a folder or an output file.
 
     The lock file holds the writer's host and process. It is `.lock` in the folder, which is made if need be,
@@ -94,12 +98,17 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
 
     Args:
         target: The folder or file.
-        is_file: Whether it is a file.
+        is_file: Whether it is a file, or a folder that is replaced as a whole.
+        mark: Of a file that may be replaced alone by one of its kind: what `check_replaceable` takes.
+        called: What names it, for messages.
 
     Raises:
-        ValueError: If another process writes it; says which.
+        ValueError: If nothing can be written there, another process writes it, or it is of another kind.
     """
     path = target.with_name(f".{target.name}{LOCK}") if is_file else target / LOCK
+    check_writable(path.parent, called)
+    if mark is not None:
+        check_replaceable(target, mark, called)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _take(path, target)
@@ -115,9 +124,9 @@ def only_writer(target: Path, *, is_file: bool = False) -> Iterator[None]:
 
 
 def check_no_writer(folder: Path) -> None:
-    """Raises ValueError if another process writes a folder; it need not exist."""
+    """Raises ValueError if another process writes a run's folder; it need not exist."""
     if (folder / LOCK).exists():
-        with only_writer(folder):
+        with only_writer(folder, called="run.dir"):
             pass
 
 

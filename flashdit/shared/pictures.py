@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, uint8
@@ -79,6 +81,16 @@ def png_text(about: Mapping[str, str]) -> PngInfo:
     return info
 
 
+@cache
+def label_font() -> ImageFont.FreeTypeFont:
+    """Returns the font of what is written beside pictures: DejaVu Sans, which matplotlib brings.
+
+    It has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic letters. What it lacks, such as
+    Chinese, Japanese and Korean ones, is drawn as boxes.
+    """
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+
+
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Tensor]]], title: str = "") -> Image.Image:
     """Returns a grid with a label before each row; small images are enlarged to 64 pixels.
 
@@ -113,7 +125,7 @@ def panel_grid(
         legend: Placed below.
         gap: Pixels between panels.
     """
-    font = ImageFont.load_default(FONT_SIZE)
+    font = label_font()
 
     def width_of(text: str) -> int:
         return math.ceil(font.getlength(text)) + 2 * GAP if text else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
@@ -31,6 +33,55 @@ def check_processes(num_processes: int) -> None:
             f"the launcher's {started} processes (WORLD_SIZE) must work together, this one knows of "
             f"{num_processes}: start it without a launcher, or check its configuration"
         )
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Returns the bytes of a device's memory; None where the system does not tell.
+
+    Processes that a launcher started on one machine share that of its CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not on Windows
+        return None
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def check_memory(needed: float, device: torch.device, what: str) -> None:
+    """Raises ValueError if a device's memory cannot hold so many bytes.
+
+    Args:
+        needed: Bytes.
+        device: That is to hold them.
+        what: Takes them, for the message.
+    """
+    memory = device_memory(device)
+    if memory is not None and needed > memory:
+        given, wanted = (f"{size / 2**30:,.4g} GiB" for size in (memory, needed))
+        raise ValueError(f"{what} must fit into the memory of {device}, {given}, got {wanted}")
+
+
+def check_model_fits(make: Callable[[], nn.Module], batch: Sequence[int], device: torch.device) -> None:
+    """Refuses a model or a batch that a device's memory cannot hold in training, before they are made.
+
+    Args:
+        make: Returns the model.
+        batch: Shape of a process's images at a time, (B, C, H, W), in float32.
+        device: That it will be trained on.
+
+    Raises:
+        ValueError: If its weights, average, gradients and AdamW's two moments, 20 bytes a parameter, and the
+            images do not fit, or a tensor is larger than any machine could address.
+    """
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in make().parameters())
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"a model's tensors must be of sizes that a machine can address: {error}") from error
+    what = f"training {count:,} parameters on {batch[0]:,} images at once"
+    check_memory(20.0 * count + 4.0 * math.prod(batch), device, what)
 
 
 def keep_freed_memory() -> bool:

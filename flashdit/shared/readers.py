@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+MOST_WORKERS = 256
 LEFT_TO_PARENT = {
     getattr(signal, name)
     for name in ("SIGINT", "SIGHUP", "SIGUSR1", *(("SIGTERM",) if hasattr(signal, "sigwaitinfo") else ()))
@@ -19,6 +20,12 @@ LEFT_TO_PARENT = {
 }
 """What a terminal or a scheduler sends to all processes of a job; workers that died of it would end a run
 before it is saved."""
+
+
+def check_workers(workers: int, called: str) -> None:
+    """Raises ValueError for a number of reading processes that no machine has; `called` names it."""
+    if not 0 <= workers <= MOST_WORKERS:
+        raise ValueError(f"{called} must be from 0 to {MOST_WORKERS}, got {workers}")
 
 
 def read_batches(examples: Dataset, workers: int, **options: Any) -> Iterator[Any]:

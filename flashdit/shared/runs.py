@@ -1,13 +1,14 @@
-"""The layout of a run's folder: where its files lie. Torch is not imported."""
+"""The layout of a run's folder: where its files lie, and whether they are whole. Torch is not imported."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from flashdit.shared.files import file_crc32
 from flashdit.shared.registry import unknown
 
 Content = TypeVar("Content")
@@ -17,6 +18,9 @@ PREFIX = "step_"
 STATE = "state.json"
 LATENTS = "latents.safetensors"
 METRICS_FILE = "metrics.jsonl"
+CHECKSUMS = "crc32"
+"""Key of a checkpoint's state.json: the CRC-32 of its files by name, but of those that people may edit."""
+EDITABLE = ("config.yaml", STATE)
 
 
 class DamagedCheckpoint(ValueError):
@@ -29,8 +33,16 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Returns a run's checkpoint folders, by step."""
-    return sorted(path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if (path / STATE).is_file())
+    """Returns a run's checkpoint folders, by step; damaged ones are among them."""
+    found = [path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint's folder is named after, -1 for anything else."""
+    prefix, _, digits = checkpoint.name.partition("_")
+    is_one = prefix == PREFIX[:-1] and digits.isdecimal() and checkpoint.is_dir()
+    return int(digits) if is_one else -1
 
 
 def newest_readable(run_dir: Path, read: Callable[[Path], Content]) -> Content | None:
@@ -66,24 +78,30 @@ def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
     return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
 
 
-def find_checkpoint(path: Path | str | None) -> Path:
+def find_checkpoint(path: Path | str | None, called: str = "--checkpoint") -> Path:
     """Returns a checkpoint folder.
 
     Args:
         path: A checkpoint folder, or a run, whose latest step is meant; None means the newest run.
+        called: What names it, for messages.
 
     Raises:
         ValueError: If there is no checkpoint there.
     """
     path = newest_run() if path is None else Path(path)
-    if (path / STATE).is_file():
+    if (path / STATE).is_file() or step_of(path) >= 0:
         return path
     checkpoints = list_checkpoints(path)
-    if not checkpoints:
+    if checkpoints:
+        return checkpoints[-1]
+    if not path.exists():
+        raise ValueError(f"{called}: {path} does not exist")
+    if any((path / name).exists() for name in ("config.yaml", "checkpoints", METRICS_FILE)):
         raise ValueError(
-            f"checkpoint must be a run or a folder {PREFIX}XXXXXXXX that holds {STATE}, got {path}"
+            f"{called}: {path} holds no checkpoint yet: training writes one every training.save_every steps, "
+            "and when it ends"
         )
-    return checkpoints[-1]
+    raise ValueError(f"{called} must be a run or a folder {PREFIX}XXXXXXXX that holds {STATE}, got {path}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -94,6 +112,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: If its format is not one this version reads.
     """
     path = checkpoint / STATE
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {STATE}")
     try:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -103,3 +123,55 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != CHECKPOINT_FORMAT:
         raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [CHECKPOINT_FORMAT])
     return state
+
+
+def find_average(path: Path | str, called: str) -> Path:
+    """Returns the folder of a checkpoint's averaged weights, which are whole.
+
+    Args:
+        path: A checkpoint or a run, as `find_checkpoint` takes it.
+        called: What names it, for messages.
+
+    Raises:
+        ValueError: If there is no checkpoint, or the average is damaged.
+    """
+    checkpoint = find_checkpoint(path, called)
+    check_whole(checkpoint, "ema")
+    return checkpoint / "ema"
+
+
+def images_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the folder of images that a run's plain configuration names; None for other data."""
+    data = config.get("data") or {}
+    return data.get("path") if data.get("name") == "images" else None
+
+
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """Returns what `check_whole` compares: of each file in a checkpoint's folder its CRC-32, by name."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    names = {path.relative_to(checkpoint).as_posix(): path for path in files}
+    return {name: file_crc32(path) for name, path in names.items() if name not in EDITABLE}
+
+
+def check_whole(checkpoint: Path, part: str = "") -> None:
+    """Refuses a checkpoint of which a file is missing, or is not what was written.
+
+    Checkpoints of before checksums were kept have none, and are not compared.
+
+    Args:
+        checkpoint: Its folder.
+        part: The file or folder in it that is read; empty means all.
+
+    Raises:
+        DamagedCheckpoint: If a file is missing or another one; names it.
+    """
+    for name, written in read_state(checkpoint).get(CHECKSUMS, {}).items():
+        path = checkpoint / name
+        if not PurePosixPath(name).is_relative_to(part):
+            continue
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {name}")
+        if file_crc32(path) != written:
+            raise DamagedCheckpoint(
+                f"{path} is damaged: its checksum is not the one that it was written with"
+            )

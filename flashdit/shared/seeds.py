@@ -8,6 +8,12 @@ import numpy as np
 import torch
 
 
+def check_seed(seed: int, called: str) -> None:
+    """Raises ValueError for a seed that is negative or larger than torch takes; `called` names it."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{called} must be from 0 to below 2^63, got {seed}")
+
+
 def generator_for(seed: int, purpose: str, item: int) -> torch.Generator:
     """Returns a CPU generator that depends on these three alone.
 

@@ -47,9 +47,10 @@ def find_config(name: Path | str) -> Path:
     shipped = str(name).removesuffix(".yaml")
     known = shipped_configs()
     if shipped not in known:
+        lacks = "is a folder" if Path(name).is_dir() else "does not exist"
         raise ValueError(
-            f"--config must be a YAML file or a shipped configuration, got {name}"
-            f"{nearest_name(shipped, known)} (shipped: {', '.join(known)})"
+            f"--config: {name} {lacks}, and is no shipped configuration{nearest_name(shipped, known)} "
+            f"(shipped: {', '.join(known)})"
         )
     return SHIPPED_CONFIGS / f"{shipped}.yaml"
 

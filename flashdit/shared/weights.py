@@ -35,7 +35,7 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     for file in sorted(path.glob("*.safetensors")):
         tensors |= read_content(file)
     if not tensors:
-        raise ValueError(f"a checkpoint must hold weights, got none in {path}")
+        raise ValueError(f"a checkpoint must hold weights, got no .safetensors file in {path}")
     return tensors
 
 

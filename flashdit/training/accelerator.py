@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flashdit.shared.files import mend
-from flashdit.shared.locks import check_no_writer
 from flashdit.shared.process import AUTOCAST, check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
 from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
-from flashdit.training.resume import check_unchanged, main_first
+from flashdit.training.resume import check_run_folder, check_unchanged, main_first
 from flashdit.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     share_of_batch(config.training, accelerator.num_processes)
 
     def check_folder() -> None:
-        check_no_writer(run_dir)
+        check_run_folder(run_dir)
         mend(run_dir / "checkpoints")
         for checkpoint in list_checkpoints(run_dir)[-1:]:
             for line in check_unchanged(checkpoint, to_yaml(config), task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -16,8 +17,8 @@ def as_batch(items: Any) -> Tensors:
 
 def positions(
     start: int, updates: int, batch_size: int, accumulation: int, rank: int, ranks: int
-) -> list[range]:
-    """Returns the positions of each batch of one process, in order.
+) -> Iterator[range]:
+    """Yields the positions of each batch of one process, in order.
 
     Args:
         start: Images seen before.
@@ -28,4 +29,4 @@ def positions(
         ranks: How many processes there are.
     """
     parts = range(rank, updates * accumulation * ranks, ranks)
-    return [range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts]
+    return (range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts)

@@ -6,7 +6,8 @@ runs/<name>/checkpoints/step_XXXXXXXX/
     …                     what the task writes beside them
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
-    state.json            step, images seen, EMA updates, steps skipped, and what the task adds
+    state.json            step, images seen, EMA updates, steps skipped, what the task adds, and the CRC-32 of
+                          every file but config.yaml
     config.yaml           the resolved configuration
 The .pt files are loaded with weights_only=True.
 """
@@ -27,13 +28,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flashdit.shared.files import discard, write_atomically, write_json
+from flashdit.shared.paths import check_disk
 from flashdit.shared.runs import (
     CHECKPOINT_FORMAT,
-    PREFIX,
+    CHECKSUMS,
     STATE,
     DamagedCheckpoint,
+    checksums,
     list_checkpoints,
     read_state,
+    step_of,
 )
 from flashdit.shared.weights import read_content, read_tensors
 from flashdit.training.profiles import Profile
@@ -71,7 +75,8 @@ def write_checkpoint(
         torch.save(optimizer, temporary / OPTIMIZER)
         torch.save(processes, temporary / PROCESSES)
         (temporary / "config.yaml").write_text(config_text)
-        write_json(temporary / STATE, {"format": CHECKPOINT_FORMAT, **state})
+        whole = {"format": CHECKPOINT_FORMAT, **state, CHECKSUMS: checksums(temporary)}
+        write_json(temporary / STATE, whole)
 
     try:
         write_atomically(folder, write)
@@ -110,6 +115,9 @@ def read_checkpoint(folder: Path) -> Saved:
     missing = [name for name in POSITION if name not in state]
     if missing:
         raise DamagedCheckpoint(f"{folder / STATE} is damaged: it has no {', '.join(missing)}")
+    for name in state.get(CHECKSUMS, (OPTIMIZER, PROCESSES, "model", "ema")):
+        if not (folder / name).exists():
+            raise DamagedCheckpoint(f"{folder} is damaged: it has no {name}")
     try:
         optimizer, processes = (read_content(folder / name) for name in (OPTIMIZER, PROCESSES))
         if not isinstance(optimizer, dict) or not {"optimizer", "scaler"} <= optimizer.keys():
@@ -135,7 +143,7 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
     if keep_last is None:
         return
     for folder in list_checkpoints(run_dir)[:-keep_last]:
-        if keep_every is None or int(folder.name.removeprefix(PREFIX)) % keep_every:
+        if keep_every is None or step_of(folder) % keep_every:
             discard(folder)
 
 
@@ -148,16 +156,7 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
         tracks: Power-function averages that a checkpoint holds besides.
     """
     needed = 2 * (4 + tracks) * sum(4 * parameter.numel() for parameter in model.parameters())
-    existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        gib = 2**30
-        raise ValueError(
-            f"run.dir needs room for two checkpoints, {needed / gib:.2f} GiB, "
-            f"got {free / gib:.2f} GiB free for {run_dir}"
-        )
+    check_disk(run_dir, needed, "run.dir", "two checkpoints")
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def check_contents(checkpoint: Path, config_text: str, task: Task) -> None:
             rule = f"{run_dir} holds a run on another {key}"
             raise ValueError(f"{rule}: {difference}; give another run.dir, or what it was")
         if texts[0] != texts[1]:
-            logger.info("%s is %s, was %s: its content is the same", key, texts[1], texts[0])
+            logger.info("%s is %s, was %s: %s", key, texts[1], texts[0], equality_in_words(kept, now))
 
 
 def read_contents(run_dir: Path) -> dict[str, Any]:
@@ -95,6 +95,18 @@ def difference_in_words(before: Any, now: Any) -> str:
     if "files" in before and "files" in now:
         found += _file_differences(before["files"], now["files"])
     return ", ".join(found)
+
+
+def equality_in_words(before: Any, now: Any) -> str:
+    """Returns in words what was compared of contents that `difference_in_words` finds equal."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return "its configuration and weights are the same"
+    if "files" in before and "files" in now:
+        known = all(isinstance(value, str) for value in now["files"].values())
+        return f"its files have the same names and {'checksums in the manifest' if known else 'sizes'}"
+    if before.get("classes") and now.get("classes"):
+        return "its classes have the same names, of its files nothing is known"
+    return "what it was is not known"
 
 
 def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

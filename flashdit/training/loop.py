@@ -30,7 +30,7 @@ from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
-from flashdit.training.meter import Meter, matmul_peak
+from flashdit.training.meter import Meter, matmul_peak, warn_if_slow
 from flashdit.training.optim import learning_rate, make_optimizer
 from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
@@ -120,7 +120,7 @@ class TrainingLoop(Generic[AnyTask]):
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """Makes the run's folder ready, with this process as its only writer."""
-        with only_writer(self.run_dir):
+        with only_writer(self.run_dir, called="run.dir"):
             if any(path not in self.known for path in list_checkpoints(self.run_dir)):
                 raise ValueError(f"{self.run_dir} was trained by another process meanwhile: start again")
             open_run_folder(self.run_dir, self.step)
@@ -130,6 +130,7 @@ class TrainingLoop(Generic[AnyTask]):
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
+            warn_if_slow(self.config.training.precision, self.device)
             try:
                 yield
             finally:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdit.shared.process import AUTOCAST
+
+logger = logging.getLogger(__name__)
+SMALL_SIDE, SLOW = 256, 1.5
+"""Of matrices whose product is quick in any precision; times float32's duration that are told."""
 TIMINGS = ("images_per_s", "mfu", "data_wait", "peak_memory_gib")  # keys that differ from run to run
 
 
@@ -86,9 +93,34 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of a large square matrix product, the best of three: the peak that MFU is of."""
-    side = 8192 if device.type == "cuda" else 768
+@cache
+def warn_if_slow(precision: str, device: torch.device) -> None:
+    """Warns, once, of a precision whose matrix products take longer than float32's on a CPU: it is measured.
+
+    Args:
+        precision: One of `AUTOCAST`.
+        device: Where the model computes.
+    """
+    dtype = AUTOCAST[precision]
+    if device.type != "cpu" or dtype is None:
+        return
+    times = matmul_peak(device, torch.float32, SMALL_SIDE) / matmul_peak(device, dtype, SMALL_SIDE)
+    if times > SLOW:
+        logger.warning(
+            "precision %s is slow on this CPU: its matrix products take %.1f times as long as fp32's",
+            *(precision, times),
+        )
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
+    """Returns the FLOP/s of a square matrix product, the best of three: the peak that MFU is of.
+
+    Args:
+        device: Where it is computed.
+        dtype: Of the matrices.
+        side: Of the matrices; None takes large ones, for the kind of device.
+    """
+    side = side or (8192 if device.type == "cuda" else 768)
     draws = torch.Generator(device).manual_seed(0)
     a = torch.randn(side, side, device=device, generator=draws).to(dtype)  # equal ones cost less power
     best = 0.0

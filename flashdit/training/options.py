@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flashdit.shared.readers import check_workers
 from flashdit.shared.registry import unknown
+from flashdit.shared.seeds import check_seed
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-MOST_WORKERS = 256
+MOST_IMAGES = 10**9  # of a step, whatever the parts that it is made in
+LONGEST_TIMEOUT_S = 31_536_000  # a year
 COMPILES = ("none", "block", "model")
 
 
@@ -66,8 +69,13 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {value}")
-        if not 0 <= self.workers <= MOST_WORKERS:
-            raise ValueError(f"training.workers must be from 0 to {MOST_WORKERS}, got {self.workers}")
+        if self.timeout_s > LONGEST_TIMEOUT_S:
+            raise ValueError(f"training.timeout_s must be at most {LONGEST_TIMEOUT_S}, got {self.timeout_s}")
+        if self.global_batch_size > MOST_IMAGES:
+            raise ValueError(
+                f"training.global_batch_size must be at most {MOST_IMAGES}, got {self.global_batch_size}"
+            )
+        check_workers(self.workers, "training.workers")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(
                 "training.keep_matmuls requires gradient_checkpointing and no compile, which does so itself, "
@@ -98,11 +106,13 @@ def check_run(config: LoopConfig) -> None:
     """Raises ValueError for options of every run that are invalid together, or missing."""
     if not config.run.dir:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
-    if config.seed < 0:
-        raise ValueError(f"seed must not be negative, got {config.seed}")
-    if config.seed >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {config.seed}")
+    check_seed(config.seed, "seed")
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
+    if steps * config.training.global_batch_size >= 2**63:
+        raise ValueError(
+            f"training.steps × training.global_batch_size must be below 2^63 images, got {steps} × "
+            f"{config.training.global_batch_size}"
+        )
     if decay_steps is not None and steps > decay_steps and config.optimizer.min_lr == 0:
         raise ValueError(
             "training.steps must not pass optimizer.decay_steps, where the learning rate has come to 0, "

@@ -40,6 +40,15 @@ def usable_snapshots(run: Path, checkpoint: Path) -> list[Snapshot]:
     return list(usable.values())
 
 
+def check_average(folder: Path) -> None:
+    """Raises ValueError unless a folder is new or an earlier average of `reconstruct`, which is replaced."""
+    if folder.exists() and not (folder / POSTHOC_FILE).is_file():
+        raise ValueError(
+            f"--output must be a folder in which {folder.name} is new or an earlier average, {folder} is "
+            "something else"
+        )
+
+
 def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, folder: Path) -> float:
     """Writes the average of a width as the checkpoint's `ema` lies there, and returns the profile's error.
 

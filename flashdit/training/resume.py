@@ -13,12 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from flashdit.shared.files import discard, mend
-from flashdit.shared.runs import PREFIX, DamagedCheckpoint, list_checkpoints
+from flashdit.shared.locks import check_no_writer
+from flashdit.shared.paths import check_replaceable, check_writable
+from flashdit.shared.runs import DamagedCheckpoint, check_whole, list_checkpoints, step_of
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.task import Task
 
 logger = logging.getLogger(__name__)
 DAMAGED = "damaged_"
+CONFIG_MARK = "\n  max_skips: "
+"""Text that the resolved configuration of every run holds."""
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
@@ -51,6 +55,7 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
         for folder in reversed(list_checkpoints(run_dir)):
             try:
                 saved = read_checkpoint(folder)
+                check_whole(folder)
             except DamagedCheckpoint as error:
                 reasons.append(str(error))
                 continue
@@ -58,7 +63,10 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
                 logger.warning("%s; the run goes on from %s", reason, folder.name)
             return folder, saved
         if reasons:
-            raise ValueError(f"a run must have a whole checkpoint to go on from: {'; '.join(reasons)}")
+            raise ValueError(
+                f"a run must have a whole checkpoint to go on from: {'; '.join(reasons)}; bring one back, or "
+                "give another run.dir"
+            )
         return None
 
     found = main_first(accelerator, search)
@@ -68,12 +76,23 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
     return found
 
 
+def check_run_folder(run_dir: Path) -> None:
+    """Refuses a folder that cannot be written, that is being written, or whose config.yaml is no run's.
+
+    Raises:
+        ValueError: Likewise.
+    """
+    check_writable(run_dir, "run.dir")
+    check_replaceable(run_dir / "config.yaml", CONFIG_MARK, "the config.yaml in run.dir")
+    check_no_writer(run_dir)
+
+
 def open_run_folder(run_dir: Path, step: int) -> None:
     """Mends what kills left in a run's folder, and renames the damaged checkpoints after a step."""
     for folder in (run_dir, *(path for path in run_dir.glob("*") if path.is_dir())):
         mend(folder)
     for folder in list_checkpoints(run_dir):
-        if int(folder.name.removeprefix(PREFIX)) > step:
+        if step_of(folder) > step:
             aside = folder.with_name(DAMAGED + folder.name)
             discard(aside)
             folder.rename(aside)

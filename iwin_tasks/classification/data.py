@@ -91,10 +91,10 @@ class FolderImages:
                 f"got {root}, where {where} {'has no class' if folder.is_dir() else 'is not there'}"
             )
         images = ImagesOptions(path=str(folder), image_size=min(image_size), background=options.background)
-        self._take(ImageFolder(images))
+        self.take(ImageFolder(images))
 
-    def _take(self, whole: ImageFolder) -> None:
-        """Takes the split's images out of the folder's."""
+    def take(self, whole: ImageFolder) -> None:
+        """Takes the split's images out of a folder's."""
         self.whole, self.source = whole, whole
         if self.options.held_out is not None:
             held_out = held_out_rows(whole, self.options.held_out)
@@ -104,18 +104,18 @@ class FolderImages:
 
     def keep_classes(self, run_dir: Path) -> None:
         """Numbers the classes as the run of a folder does."""
-        self._take(with_classes_of_run(self.whole, run_dir))
+        self.take(with_classes_of_run(self.whole, run_dir))
 
     def leave_out_unreadable(self, run_dir: Path, progress: bool) -> None:
         """Leaves images that cannot be read out of training; raises ValueError for one of val/."""
-        is_val = self.split == "held-out" and self.options.held_out is None
+        is_val = self.split == "held-out"
         readable = leave_out_unreadable(self.whole, run_dir / (VAL_RECORD if is_val else RECORD), progress)
         broken = sorted(set(self.whole.names) - set(readable.names))
         if is_val and broken:
             raise ValueError(
                 f"every held-out image must be readable, {self.whole.found.root / broken[0]} is not"
             )
-        self._take(readable)
+        self.take(readable)
 
     def files(self) -> dict[str, int]:
         """Returns the bytes of each file by its name below the folder of both splits."""
@@ -196,6 +196,19 @@ def open_split(
             f"model.num_classes must be the data's {len(images.class_names)} classes, got {num_classes}"
         )
     return images
+
+
+def keep_readable(train: FolderImages, held_out: FolderImages, run_dir: Path, progress: bool) -> None:
+    """Leaves images that cannot be read out of training and names them, each file once.
+
+    Raises:
+        ValueError: If one of val/ cannot be read.
+    """
+    train.leave_out_unreadable(run_dir, progress)
+    if train.options.held_out is None:
+        held_out.leave_out_unreadable(run_dir, progress)
+    else:  # both are of the same files
+        held_out.take(train.whole)
 
 
 def check_same_classes(train: LabelledImages, held_out: LabelledImages) -> None:

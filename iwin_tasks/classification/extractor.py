@@ -31,7 +31,7 @@ class ClassifierExtractor(ModelExtractor):
     """
 
     def __init__(self, options: ClassifierExtractorOptions):
-        checkpoint = find_checkpoint(options.weights)
+        checkpoint = find_checkpoint(options.weights, "--extractor")
         network, state = make_model(read_spec(checkpoint)), read_state(checkpoint)
         load_weights(network, checkpoint)
         size = input_format(network).image_size

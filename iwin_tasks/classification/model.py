@@ -13,12 +13,14 @@ import torch
 from timm.data.config import resolve_model_data_config
 
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.runs import find_checkpoint
+from flashdit.shared.runs import find_average, find_checkpoint
 from flashdit.shared.weights import read_tensors
 from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
 from iwin_core.windows import per_axis
 
 NAMES = "iwin_*"
+MOST_BLOCKS = 1000
+"""Of all stages; more take long to build and do not train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ def check_model(spec: Mapping[str, Any]) -> None:
             raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in types])
         if key != "name":
             check_type(f"model.{key}", value, types[key])
+    if sum(spec.get("depths") or ()) > MOST_BLOCKS:
+        raise ValueError(f"model.depths must be {MOST_BLOCKS} blocks at most, got {spec['depths']}")
 
 
 def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
@@ -103,7 +107,7 @@ def load_weights(model: IwinTransformer, source: Path | str) -> None:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"weights must be a file of weights or a run, got {path}")
-    load_official_checkpoint(model, read_tensors(find_checkpoint(path) / "ema") if path.is_dir() else path)
+    load_official_checkpoint(model, read_tensors(find_average(path, "weights")) if path.is_dir() else path)
 
 
 def input_format(

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.evaluation.features.extractor import colours_of
-from flashdit.shared.process import float32_products
+from flashdit.shared.process import check_model_fits, float32_products
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
 from flashdit.training.loop import TrainingLoop
@@ -33,6 +33,7 @@ from iwin_tasks.classification.data import (
     HeldOutExamples,
     TrainExamples,
     check_same_classes,
+    keep_readable,
     open_split,
 )
 from iwin_tasks.classification.evaluate import Accuracy, evaluate_classifier
@@ -80,17 +81,19 @@ class ClassifierTask(Task):
 
     def __init__(self, config: ClassifierConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
+        with torch.device("meta"):
+            self.form = form_of(config, make_model(config.model))
+        images = share_of_batch(config.training, accelerator.num_processes), 3, *self.form.image_size
+        check_model_fits(lambda: make_model(config.model), images, accelerator.device)
         self.model = make_model(config.model)
         if config.weights is not None and not list_checkpoints(Path(config.run.dir)):
             load_weights(self.model, config.weights)
-        self.form = form_of(config, self.model)
         run_dir = Path(config.run.dir)
         self.images = open_split(config.data, "train", self.form.image_size, self.model.num_classes, run_dir)
         self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
-        for images in (self.images, self.held_out.images):
-            if isinstance(images, FolderImages):
-                images.leave_out_unreadable(run_dir, accelerator.is_main_process)
+        if isinstance(self.images, FolderImages) and isinstance(self.held_out.images, FolderImages):
+            keep_readable(self.images, self.held_out.images, run_dir, accelerator.is_main_process)
         shown = [pil_to_tensor(self.images.picture(row)) for row in range(min(16, len(self.images.labels)))]
         self.colours = "colour" if any(colours_of(image[None]) == "colour" for image in shown) else "grey"
         self.criterion = SoftTargetCrossEntropy()

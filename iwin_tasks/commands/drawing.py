@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from flashdit.shared.pictures import panel_grid
+from flashdit.shared.files import DRAWN, write_atomically
+from flashdit.shared.pictures import panel_grid, png_text
 from iwin_core.analysis.mixing import KINDS, spread
 from iwin_core.analysis.saliency import share_of_pixels
 from iwin_tasks.commands.panels import colour_bar, colour_key, colours, to_picture
@@ -55,6 +57,12 @@ def draw_reach(
     )
     title = f"What one token reaches: {grid[0]} x {grid[1]} tokens, window {window}, kernel {kernel}"
     return panel_grid(rows, heads, title=title, legend=key)
+
+
+def save_drawing(picture: Image, path: Path) -> None:
+    """Writes a drawing as a PNG, whole or not at all; it holds the text `DRAWN`."""
+    about = png_text({"Software": DRAWN})
+    write_atomically(path, lambda temporary: picture.save(temporary, format="png", pnginfo=about))
 
 
 def draw_fields(title: str, fields: Sequence[tuple[str, Tensor]]) -> Image:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from flashdit.data.images import find_images, read_image, report_images
-from flashdit.shared.pictures import FONT_SIZE, GAP
+from flashdit.shared.pictures import FONT_SIZE, GAP, label_font
 
 STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, every quarter
 
@@ -35,7 +35,7 @@ def to_picture(pixels: Tensor, height: int) -> Image.Image:
 
 def colour_bar(low: str, middle: str, high: str, width: int = 240) -> Image.Image:
     """Returns the scale of `colours` with the names of its two ends and its middle below."""
-    font = ImageFont.load_default(FONT_SIZE)
+    font = label_font()
     bar = to_picture(colours(torch.linspace(0, 1, width).expand(12, width)), 12)
     canvas = Image.new("RGB", (width + 120, 16 + 2 * FONT_SIZE), "white")
     canvas.paste(bar, (0, 4))
@@ -47,7 +47,7 @@ def colour_bar(low: str, middle: str, high: str, width: int = 240) -> Image.Imag
 
 def colour_key(names: Sequence[tuple[tuple[int, int, int], str]]) -> Image.Image:
     """Returns a line of coloured squares, each with what it stands for."""
-    font = ImageFont.load_default(FONT_SIZE)
+    font = label_font()
     widths = [math.ceil(font.getlength(name)) + FONT_SIZE + 4 * GAP for _, name in names]
     canvas = Image.new("RGB", (sum(widths), FONT_SIZE + 2 * GAP), "white")
     draw = ImageDraw.Draw(canvas)

@@ -6,7 +6,9 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from flashdit.commands.arguments import path
+from flashdit.commands.arguments import png_path
+from flashdit.shared.files import DRAWN
+from flashdit.shared.locks import only_writer
 
 MAX_TOKENS = 9_216  # all pairs are held in memory
 
@@ -27,7 +29,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("ROW", "COLUMN"),
         help="where the picture starts (default: centre, corner)",
     )
-    parser.add_argument("--output", type=path, metavar="PNG", help="where the picture goes; none without it")
+    parser.add_argument(
+        "--output", type=png_path, metavar="PNG", help="where the picture goes; none without it"
+    )
     return parser.parse_args(argv)
 
 
@@ -45,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(*sizes), verdict(*sizes[:3]), sep="\n\n")
     if arguments.output:
         tokens = [arguments.token] if arguments.token else [(grid[0] // 2, grid[1] // 2), (0, 0)]
-        from iwin_tasks.commands.drawing import draw_reach
+        from iwin_tasks.commands.drawing import draw_reach, save_drawing
 
-        draw_reach(*sizes, tokens).save(arguments.output)
+        with only_writer(arguments.output, is_file=True, mark=DRAWN):
+            save_drawing(draw_reach(*sizes, tokens), arguments.output)
         print(f"\nwrote {arguments.output}")

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashdit.commands.arguments import path
+from flashdit.commands.arguments import path, png_path
+from flashdit.shared.files import DRAWN
+from flashdit.shared.locks import only_writer
+from flashdit.shared.paths import check_outside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -131,17 +134,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--class-index", type=int, help="for gradcam (default: the highest score)")
     parser.add_argument("--layout", help="of the feature map: nchw or nhwc, where its shape leaves it open")
-    parser.add_argument("--output", type=path, default=Path("visualise.png"), metavar="PNG")
+    parser.add_argument("--output", type=png_path, default=Path("visualise.png"), metavar="PNG")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the picture; prints how concentrated each receptive field is."""
     arguments = parse(argv)
+    check_outside(arguments.output, arguments.images, "--output", "--images")
+    with only_writer(arguments.output, is_file=True, mark=DRAWN):
+        visualise(arguments)
+    print(f"wrote {arguments.output}")
+
+
+def visualise(arguments: argparse.Namespace) -> None:
+    """Draws the picture and writes it."""
     import torch
 
     from iwin_core.analysis.saliency import effective_receptive_field, grad_cam, share_of_pixels
-    from iwin_tasks.commands.drawing import draw_cams, draw_fields
+    from iwin_tasks.commands.drawing import draw_cams, draw_fields, save_drawing
 
     model = build_model(arguments.model, arguments.checkpoint, arguments.size)
     name = arguments.model or arguments.checkpoint.name
@@ -169,5 +180,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         options["class_index"] = arguments.class_index
         cams = [[grad_cam(model, name, image, **options) for name in arguments.layer] for image in normalised]
         picture = draw_cams(f"Grad-CAM of {name}", arguments.layer, images, cams)
-    picture.save(arguments.output)
-    print(f"wrote {arguments.output}")
+    save_drawing(picture, arguments.output)

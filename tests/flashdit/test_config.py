@@ -82,7 +82,7 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ),
         ("run.dir=''", r"run.dir must name the run's folder"),
         ("training.steps=9000", r"must not pass optimizer.decay_steps, .* got 9000 and 4200"),
-        ("seed=-1", r"seed must not be negative, got -1"),
+        ("seed=-1", r"seed must be from 0 to below 2\^63, got -1"),
         ("model.depth=two", r"model.depth must be a whole number, got 'two'"),
         ("model.depth=true", r"model.depth must be a whole number, got True"),
         ("model.mlp_ratio=big", r"model.mlp_ratio must be a number, got 'big'"),
@@ -102,7 +102,7 @@ def test_configurations_that_cannot_be_are_named(override, message):
 
 def test_files_that_cannot_be_are_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"--config must be a YAML file or a shipped configuration, got .*absent.yaml"
+        ValueError, match=r"--config: .*absent\.yaml does not exist, and is no shipped configuration"
     ):
         config.load(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1")

@@ -1,4 +1,5 @@
 import json
+import zlib
 from dataclasses import asdict
 from typing import Any
 
@@ -87,6 +88,11 @@ def test_a_checkpoint_holds_everything_and_loads_safely(tiny_overrides, tmp_path
     trainer = train(tiny_overrides)
     folder = tmp_path / "run" / "checkpoints" / "step_00000006"
     state = json.loads((folder / "state.json").read_text())
+    assert state.pop("crc32") == {
+        path.relative_to(folder).as_posix(): f"{zlib.crc32(path.read_bytes()):08x}"
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("state.json", "config.yaml")
+    }
     assert state == {
         "format": 1,
         "step": 6,
@@ -197,6 +203,8 @@ def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_sh
 def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_overrides, tmp_path):
     train(tiny_overrides, "training.steps=2")
     folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"crc32": {}}))  # as before checksums were kept
     weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"FlashDiT in .*ema must be readable"):
@@ -204,11 +212,23 @@ def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_over
     with pytest.raises(ValueError, match=r"readable safetensors file, .*ema.* is not"):
         train(tiny_overrides)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"a checkpoint must hold weights, got none in .*ema"):
+    with pytest.raises(
+        ValueError, match=r"a checkpoint must hold weights, got no \.safetensors file in .*ema"
+    ):
         train(tiny_overrides)
+    with pytest.raises(
+        ValueError, match=r"a checkpoint must hold weights, got no \.safetensors file in .*ema"
+    ):
+        load_generator(tmp_path / "run")
     (folder / "ema" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(ValueError, match=r"must hold a FlashDiT, got DiTTransformer2DModel in .*ema"):
         load_generator(folder)
+    (folder / "ema" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"is damaged: it has no ema/config\.json"):
+        load_generator(folder)
+    (folder / "latents.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"latents.safetensors is damaged: No such file"):
+        load_generator(folder, weights="model")
 
 
 def test_images_without_a_vae_are_refused(tmp_path):

@@ -160,7 +160,7 @@ def open_source(
         if not recipe:
             report_images(f"{path} is read, and no picture beside it", {})
     if not path.is_file():
-        raise ValueError(f"images must be an existing npz or folder, got {path}")
+        raise ValueError(f"--samples must be an existing npz or folder, got {path}")
     source = NpzSource(path, limit)
     check_image_size(source.image_size, image_size, str(path))
     return source

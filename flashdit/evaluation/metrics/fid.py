@@ -6,34 +6,38 @@ from functools import partial
 
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.metrics import frechet_distance
-from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, known
+from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, Unavailable, known
 
 
 def distance(
-    mean: str, covariance: str, what: str, samples: ImageStatistics, reference: ImageStatistics
+    mean: str, covariance: str, kind: str, samples: ImageStatistics, reference: ImageStatistics
 ) -> tuple[float, ...]:
     """Returns the Fréchet distance of two sets.
 
     Args:
         mean: Field of the statistics.
         covariance: Field of the statistics.
-        what: What they are called where they are missing.
-        samples: What is scored.
+        kind: Of the features, where there are none.
+        samples: What is scored; what they lack, their extractor does not give.
         reference: What it is compared with.
     """
-    mu, sample_mu = (known(getattr(side, mean), side, what) for side in (reference, samples))
-    sigma, sample_sigma = (known(getattr(side, covariance), side, what) for side in (reference, samples))
-    return (frechet_distance(mu, sigma, sample_mu, sample_sigma, reference.count, samples.count),)
+    if getattr(samples, mean) is None:
+        raise Unavailable(f"the extractor has no {kind} features")
+    mu, sigma = (
+        known(getattr(reference, name), reference, f"{kind} statistics") for name in (mean, covariance)
+    )
+    of_samples = getattr(samples, mean), getattr(samples, covariance)
+    return (frechet_distance(mu, sigma, *of_samples, reference.count, samples.count),)
 
 
 def pool_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
     """Returns the Fréchet distance of the pool features."""
-    return distance("mu", "sigma", "pool statistics", samples, reference)
+    return distance("mu", "sigma", "pool", samples, reference)
 
 
 def spatial_distance(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float, ...]:
     """Returns the Fréchet distance of the spatial features."""
-    return distance("mu_s", "sigma_s", "spatial statistics", samples, reference)
+    return distance("mu_s", "sigma_s", "spatial", samples, reference)
 
 
 def rank_cautions(mean: str, samples: ImageStatistics, reference: ImageStatistics) -> list[str]:

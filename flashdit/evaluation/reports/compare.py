@@ -10,6 +10,8 @@ from typing import Any
 from flashdit.evaluation.reports.report import RESULT_SCHEMA, shown
 
 Result = dict[str, Any]
+COMPARISON_MARK = "\n| samples | "
+"""Text that every table written by `flashdit eval compare` holds."""
 
 CONDITIONS: dict[str, Callable[[Result], Any]] = {  # what must be equal, and where metrics.json has it
     "number of samples": lambda result: result["num_images"],

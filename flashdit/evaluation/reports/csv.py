@@ -13,6 +13,7 @@ from typing import Any
 from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.reports.report import EvalResult
 
+LONGEST_HEADER = 2**16  # characters
 SAMPLING_COLUMNS = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
 CSV_COLUMNS = (  # of every such file; a metric with another column adds it at the end
     "created",
@@ -77,11 +78,15 @@ def read_columns(path: Path, names: Iterable[ScoreName]) -> list[str]:
     needed = list(dict.fromkeys([*CSV_COLUMNS, *(name.column for name in names)]))
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return needed
-    with path.open(newline="") as file:
-        header = next(csv.reader(file), [])
+    if path.is_dir():
+        raise ValueError(f"--csv must be a file, got the folder {path}")
+    with path.open(newline="", errors="replace") as file:
+        first = file.readline(LONGEST_HEADER)
+    header = next(csv.reader([first]), [])
     if header[: len(CSV_COLUMNS)] != list(CSV_COLUMNS):
         raise ValueError(
-            f"--csv must be a new file or have the columns {','.join(CSV_COLUMNS)}, got {path}: {header}"
+            f"--csv must be a new file or have the columns {','.join(CSV_COLUMNS)}, {path} begins with "
+            f"{first[:40]!r}"
         )
     lacks = [column for column in needed if column not in header]
     if lacks:

@@ -19,6 +19,8 @@ from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import to_pil
 
 TEMPLATE = "report.html.j2"
+HTML_MARK = "<title>Evaluation of "
+"""Text that every page holds."""
 SMALLEST, LARGEST = 64, 128  # pixels of the longer side on the page
 MAX_CLASSES = 30  # rows of the class table
 SHOWN_ELSEWHERE = ("metrics", "reasons", "floor", "labels", "warnings")

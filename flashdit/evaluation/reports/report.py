@@ -19,6 +19,12 @@ from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.shared.files import write_atomically, write_json
 
 RESULT_SCHEMA = 2
+JSON_MARK, MARKDOWN_MARK = '"timings_s": {', "| metric | samples ("
+"""Texts that every metrics.json, and every table beside one, holds."""
+HALVES = (
+    "two halves of the reference's images give the floor of a distance: "
+    "docs/evaluation.md, 'Scoring your own pictures'"
+)
 PACKAGES = ("flashdit", "torch", "torch-fidelity", "numpy")
 
 
@@ -160,8 +166,10 @@ def print_rows(rows: Sequence[Sequence[str]], notes: Sequence[str], console: Con
 
 
 def print_table(result: EvalResult, console: Console) -> None:
-    """Prints the table and its footnotes."""
-    print_rows(table_rows(result), footnotes(result), console)
+    """Prints the table and its footnotes, and where a floor comes from if none is known."""
+    lacks_floor = result.floor is None and result.scores.values.get("fid") is not None
+    notes = footnotes(result) + [HALVES] * lacks_floor
+    print_rows(table_rows(result), notes, console)
 
 
 def write_report(result: EvalResult, path: Path) -> None:

@@ -14,9 +14,12 @@ from flashdit.evaluation.metrics.metric import Score
 from flashdit.evaluation.metrics.scoring import scores_of
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
-from flashdit.shared.files import write_atomically, write_json
+from flashdit.shared.files import DRAWN, write_atomically, write_json
+from flashdit.shared.paths import check_replaceable
 
 SWEEP_SCHEMA = 1
+SWEEP_MARK = "| guidance | NFE |"
+"""Text that every table of a sweep holds."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +74,13 @@ class Sweep:
                 best = min(values) if score.better == "lower" else max(values)
                 found[score.key] = scales[values.index(best)]
         return found
+
+
+def check_sweep_folder(folder: Path) -> None:
+    """Raises ValueError if a folder without a sweep has other files of the names that a sweep's have."""
+    if not (folder / "sweep.json").is_file():
+        check_replaceable(folder / "sweep.md", SWEEP_MARK, "--output")
+        check_replaceable(folder / "sweep.png", DRAWN, "--output")
 
 
 def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict[str, Any]]]:

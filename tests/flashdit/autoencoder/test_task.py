@@ -141,10 +141,12 @@ def test_a_moved_folder_with_a_broken_picture_resumes_and_another_one_does_not(o
         )
 
 
-def test_held_out_images_are_not_trained_on(overrides):
+def test_held_out_images_are_not_trained_on(overrides, caplog):
+    caplog.set_level("INFO")
     task = AutoencoderTrainer(load_autoencoder_config(None, overrides)).task
     trained = [task.examples[position]["image"] for position in range(22)]
     assert len(task.held_out) == 2
+    assert f"2 of {task.images_per_epoch + 2} images are held out" in caplog.text
     for image in task.held_out:
         assert not any(torch.equal(image, other) or torch.equal(image.flip(-1), other) for other in trained)
 

@@ -11,14 +11,13 @@ from flashdit import config
 from flashdit.commands import estimate
 from flashdit.commands.budget import (
     checkpoint_bytes,
-    count_parameters,
     duration,
     kept_checkpoints,
-    memory_bytes,
     read_config,
     snapshot_bytes,
     train_seconds,
 )
+from flashdit.memory import count_parameters, memory_bytes
 from flashdit.models.costs import RECOMPUTED, Activations, activations, forward_flops, saved_bytes
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import keep_matmuls
@@ -213,7 +212,7 @@ def test_what_cannot_be_is_one_sentence(exit_message):
     assert "--images must be at least 1, got 0" in exit_message(estimate, "--images", 0)
     assert "--mfu must be above 0 and at most 1" in exit_message(estimate, "--mfu", 1.5)
     assert "multiple of processes × accumulation, got 16 for 3 × 1" in exit_message(estimate, "--gpus", 3)
-    assert "--config must be a YAML file or a shipped configuration, got absent" in exit_message(
+    assert "--config: absent does not exist, and is no shipped configuration" in exit_message(
         estimate, "--config", "absent"
     )
     assert "did you mean 'model.depth'" in exit_message(estimate, "model.dept=3")

@@ -40,7 +40,7 @@ def samples(tmp_path_factory) -> Path:
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
-    num_classes, class_names, data_name = 10, DIGIT_NAMES, "digits"
+    num_classes, class_names, data_name, images_path = 10, DIGIT_NAMES, "digits", None
     sampling = SamplingOptions()
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(
@@ -58,6 +58,9 @@ class StandInGenerator:
 
     def image_size(self, options) -> tuple[int, int]:
         return 32, 32
+
+    def check_batch_fits(self, options, count) -> None:
+        """It fits."""
 
     def generate(self, labels, options, ids=None):
         images, known = digits("train")

@@ -91,7 +91,7 @@ def test_an_earlier_export_is_replaced_and_raw_weights_are_on_offer(run_dir, tmp
 @pytest.mark.parametrize(
     ("run", "out", "message"),
     [
-        ("absent", "out", "checkpoint must be a run or a folder step_XXXXXXXX"),
+        ("absent", "out", "RUN: absent does not exist"),
         ("birds", "kept", "OUT must be a new folder or an earlier export, got kept"),
     ],
 )

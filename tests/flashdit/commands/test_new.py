@@ -18,6 +18,7 @@ from flashdit.data.pixels import Pixels
 from flashdit.evaluation.features import inception
 from flashdit.models.costs import forward_flops
 from flashdit.models.sizes import SIZES
+from flashdit.shared import process
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,16 @@ def test_the_next_commands_are_what_a_shell_takes(tmp_path, capsys):
     assert sample.parse(commands[1][2:]).checkpoint is not None
     assert commands[2][:2] == ["iwin", "classify"]
     assert {f"data.path={folder}", f"run.dir={run}_classifier", "model.num_classes=2"} <= set(commands[2])
-    reference = ["--reference", str(folder), "--image-size", "32", "--num-images", "6"]
+    reference = [
+        "--reference",
+        str(folder),
+        "--image-size",
+        "32",
+        "--num-images",
+        "6",
+        "--labels",
+        "reference",
+    ]
     assert commands[3] == [
         *("flashdit", "eval", "--checkpoint", run),
         *reference,
@@ -154,7 +164,7 @@ def test_of_many_images_some_are_looked_at_all_over_the_folder(tmp_path, monkeyp
     found = survey.survey_folder(folder)
     assert [*found.sides] == ["a/0.png", "a/4.png", "b/3.png"], "every other one of a/0 a/2 a/4 b/1 b/3 b/5"
     assert found.num_images == 6
-    assert found.describe(32)[1].endswith("trained on at 32×32 (of 3 files, spread over the folder)")
+    assert "trained on at 32×32 (by the heads of 3 files; training decodes all" in found.describe(32)[0]
 
 
 def test_an_autoencoder_of_one_side_alone_gives_it_and_another_one_is_refused(tmp_path, monkeypatch):
@@ -177,17 +187,40 @@ def test_latents_that_take_a_gibibyte_are_told(images, factor, told):
     assert not told or about["latents"].startswith("1.0 GiB in memory"), "2 · 4 bytes · 4096 · 32,768"
 
 
+def test_a_small_folder_is_decoded_and_counted_as_training_counts_it(tmp_path, capsys):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    whole = (folder / "b" / "1.png").read_bytes()
+    (folder / "b" / "1.png").write_bytes(whole[: len(whole) // 2])  # its head is whole
+    _, printed = written(capsys, "--images", folder)
+    assert "p: 3 images in 2 classes; left out: 1 unreadable" in printed
+    assert "refused by scoring: b/1.png:" in printed
+    assert "next:\n  take the images that cannot be read out of the folder" in printed
+    assert "--num-images 3" in printed
+    assert "epochs of 3\n" in printed
+
+
+def test_of_a_large_folder_only_heads_are_read_and_that_is_said(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
+    monkeypatch.setattr(survey, "DECODED_AT_MOST", 4 * 40 * 40 - 1)
+    monkeypatch.setattr(survey, "read_image", None)
+    _, printed = written(capsys, "--images", folder)
+    assert (
+        "40 px on the short side; trained on at 32×32 (by the heads of 4 files; training decodes" in printed
+    )
+    assert "take the images" not in printed
+
+
 def test_latents_take_the_autoencoder_by_its_lasting_name(tmp_path, capsys):
     folder = folder_of(tmp_path / "p", *[(70, 70)] * 4)
     made, _ = written(capsys, "--images", folder, "--latents", "digits")
     assert made["latents"] == {"vae": "digits"}
-    assert made["model"]["patch_size"] == 2, "64 pixels, factor 2: 32 latents a side, 16 tokens"
+    assert made["model"]["patch_size"] == 4, "64 pixels, factor 2: 32 latents a side, 8 tokens on a CPU"
     assert made["flow"]["prediction"] == "velocity"
     load_vae("digits").module.save_pretrained(tmp_path / "own")
     (tmp_path / "mine.yaml").unlink()
     made, _ = written(capsys, "--images", folder, "--latents", "own", "--image-size", "32")
     assert made["latents"] == {"vae": str(tmp_path / "own")}
-    assert made["model"]["patch_size"] == 1
+    assert made["model"]["patch_size"] == 2
 
 
 @pytest.mark.parametrize(
@@ -249,12 +282,12 @@ def test_previews_come_within_minutes_and_take_little_of_the_time():
 
 def test_what_does_not_fit_the_memory_is_accumulated(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
-    monkeypatch.setattr(budget, "device_memory", lambda: 200 * 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 200 * 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] > 1
     assert "MiB here" not in printed
     (tmp_path / "mine.yaml").unlink()
-    monkeypatch.setattr(budget, "device_memory", lambda: 2**20)
+    monkeypatch.setattr(process, "device_memory", lambda device: 2**20)
     made, printed = written(capsys, "--images", folder)
     assert made["training"]["accumulation"] == made["training"]["global_batch_size"]
     assert "of 1.00 MiB here" in printed
@@ -299,12 +332,13 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(tmp_path, exit_messag
     assert "at least 2 images that can be read, got 1" in about("--images", one)
     assert "--latents: latents.vae and --vae must be a data set that brings" in about("--latents", "sd-vae")
     assert "--image-size must be a multiple of 4 or" in about("--image-size", "61")
-    assert "--image-size must be at least 1, got 0" in about("--image-size", "0")
+    assert "--image-size must be from 1 to 8192, got 0" in about("--image-size", "0")
+    assert "--image-size must be from 1 to 8192, got 100000" in about("--image-size", "100000")
     assert "--image-size: the image size must be a multiple of the VAE's factor=2" in about(
         *("--latents", "digits", "--image-size", "33")
     )
     assert "--name must be the name of a folder in runs, got 'a/b'" in about("--name", "a/b")
-    assert "a path with $ stands for a variable" in about("--name", "$x")
+    assert "a new name with $ stands for a variable" in about("--name", "$x")
     (tmp_path / "runs" / "old").mkdir(parents=True)
     assert "runs/old exists: give another --name" in about("--name", "old")
     assert "--out must be a .yaml file, got mine.txt" in refused("--images", folder, "--out", "mine.txt")

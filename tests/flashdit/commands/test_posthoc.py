@@ -95,7 +95,7 @@ def test_the_tracks_of_a_checkpoint_are_snapshots_too_and_few_are_said_to_be_coa
 
 def test_what_cannot_be_made_is_one_sentence(run, exit_message, tmp_path):
     run_dir, _, _ = run
-    assert "checkpoint must be a run or a folder" in exit_message(
+    assert f"RUN: {tmp_path / 'absent'} does not exist" in exit_message(
         posthoc, tmp_path / "absent", "--width", 0.1
     )
     message = exit_message(posthoc, run_dir, "--width", 0.1, "--step", 25)

@@ -219,7 +219,7 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--sampler-option", "order=2"], "unknown option of sampler 'euler' 'order'"),
         (["--sampler-option", "order"], "--sampler-option must be key=value, got 'order'"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
-        (["--checkpoint", "absent"], "checkpoint must be a run or a folder step_XXXXXXXX"),
+        (["--checkpoint", "absent"], "--checkpoint: absent does not exist"),
         (["--checkpoint", "half"], "half/latents.safetensors is damaged"),
         (["--checkpoint", "other"], "a checkpoint must hold a FlashDiT, got UNet2DModel"),
         (["--checkpoint", "vae"], "the VAE must be the one of the training latents (000000000000)"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hard_pictures import make_hard_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -252,6 +253,24 @@ def test_an_update_that_is_cut_off_is_finished_by_the_next(copied):
     assert len(labels_by_name(copied)) == 20
 
 
+@pytest.mark.parametrize("gone", ["plan.json", "shard001.json", "plan.json, damaged"])
+def test_a_lost_record_is_named(copied, caplog, gone):
+    out = Path(copied.out)
+    before, record = contents(out), out / "records" / gone.partition(",")[0]
+    record.unlink()
+    if "damaged" in gone:
+        record.write_text("{")
+    if "plan" in gone:
+        words = r"plan.json is not" if "damaged" in gone else r"out holds latents, but no records/plan.json"
+        with pytest.raises(ValueError, match=words):
+            FolderEncoding(copied)
+        return
+    encode(copied)
+    assert contents(out) == before
+    assert "records has no record of latents_rank00_shard001.safetensors: encoded again" in caplog.text
+    assert "new" not in caplog.text
+
+
 def test_a_repaired_image_is_encoded_and_a_new_class_comes_last(copied):
     before = state(copied.out)
     Image.new("RGB", (40, 40), "red").save(Path(copied.images, "eel", "03.png"))
@@ -295,6 +314,22 @@ def test_an_encoding_of_an_earlier_version_resumes_and_can_then_be_updated(copie
             FolderEncoding(copied)
 
 
+def test_images_that_the_background_shows_through_are_counted(options, tmp_path, capsys):
+    options = replace(options, images=str(make_hard_pictures(tmp_path / "hard")), background="#0a0b0c")
+    encode_latents.main(arguments(options))
+    line = (
+        "2 smaller than 32 px were enlarged, formes/small.png 1.6 times; 5 with transparency are shown over "
+    )
+    assert f"1 unreadable; {line}#0a0b0c: {options.out}/manifest.json" in capsys.readouterr().out
+    record = Path(options.out, "records", "shard000.json")
+    content = json.loads(record.read_text())
+    del content["transparent"]  # as an earlier version wrote it
+    record.write_text(json.dumps(content))
+    assert encode(options)["transparent"] is None
+    encode_latents.main(arguments(options))
+    assert "transparency" not in capsys.readouterr().out
+
+
 def test_enlarged_images_are_told_at_once_and_at_the_end(options, caplog):
     manifest = encode(replace(options, image_size=128))
     assert manifest["enlarged"] == "21 smaller than 128 px were enlarged, cat/00.jpg 4.0 times"
@@ -335,7 +370,7 @@ def test_what_cannot_be_encoded_is_named(options, tmp_path):
     wrong = [
         ({"image_size": 31}, r"image size must be a multiple of the VAE's factor=2, got 31"),
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
-        ({"seed": -1}, r"seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be from 0 to below 2\^63, got -1"),
         ({"dtype": "float23"}, r"unknown dtype 'float23'; did you mean 'float32'"),
         ({"precision": "int8"}, r"unknown precision 'int8'"),
         ({"images": "absent"}, r"^--images must be a folder of images, got absent"),

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -435,6 +436,20 @@ def test_names_that_are_no_utf_8_are_escaped(tmp_path):
         find_images(tmp_path)
 
 
+def test_names_with_line_breaks_and_terminal_codes_are_read_and_shown_on_one_line(tmp_path, caplog):
+    odd = "a\nb\x1b[31m\u202ec.png"
+    save(tmp_path, f"cat/{odd}", f"cat/絵 {'n' * 200}.png")
+    found = find_images(tmp_path)
+    assert [read_image(path).size for path in found.paths] == [(8, 8), (8, 8)]
+    report_images(enlarged_images({odd: 8}, 32), {odd: "broken"})
+    shown = "a\\nb\\x1b[31m\\u202ec.png"
+    assert caplog.messages[0] == f"skipped {shown}, which cannot be read: broken"
+    assert shown in enlarged_images({odd: 8}, 32)
+    found.paths[0].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=re.escape(f"{shown} is not: cannot identify")):
+        read_image(found.paths[0])
+
+
 def test_a_folder_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
     save(tmp_path, "cat/0.png")
     scandir = os.scandir
@@ -472,3 +487,10 @@ def test_sides_are_read_without_decoding(tmp_path):
     path.write_bytes(b"no head")
     with pytest.raises(ValueError, match=r"^every image must be readable, .*a.png is not: cannot identify"):
         image_sides(path)
+
+
+def test_images_beside_a_folder_without_any_are_told_where_none_is_found(tmp_path):
+    (tmp_path / "scores").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"got none in .*; left out: 1 loose beside the class folder"):
+        find_images(tmp_path)

@@ -55,7 +55,8 @@ def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, r
     assert broken.startswith("skipped formes/broken.png, which cannot be read: ")
     assert line.endswith(
         "pictures: 12 images in 3 classes; left out: 3 hidden, 1 loose beside the class folders, 1 .txt, "
-        "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times"
+        "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times; "
+        "5 with transparency are shown over white"
     )
 
 
@@ -63,7 +64,8 @@ def test_the_record_keeps_names_bytes_and_sizes(folder, record):
     leave_out_unreadable(open_folder(folder), record)
     content = json.loads(record.read_text())
     path = folder / "10 squares" / "phone.jpg"
-    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60]
+    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60, False]
+    assert content["images"]["2 discs/rgba.png"][1:] == [48, 48, True]
     size, why = content["unreadable"]["formes/broken.png"]
     assert size == (folder / "formes" / "broken.png").stat().st_size
     assert why

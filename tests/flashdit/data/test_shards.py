@@ -133,7 +133,7 @@ def test_a_manifest_that_cannot_be_read_is_named(tiny_shards):
     with pytest.raises(ValueError, match=r"a manifest must have format 1, .*manifest.json has 2"):
         LatentShards(tiny_shards)
     (tiny_shards / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=r"a manifest must be JSON, .*manifest.json is not"):
+    with pytest.raises(ValueError, match=r"an encoded folder must be JSON, .*manifest.json is not"):
         LatentShards(tiny_shards)
 
 
@@ -142,6 +142,15 @@ def test_class_names_beside_the_shards_are_read(tiny_shards):
     shards = LatentShards(tiny_shards)
     assert shards.class_names == ["cat", "dog", "cow", "hen"]
     assert shards.num_classes == 4
+    (tiny_shards / "class_names.json").write_text('["cat"')
+    with pytest.raises(ValueError, match=r"an encoded folder must be JSON, .*class_names.json is not"):
+        LatentShards(tiny_shards)
+
+
+def test_class_names_that_are_gone_are_those_of_the_manifest(tiny_shards):
+    add_manifest(tiny_shards, class_names=["cat", "dog", "cow", "hen"])
+    shards = LatentShards(tiny_shards)
+    assert (shards.class_names, shards.num_classes) == (["cat", "dog", "cow", "hen"], 4)
 
 
 def test_what_cannot_be_read_is_named(tiny_shards, tmp_path):

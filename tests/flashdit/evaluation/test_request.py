@@ -1,6 +1,7 @@
 """A request for an evaluation: its checks, its defaults, and what is opened of it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from flashdit.config import EvaluationOptions, RunConfig
 from flashdit.digits.images import DIGIT_NAMES, digits
-from flashdit.evaluation.evaluate import evaluate
+from flashdit.evaluation.evaluate import evaluate, share_warnings
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource
 from flashdit.evaluation.request import EvaluationRequest, open_plan
@@ -93,6 +94,35 @@ def test_labels_are_in_equal_shares_or_drawn():
     assert labels["balanced"].tolist() == [4] * 10
     assert labels["random"].tolist() != [4] * 10
     assert labels["random"].sum() == 40
+
+
+def test_labels_like_the_reference_have_its_shares_by_name_whatever_their_order(tmp_path):
+    shown = np.repeat([0, 1], [30, 90])
+    path, pixels = str(tmp_path / "r.npz"), np.zeros((120, 32, 32, 3), np.uint8)
+    np.savez(path, arr_0=pixels, arr_1=shown, class_names=np.array(["nine", "two"]))
+    request = drawn(labels="reference", num_images=40, reference=path, extractor="digits")
+    samples = open_plan(request, Ranks()).samples
+    assert samples.labels is not None
+    assert samples.labels.bincount(minlength=10).tolist() == [0, 0, 30, 0, 0, 0, 0, 0, 0, 10]
+    assert samples.labels.tolist() != sorted(samples.labels.tolist())
+    np.savez(path, arr_0=pixels, arr_1=shown, class_names=np.array(["nine", "ten"]))
+    with pytest.raises(ValueError, match=r"a reference of the model's classes, .* has others: ten"):
+        open_plan(request, Ranks())
+    np.savez(path, arr_0=pixels)
+    with pytest.raises(ValueError, match=r"labels=reference requires a reference with labels, .* has none"):
+        open_plan(request, Ranks())
+
+
+def test_other_shares_of_the_classes_than_the_references_are_told(tmp_path):
+    shown = np.repeat(np.arange(10), [200, *[20] * 9])
+    path, pixels = str(tmp_path / "r.npz"), np.zeros((380, 32, 32, 3), np.uint8)
+    np.savez(path, arr_0=pixels, arr_1=shown)
+    request = drawn(num_images=40, reference=path, extractor="digits")
+    (warning,) = share_warnings(open_plan(request, Ranks()))
+    assert "than in the reference, zero 10% and 53%, which adds to the distances: --labels ref" in warning
+    assert share_warnings(open_plan(replace(request, labels="reference"), Ranks())) == []
+    np.savez(path, arr_0=pixels[::10], arr_1=shown[::10])  # too few to tell
+    assert share_warnings(open_plan(request, Ranks())) == []
 
 
 def test_samples_by_another_generator_or_option_keep_their_labels():

@@ -99,7 +99,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, options, message)
 def test_no_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"weights must be a run, .* got .*absent"):
         start_from(seeded(0), tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"checkpoint must be a run or a folder"):
+    with pytest.raises(ValueError, match=r"weights must be a run or a folder"):
         start_from(seeded(0), tmp_path)
 
 

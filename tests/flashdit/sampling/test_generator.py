@@ -7,8 +7,9 @@ from torch import nn
 from flashdit import FlashDiT
 from flashdit.data.autoencoders import load_vae
 from flashdit.data.latents import LatentOptions, LatentSpace
+from flashdit.data.pixels import Pixels
 from flashdit.flow.samplers import SAMPLERS
-from flashdit.sampling.generator import ImageGenerator, warn_of_guidance
+from flashdit.sampling.generator import ImageGenerator, latent_shape, warn_of_guidance
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import InvalidPixels, to_uint8
 
@@ -183,6 +184,16 @@ def test_a_size_that_no_patch_divides_is_named(generator):
         images(generator, [0], height=30)
 
 
+def test_a_size_of_pixels_speaks_of_no_autoencoder(generator):
+    space = LatentSpace(
+        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), LatentOptions(space="pixels"), Pixels()
+    )
+    with pytest.raises(
+        ValueError, match=r"width must be a multiple of 2 pixels \(the patch size 2\), got 33"
+    ):
+        latent_shape(generator.model, space, None, 33)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_is_a_little_off_and_stays_near(generator, precision):
     full, low = images(generator, [0, 1]), images(generator, [0, 1], precision=precision)
@@ -206,7 +217,7 @@ def test_a_title_says_how_pictures_were_sampled(options, title):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be from 0 to below 2\^63, got -1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"cfg_interval": (0.7, 0.2)}, "cfg_interval must be 0 ≤ low ≤ high ≤ 1 in time, got 0.7 0.2"),
         ({"sampler": "rk4"}, "unknown sampler 'rk4'"),

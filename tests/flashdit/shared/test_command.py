@@ -106,6 +106,31 @@ def test_other_errors_are_not_caught():
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("of ours")))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory: MemoryError; use a smaller batch, model or picture"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1 GiB"),
+            "out of memory: CUDA out of memory; use a smaller batch, model or picture",
+        ),
+        (None, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4611686018427387904 bytes"),
+    ],
+)
+def test_want_of_memory_is_one_line(error, said, capsys):
+    def fail():
+        if error is not None:
+            raise error
+        torch.empty(2**62, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(fail)
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
 def test_a_missing_extra_says_what_to_install(monkeypatch):
     assert need_extra("json", "anything").loads("1") == 1
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flashdit.commands.arguments import path
-from flashdit.shared.paths import expanded
+from flashdit.shared.paths import check_outside, check_replaceable, check_writable, expanded
 from flashdit.shared.settings import read_settings
 
 
@@ -67,3 +67,58 @@ def test_options_of_commands_are_expanded(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--output", "$UNSET/x"])
     assert "--output: the environment variable UNSET must be set for $UNSET/x" in capsys.readouterr().err
+
+
+def test_a_name_with_a_dollar_that_is_there_comes_before_a_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("b", "variable")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert expanded(f"{tmp_path}/a$b/c") == f"{tmp_path}/avariable/c"
+    (tmp_path / "a$b").mkdir()
+    (tmp_path / "a$b" / "c$UNSET.png").touch()
+    assert expanded("$PLACE/a$b/c$UNSET.png") == f"{tmp_path}/a$b/c$UNSET.png"
+    assert expanded("$PLACE/a$b/new") == f"{tmp_path}/a$b/new"
+    assert expanded("$PLACE/x$b") == f"{tmp_path}/xvariable"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/a$b") == f"{tmp_path}/a$b"
+    monkeypatch.chdir(tmp_path)
+    assert expanded("a$b/x") == "a$b/x"
+
+
+def test_only_a_file_of_the_same_kind_or_an_empty_one_is_replaceable(tmp_path):
+    path = tmp_path / "out"
+    check_replaceable(path, "mark", "--output")
+    path.touch()
+    check_replaceable(path, "mark", "--output")
+    path.write_bytes(b"\xff" * 2**20 + b"mark")
+    check_replaceable(path, "mark", "--output")
+    for content in (b"mar", b"m\0ark"):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"^--csv must be a new file or an earlier one .*, got .*out: give"
+        ):
+            check_replaceable(path, "mark", "--csv")
+    with pytest.raises(ValueError, match="must be a new file"):
+        check_replaceable(tmp_path, "mark", "--output")
+
+
+def test_what_lies_in_a_folder_of_images_is_told_through_links_and_dots(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "link").symlink_to(images)
+    check_outside(tmp_path / "images2", images, "--output", "the run")
+    check_outside(images / ".." / "out", images, "--output", "the run")
+    check_outside(images / "x", None, "--output", "the run")
+    for inside in (images, images / "x" / "y", tmp_path / "link" / "x"):
+        with pytest.raises(
+            ValueError, match=r"^--output must not lie in the images of the run, .*images, got"
+        ):
+            check_outside(inside, images, "--output", "the run")
+
+
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left_of_the_attempt(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "deep", "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for place, why in ((tmp_path / "file" / "x", "Not a directory"), (Path("/proc/x/y"), "No such file")):
+        with pytest.raises(ValueError, match=rf"^run\.dir must be where files can be written, got .*: {why}"):
+            check_writable(place, "run.dir")

@@ -52,6 +52,16 @@ def test_words_are_written_beside_the_panels_and_never_on_them(words, moves_righ
     assert ink(picture) > 10
 
 
+def test_letters_of_other_alphabets_are_no_boxes():
+    def drawn(text):
+        return np.asarray(panel_grid([(text, [flat(RED, (1, 1))])])).tobytes()
+
+    box = drawn("\uffff")
+    assert drawn("字") == box  # none of Chinese, Japanese and Korean
+    for letter in "éßşΩЖԹღשعệ":
+        assert drawn(letter) != box, letter
+
+
 def test_a_wide_title_or_head_widens_the_picture():
     narrow = panel_grid([("", [flat(RED)])])
     assert panel_grid([("", [flat(RED)])], title="word " * 20).width > narrow.width + 500

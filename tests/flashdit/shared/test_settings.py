@@ -147,6 +147,8 @@ def test_shipped_configurations_are_found_by_name_and_a_file_comes_first(tmp_pat
 
 
 def test_an_unknown_configuration_names_the_nearest():
-    message = r"must be a YAML file or a shipped configuration, got flashdit_x; did you mean 'flashdit_xl'\?"
+    message = (
+        r"--config: flashdit_x does not exist, and is no shipped configuration; did you mean 'flashdit_xl'\?"
+    )
     with pytest.raises(ValueError, match=message):
         find_config("flashdit_x")

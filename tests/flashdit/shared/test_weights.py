@@ -139,5 +139,7 @@ def test_missing_and_damaged_files_and_empty_folders_are_named(tmp_path):
         with pytest.raises(ValueError, match=rf"weights must be a readable {kind} .*{name} is not: "):
             read_content(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"a checkpoint must hold weights, got none in .*empty"):
+    with pytest.raises(
+        ValueError, match=r"a checkpoint must hold weights, got no .safetensors file in .*empty"
+    ):
         read_tensors(tmp_path / "empty")

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from flashdit import config
 from flashdit.models.costs import forward_flops
+from flashdit.sampling import checkpoint
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.trainer import Trainer
+from flashdit.training import loop, meter
 from flashdit.training.meter import TIMINGS, Meter, matmul_peak
 from flashdit.training.snapshots import list_snapshots
 
@@ -207,14 +209,16 @@ def test_a_disk_without_room_for_two_checkpoints_is_named_before_the_first_step(
     tiny_overrides, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
-    with pytest.raises(ValueError, match=r"needs room for two checkpoints, 0\.00 GiB, got 0\.00 GiB free"):
+    with pytest.raises(
+        ValueError, match=r"needs room for two checkpoints, 0\.0\d+ GiB, got 9\.313e-07 GiB free"
+    ):
         trainer(tiny_overrides)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_cannot_be_made_is_named_before_the_first_step(tiny_overrides, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"Not a directory"):
+    with pytest.raises(ValueError, match=r"^run\.dir must be where files .*file/run: Not a directory$"):
         trainer(tiny_overrides, f"run.dir={tmp_path / 'file' / 'run'}").fit()
 
 
@@ -235,6 +239,29 @@ def test_records_tell_speed_waiting_and_memory(tiny_overrides, tmp_path):
     assert 0 < record["mfu"] < 1
     assert 0 < record["data_wait"] < 1
     assert 0.05 < record["peak_memory_gib"] < 24
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.25, True), (0.9, False), (3.0, False)])
+def test_a_precision_that_is_slower_on_this_cpu_is_told_once(monkeypatch, caplog, ratio, told):
+    speeds = {torch.float32: 1e9, torch.bfloat16: ratio * 1e9}
+    monkeypatch.setattr(meter, "matmul_peak", lambda device, dtype, side: speeds[dtype])
+    meter.warn_if_slow.cache_clear()
+    for precision in ("fp32", "bf16", "bf16"):
+        meter.warn_if_slow(precision, torch.device("cpu"))
+    meter.warn_if_slow.cache_clear()
+    words = "precision bf16 is slow on this CPU: its matrix products take 4.0 times as long as fp32's"
+    assert [record.message for record in caplog.records] == [words] * told
+
+
+def test_training_and_sampling_ask_whether_their_precision_is_slow(
+    tiny_overrides, tiny_checkpoint, monkeypatch
+):
+    asked = []
+    for module in (loop, checkpoint):
+        monkeypatch.setattr(module, "warn_if_slow", lambda precision, device: asked.append(precision))
+    trainer(tiny_overrides, "training.precision=bf16", "training.steps=1").fit()
+    checkpoint.sampling_options(checkpoint.load_generator(tiny_checkpoint), {"precision": "fp16"})
+    assert asked == ["bf16", "fp16"]
 
 
 def test_the_meter_means_over_good_steps_alone():

@@ -123,7 +123,7 @@ def test_mirroring_and_dropping_follow_their_rates():
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
 def test_every_layout_sees_the_same_global_batches(ranks, accumulation):
     batch_size = 16 // (ranks * accumulation)
-    seen = [positions(32, 3, batch_size, accumulation, rank, ranks) for rank in range(ranks)]
+    seen = [list(positions(32, 3, batch_size, accumulation, rank, ranks)) for rank in range(ranks)]
     for update in range(3):
         taken = [p for rank in seen for part in rank[update * accumulation :][:accumulation] for p in part]
         assert sorted(taken) == list(range(32 + 16 * update, 48 + 16 * update))

@@ -18,7 +18,7 @@ from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
-from flashdit.training.contents import difference_in_words
+from flashdit.training.contents import difference_in_words, equality_in_words
 from flashdit.training.guard import StopSignals
 from flashdit.training.task import PeriodicAction
 
@@ -36,6 +36,14 @@ def trainer(overrides, *more):
         ("state.json", b'{"format": 1}', r"state\.json is damaged: it has no step, images_seen"),
         ("ema/diffusion_pytorch_model.safetensors", b"half", r"readable safetensors file, .*ema"),
         ("config.yaml", b"", None),
+        ("state.json", None, r"step_00000004 is damaged: it has no state\.json"),
+        ("optimizer.pt", None, r"it has no optimizer\.pt"),
+        ("processes.pt", None, r"it has no processes\.pt"),
+        (
+            "ema/diffusion_pytorch_model.safetensors",
+            None,
+            r"it has no ema/diffusion_pytorch_model\.safetensors",
+        ),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from(
@@ -43,7 +51,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
 ):
     trainer(tiny_overrides, "training.steps=4", "training.keep_last=2").fit()
     newest = list_checkpoints(tmp_path / "run")[-1]
-    (newest / file).write_bytes(damage)
+    if damage is None:
+        (newest / file).unlink()
+    else:
+        (newest / file).write_bytes(damage)
     with caplog.at_level("INFO"):
         run = trainer(tiny_overrides, "training.keep_last=2")
     if reason is None:
@@ -75,8 +86,12 @@ def test_a_step_that_is_damaged_twice_takes_the_place_of_the_first(tiny_override
 
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
-    (tmp_path / "run/checkpoints/step_00000002/optimizer.pt").write_bytes(b"")
+    folder = tmp_path / "run/checkpoints/step_00000002"
+    (folder / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*optimizer\.pt is not"):
+        trainer(tiny_overrides)
+    (folder / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"a whole checkpoint to go on from: .*it has no state\.json"):
         trainer(tiny_overrides)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000002"]
 
@@ -128,7 +143,7 @@ def test_moved_data_and_defaults_that_are_written_out_are_the_same(
     with caplog.at_level("INFO"):
         run = trainer(tiny_overrides, f"data.path={moved}/", *written)
     assert run.step == 2
-    assert f"data.path is {moved}/, was {tiny_shards}: its content is the same" in caplog.text
+    assert f"data.path is {moved}/, was {tiny_shards}: its files have the same names and sizes" in caplog.text
     assert "resumed with another data" not in caplog.text
 
 
@@ -202,6 +217,21 @@ def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(i
 )
 def test_differences_are_told_in_words(before, now, words):
     assert difference_in_words(before, now) == words
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ({"classes": ["a"], "files": {"a/0.png": 7}}, "its files have the same names and sizes"),
+        ({"files": {"x.safetensors": "5ca1"}}, "its files have the same names and checksums in the manifest"),
+        ({"classes": ["a"]}, "its classes have the same names, of its files nothing is known"),
+        ({"classes": None}, "what it was is not known"),
+        ("5ca1", "its configuration and weights are the same"),
+    ],
+)
+def test_no_more_is_said_to_be_the_same_than_was_compared(contents, words):
+    assert difference_in_words(contents, contents) == ""
+    assert equality_in_words(contents, contents) == words
 
 
 def test_a_vae_may_be_added_to_a_run_without_one_and_not_taken_away(tiny_overrides, tmp_path):
@@ -313,6 +343,17 @@ def test_a_damaged_space_or_state_is_named_and_the_run_goes_on_from_the_checkpoi
 def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
     trainer(tiny_overrides, "training.steps=2").fit()
     assert trainer(tiny_overrides, "flow.prediction=velocity").step == 2
+
+
+def test_a_configuration_of_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "config.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# mine\ntraining: {steps: 2}\n")
+    with pytest.raises(
+        ValueError, match=r"^the config\.yaml in run\.dir must be a new file or an earlier one"
+    ):
+        trainer(tiny_overrides)
+    assert mine.read_text().startswith("# mine")
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):

@@ -168,7 +168,7 @@ def test_film_times_are_even_and_keep_the_ends():
         ({"sampler": "eular"}, "unknown sampler 'eular'; did you mean 'euler'"),
         ({"height": 30}, "height must be a multiple of 4 pixels"),
         ({"width": 4096}, "width must be at most 1024 on this page, got 4096"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be from 0 to below 2\^63, got -1"),
         ({"classes": ["3"]}, r"class 3 is out of range for this 3-class model \(0–2\)"),
         (
             {"classes": ["goldn retriever"]},

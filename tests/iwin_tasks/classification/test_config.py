@@ -106,7 +106,7 @@ def test_digits_at_64_change_the_input_size_and_the_window_alone():
         ("run.dir=''", r"run.dir must name the run's folder"),
         ("training.steps=0", r"training.steps must be at least 1, got 0"),
         ("training.steps=99999", r"must not pass optimizer.decay_steps"),
-        ("seed=-1", r"seed must not be negative, got -1"),
+        ("seed=-1", r"seed must be from 0 to below 2\^63, got -1"),
     ],
 )
 def test_configurations_that_cannot_be_are_named(override, message):

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from flashdit.digits.images import digits
-from iwin_tasks.classification.data import HeldOutExamples, check_same_classes, open_split
+from iwin_tasks.classification.data import HeldOutExamples, check_same_classes, keep_readable, open_split
 
 
 def open_images(folder, split="train", num_classes=3):
@@ -171,6 +171,15 @@ def test_broken_images_are_left_out_of_training_and_refused_among_the_held_out(f
     held_out = open_images(folder, "held-out")
     with pytest.raises(ValueError, match=r"every held-out image must be readable, .*val/owl/0.png is not"):
         held_out.leave_out_unreadable(run, False)
+
+
+def test_a_broken_image_of_one_folder_for_both_splits_is_named_once(folder, tmp_path, caplog):
+    (folder / "train" / "cat" / "1.png").write_bytes(b"not a picture")
+    train, held_out = open_flat(folder, "train"), open_flat(folder, "held-out")
+    caplog.set_level("INFO")
+    keep_readable(train, held_out, tmp_path / "run", False)
+    assert len(train.labels) + len(held_out.labels) == 8
+    assert caplog.text.count("8 images in 3 classes; left out: 1 unreadable") == 1
 
 
 def test_a_run_keeps_the_order_of_its_classes(folder, tmp_path):

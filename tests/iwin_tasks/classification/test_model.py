@@ -42,7 +42,7 @@ def test_weights_come_from_a_file_or_from_the_average_of_a_run(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
     for folder in (checkpoint / "ema", checkpoint / "model"):
         folder.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "state.json").write_text('{"format": 1}')
     save_file(source, checkpoint / "ema" / "model.safetensors")
     save_file({name: value + 1 for name, value in source.items()}, checkpoint / "model" / "model.safetensors")
     for path in (tmp_path / "run", checkpoint, checkpoint / "ema" / "model.safetensors"):

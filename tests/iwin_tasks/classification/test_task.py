@@ -186,14 +186,15 @@ def test_a_moved_folder_resumes_and_one_with_other_files_does_not(folder, tmp_pa
         (moved / "val" / "cat").rename(moved / "val" / "cow")
     if change.startswith("moved"):
         assert folder_run(run_dir, moved, *more).step == 3
-        assert f"data.path is {moved}, was {folder}: its content is the same" in caplog.text
+        assert f"data.path is {moved}, was {folder}: its files have the same names and sizes" in caplog.text
         return
     message = {"fewer": "files 1 fewer, such as val/cat/0.png", "others": "lacks cat"}[change]
     with pytest.raises(ValueError, match=message):
         folder_run(run_dir, moved, *more)
 
 
-def test_a_run_that_kept_no_contents_is_compared_by_its_classes(folder, tmp_path):
+def test_a_run_that_kept_no_contents_is_compared_by_its_classes(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     run_dir = tmp_path / "run"
     folder_run(run_dir, folder)
     (run_dir / "contents.json.gz").unlink()
@@ -201,3 +202,4 @@ def test_a_run_that_kept_no_contents_is_compared_by_its_classes(folder, tmp_path
     for split in ("train", "val"):
         shutil.copytree(folder / split, tmp_path / "moved" / split)
     assert folder_run(run_dir, tmp_path / "moved", "training.steps=3").step == 3
+    assert "its classes have the same names, of its files nothing is known" in caplog.text

@@ -69,8 +69,10 @@ def test_images_are_normalised_as_the_model_was_trained(monkeypatch, tmp_path):
         return torch.ones(4, 6)
 
     monkeypatch.setattr(saliency, "effective_receptive_field", field)
-    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "red.png")
-    argv = ["--model", "resnet10t", "--layer", "layer1", "--images", str(tmp_path), "--size", "4", "6"]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "images" / "red.png")
+    argv = ["--model", "resnet10t", "--layer", "layer1", "--images", str(tmp_path / "images")]
+    argv += ["--size", "4", "6"]
     visualise.main([*argv, "--output", str(tmp_path / "out.png")])
     expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225])
     torch.testing.assert_close(seen[0][0, :, 0, 0], expected)

@@ -74,7 +74,10 @@ def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp
         ),
         (["--layer", "layer1", "--checkpoint", __file__], "checkpoint must hold the weights of resnet10t"),
         (["--layer", "layer1", "--size", "0", "8"], "size and num_images must be positive"),
-        (["--layer", "layer1", "--output", "nowhere/out.png"], "No such file or directory"),
+        (
+            ["--layer", "layer1", "--output", "/proc/nowhere/out.png"],
+            "--output must be where files can be written, got /proc/nowhere",
+        ),
     ],
 )
 def test_command_ends_with_one_line(arguments, message, capsys):

@@ -69,11 +69,28 @@ def test_any_number_of_processes_gives_the_same_numbers(world, one, tmp_path):
     assert done.stdout.count("wrote ") == 1, "one process alone tells"
 
 
+def test_pictures_that_are_cropped_score_the_same_by_two_processes(images, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(9):
+        Image.fromarray(images[number]).resize((40, 48 + number)).save(folder / f"{number}.png")
+    scores = {}
+    for world in (1, 2):
+        words = ["--reference", "digits", "--metrics", "fid", "--image-size", "32", "--no-cache"]
+        done = evaluate(world, tmp_path / f"eval_{world}", folder, *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("9 of 9 images are cropped to 32×32") == 1, "one process alone tells"
+        scores[world] = json.loads((tmp_path / f"eval_{world}" / "metrics.json").read_text())["metrics"]
+    assert scores[2]["fd_9"] == pytest.approx(scores[1]["fd_9"], rel=1e-7)
+
+
 def test_a_failure_of_one_process_ends_all(images, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for number in range(6):
-        Image.fromarray(images[number]).save(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_bytes(b"no picture")  # the second process reads it, the first does not
-    done = evaluate(2, tmp_path / "eval", tmp_path, "--reference", "digits", "--metrics", "fid", "--no-cache")
+        Image.fromarray(images[number]).save(folder / f"{number}.png")
+    (folder / "3.png").write_bytes(b"no picture")  # the second process reads it, the first does not
+    done = evaluate(2, tmp_path / "eval", folder, "--reference", "digits", "--metrics", "fid", "--no-cache")
     assert done.returncode != 0
     assert "error: process 1: every image must be readable," in done.stderr
     assert not (tmp_path / "eval").exists()

@@ -126,7 +126,7 @@ def test_an_extractor_without_spatial_features_leaves_them_out_with_a_reason(cac
         assert samples.logits is None
         scores = compute_scores(["fid", "sfid", "is"], samples, samples)
         assert scores.values == pytest.approx({"fid": 0.0, "sfid": None, "is_mean": None, "is_std": None})
-        assert scores.reasons["sfid"] == "'digits held-out' has no spatial statistics"
+        assert scores.reasons["sfid"] == "the extractor has no spatial features"
 
 
 def test_scores_of_fewer_images_than_dimensions_are_finite():

@@ -60,7 +60,8 @@ def test_every_metric_says_why_it_is_missing(name):
     empty = ImageStatistics(name="adm.npz", count=10)
     scores = compute_scores([name], empty, empty)
     assert scores.values == dict.fromkeys(score.key for score in METRICS[name].scores)
-    assert all(reason.startswith("'adm.npz' has no ") for reason in scores.reasons.values())
+    told = ("'adm.npz' has no ", "the extractor has no ")
+    assert all(reason.startswith(told) for reason in scores.reasons.values())
 
 
 def test_precision_and_recall_are_not_exchanged(held_out):
@@ -171,6 +172,21 @@ def test_console_table_shows_names_in_brackets(result_of):
     assert "FD[digits]" in text
     assert "1.5000" in text
     assert "count unknown" in text
+
+
+def test_where_no_floor_is_known_the_table_of_a_distance_says_what_gives_one(result_of):
+    def printed(values, floor=None):
+        stream = io.StringIO()
+        result = result_of(Scores(count=360, values=values))
+        result.floor = floor
+        print_table(result, Console(width=100, file=stream))
+        return stream.getvalue()
+
+    pointer = "two halves of the reference's images give the floor"
+    assert printed({"fid": 1.5}).count(pointer) == 1
+    assert pointer not in printed({"fid": 1.5}, Scores(count=360, values={"fid": 0.1}))
+    assert pointer not in printed({"is_mean": 1.5})
+    assert pointer not in to_markdown(result_of(Scores(count=360, values={"fid": 1.5})))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_samples_of_a_checkpoint_bring_their_options(tmp_path, result_of):
 def test_a_table_of_other_columns_is_refused_and_left_as_it_was(tmp_path, result_of):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"--csv must be a new file or have the columns .*\['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"--csv must be a new file or have the columns .* begins with 'a,b"):
         append_csv(result_of(Scores(count=360, values={"fid": 1.0})), path)
     assert path.read_text() == "a,b\n1,2\n"
 

@@ -1,0 +1,127 @@
+"""What does training hold in memory, and does the device have it? Known before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashdit.config import RunConfig
+from flashdit.models.costs import RECOMPUTED, Activations, activations, depth_of
+from flashdit.models.dit import FlashDiT
+from flashdit.shared.process import check_memory, device_memory
+from flashdit.training.options import share_of_batch
+
+TOLERANCE = 0.1  # of the estimate
+GENEROUS = 100
+"""Bytes that a block keeps for each number of a token and each unit of its MLP's ratio, at the most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Parameters of a model."""
+
+    all: int
+    trained: int
+    block: int
+    """Of one block."""
+    outside: int
+    """Of what is in no block."""
+
+
+def model_without_memory(config: RunConfig, depth: int) -> FlashDiT:
+    """Returns the configured model, of so many blocks, on torch's meta device.
+
+    Raises:
+        ValueError: If a tensor of it is larger than any machine could address.
+    """
+    arguments: dict[str, Any] = {**config.model_arguments, "depth": depth}
+    try:
+        with torch.device("meta"):
+            return FlashDiT(**arguments)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        attention = {f"attention.{name}": value for name, value in (arguments.get("attention") or {}).items()}
+        sizes = {
+            name: value
+            for name, value in (arguments | attention).items()
+            if isinstance(value, int | float) and name != "time_scale"
+        }
+        largest = max(sizes, key=lambda name: sizes[name])
+        rule = "a model's tensors must be of sizes that a machine can address"
+        raise ValueError(f"{rule}, got model.{largest}={sizes[largest]}") from error
+
+
+def count_parameters(config: RunConfig) -> Counts:
+    """Returns the parameters of the configured model, whose blocks are alike."""
+    one, two = (list(model_without_memory(config, depth).parameters()) for depth in (1, 2))
+    shallow, deeper = (sum(p.numel() for p in parameters) for parameters in (one, two))
+    block = deeper - shallow
+    whole = shallow + (depth_of(config.model_arguments) - 1) * block
+    frozen = sum(p.numel() for p in one if not p.requires_grad)  # none of them in a block
+    return Counts(all=whole, trained=whole - frozen, block=block, outside=shallow - block)
+
+
+def memory_bytes(
+    config: RunConfig, counts: Counts, saved: Activations, gpus: int, sharded: bool
+) -> dict[str, float]:
+    """Returns the bytes of one GPU by what they hold, by the formulas of `flashdit estimate --help`.
+
+    Args:
+        config: Of the run.
+        counts: Its model's parameters.
+        saved: What a forward pass keeps.
+        gpus: How many share the batch.
+        sharded: Whether by FSDP2, else by DDP.
+    """
+    training, shards = config.training, gpus if sharded else 1
+    images = share_of_batch(training, gpus)
+    width = 4 if training.precision == "fp32" else 2
+    accumulated = sharded and training.accumulation > 1
+    rows: dict[str, float] = {
+        "weights": 4 * counts.all / shards,
+        "EMA": 4 * counts.all * (1 + len(config.ema.power_widths)) / shards,
+        "AdamW": 8 * counts.trained / shards,
+        "gradients": 4 * counts.trained / (1 if accumulated else shards),
+        "DDP's buckets": 0 if sharded or gpus == 1 else 4 * counts.trained,
+        "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
+        "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
+        "activations": images * saved.per_image,
+    }
+    return rows | {"sum": sum(rows.values())}
+
+
+def check_step_fits(config: RunConfig, device: torch.device, processes: int, sharded: bool) -> None:
+    """Refuses a model or a batch that the memory of a device cannot hold.
+
+    Args:
+        config: Of the run, its sizes known.
+        device: That each of the processes trains on.
+        processes: How many share the batch.
+        sharded: Whether by FSDP2.
+
+    Raises:
+        ValueError: If a training step is larger; says what takes most of it.
+    """
+    training, options = config.training, config.model_arguments
+    counts, one = count_parameters(config), model_without_memory(config, depth=1)
+    tokens = math.prod(one.native_grid) * one.config["hidden_size"] * depth_of(options)
+
+    def check(per_image: float, fixed: float = 0.0) -> float:
+        saved = Activations(fixed=fixed, per_image=per_image)
+        rows = memory_bytes(config, counts, saved, processes, sharded)
+        needed = rows.pop("sum")
+        most = max(rows, key=lambda name: rows[name])
+        check_memory(needed * (1 - TOLERANCE), device, f"a training step, of which {most} take most,")
+        return needed
+
+    least = check(per_image=2.0 * tokens)  # the inputs of the blocks in two bytes
+    memory = device_memory(device)
+    at_most = (
+        least + share_of_batch(training, processes) * GENEROUS * max(4.0, one.config["mlp_ratio"]) * tokens
+    )
+    if memory is not None and at_most > memory:
+        way = RECOMPUTED[training.gradient_checkpointing + training.keep_matmuls]
+        saved = activations(options, training.precision != "fp32")[way]
+        check(saved.per_image, saved.fixed)
