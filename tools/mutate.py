@@ -80,6 +80,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
     "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],
     "flashdit/commands": COMMANDS,
+    "flashdit/memory.py": ["tests/flashdit/test_memory.py", "tests/flashdit/commands/test_estimate.py"],
     "flashdit/trainer.py": [
         "tests/flashdit/training",
         "tests/flashdit/test_trainer.py",
