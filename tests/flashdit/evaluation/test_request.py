@@ -137,6 +137,13 @@ def test_samples_by_another_generator_or_option_keep_their_labels():
     assert (changed.generator, changed.options) == (other, options)
 
 
+def test_samples_that_are_drawn_in_another_size_than_the_plans_are_refused():
+    plan = open_plan(drawn(num_images=7), Ranks())
+    larger = plan.redrawn(generator=generator(image_size=lambda options: (64, 32)))
+    with pytest.raises(ValueError, match=r"one size \(h×w\), got {'samples': '64×32', 'reference': '32×32'}"):
+        evaluate(larger)
+
+
 def test_the_floor_of_accuracy_is_that_of_images_the_extractor_has_not_seen(tmp_path):
     images, labels = digits("train")
     np.savez(tmp_path / "samples.npz", images[:8].permute(0, 2, 3, 1).numpy(), labels[:8].numpy())

@@ -146,6 +146,18 @@ def test_a_header_that_does_not_parse_is_one_sentence(tmp_path, text):
         Reference(str(tmp_path / "r.npz"), EXTRACTOR)
 
 
+def test_images_that_end_before_their_archive_says_are_named(tmp_path):
+    whole, path = npy(IMAGES), tmp_path / "s.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", whole[: -IMAGES[0].nbytes])
+    data = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):  # bytes once unpacked, twice said
+        struct.pack_into("<I", data, data.index(mark) + offset, len(whole))
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"s\.npz ends early: arr_0 lacks images from number 3 on"):
+        list(NpzSource(path).batches(3))
+
+
 def test_images_are_read_in_pieces_that_fit_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("flashdit.evaluation.images.npz.READ_AT_MOST", 2 * 8 * 8 * 3)
     np.savez(tmp_path / "s.npz", IMAGES)
