@@ -40,6 +40,10 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/evaluation/images/test_npz.py",
     ],
     "flashdit/evaluation/features/timm_models.py": ["tests/iwin_tasks/classification/test_extractor.py"],
+    "flashdit/flow/examples.py": [
+        "tests/flashdit/training/test_parts.py",
+        "tests/flashdit/training/test_objective.py",
+    ],
     "flashdit/sampling/schedulers.py": PIPELINE,
     "flashdit/training/position.py": [
         "tests/flashdit/training/test_task.py",
@@ -51,6 +55,8 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/training/test_resume.py",
         "tests/flashdit/test_trainer.py",
     ],
+    "flashdit/sampling/card.py": ["tests/flashdit/commands/test_export.py"],
+    "iwin_core/block.py": ["tests/iwin_core/backbone/test_backbone.py"],
     "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
     "flashdit/models": [

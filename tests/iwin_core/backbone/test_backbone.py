@@ -209,6 +209,21 @@ def test_structures_are_what_the_paper_draws(structure):
     torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)))
 
 
+class Dropped(nn.Module):
+    """Drops every branch, as stochastic depth does some."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("structure", ["S1", "S2", "S3"])
+def test_stochastic_depth_drops_every_branch_and_leaves_the_input(structure):
+    block = tiny(structure=structure, drop_path_rate=0.3).stages()[0].blocks[0]
+    block.drop_path = Dropped()
+    x = torch.randn(2, 4, 6, 24)
+    assert torch.equal(block(x), x)
+
+
 def test_every_parameter_gets_a_gradient_under_checkpointing():
     model = tiny(position="relative", drop_path_rate=0.3).train()
     for stage in model.stages():
