@@ -33,6 +33,11 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     "flashdit/commands/survey.py": ["tests/flashdit/commands/test_new.py"],
     "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
     "flashdit/data/walk.py": IMAGES,
+    "flashdit/data/colours.py": [
+        "tests/flashdit/data/test_colours.py",
+        "tests/flashdit/data/test_tiff.py",
+        IMAGES[0],
+    ],
     "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
     "flashdit/evaluation/stored.py": [
         "tests/flashdit/evaluation/test_reference.py",

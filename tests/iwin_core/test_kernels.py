@@ -96,6 +96,7 @@ def test_kernels_are_left_alone_on_a_cpu_and_refused_where_demanded(backend):
         ((1, 8, 9, 16), {"dtype": torch.float64}, "float32, bfloat16 and float16, got dtype=torch.float64"),
         ((1, 8, 9, 16), {"norms": [nn.LayerNorm(8)] * 2}, "RMSNorm .* or no norm, got LayerNorm"),
         ((1, 8, 9, 16), {"norms": [nn.RMSNorm(8)] * 2}, "RMSNorm with a weight and one eps .* got RMSNorm"),
+        ((1, 8, 9, 16), {"norms": [nn.RMSNorm(8, 1e-6), nn.RMSNorm(8, 1e-5)]}, "one eps or no norm, got RMS"),
         ((1, 8, 9, 16), {"biased": True}, "without a relative position bias"),
         ((1, 2**14, 2**14, 16), {}, r"maps below 2\*\*31 values"),
     ],

@@ -1,5 +1,6 @@
 """Does a trained classifier, or any model of timm, score images as an extractor?"""
 
+import hashlib
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from flashdit.__main__ import main
 from flashdit.evaluation.features.extractors import build_extractor
+from flashdit.shared.runs import list_checkpoints
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -20,6 +22,8 @@ def test_a_run_is_an_extractor_of_its_own_classes(classifier_run):
     assert extractor.class_names[:2] == ["zero", "one"]
     assert extractor.colours == "grey"
     assert extractor.size == (32, 32)
+    average = list_checkpoints(classifier_run)[-1] / "ema" / "model.safetensors"
+    assert extractor.weights_sha256 == hashlib.sha256(average.read_bytes()).hexdigest()
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for side in (48, 20):  # edges that are enlarged overshoot
         images = torch.randint(0, 2, (2, 3, side, side), dtype=torch.uint8) * 255
