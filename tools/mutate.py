@@ -34,9 +34,23 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
     "flashdit/data/walk.py": IMAGES,
     "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
+    "flashdit/evaluation/stored.py": [
+        "tests/flashdit/evaluation/test_reference.py",
+        "tests/flashdit/evaluation/test_stored.py",
+        "tests/flashdit/evaluation/images/test_npz.py",
+    ],
     "flashdit/evaluation/features/timm_models.py": ["tests/iwin_tasks/classification/test_extractor.py"],
     "flashdit/sampling/schedulers.py": PIPELINE,
-    "flashdit/training/position.py": ["tests/flashdit/training", "tests/flashdit/test_trainer.py"],
+    "flashdit/training/position.py": [
+        "tests/flashdit/training/test_task.py",
+        "tests/flashdit/training",
+        "tests/flashdit/test_trainer.py",
+        "tests/iwin_tasks/classification/test_task.py",
+    ],
+    "flashdit/training/resume.py": [
+        "tests/flashdit/training/test_resume.py",
+        "tests/flashdit/test_trainer.py",
+    ],
     "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
     "flashdit/models": [
@@ -134,7 +148,7 @@ def tests_of(file: str, near: bool) -> list[str]:
 
     Args:
         file: Which has the fault.
-        near: Only those that name it, or else its folder's, or else all.
+        near: Only those that TESTS has for it, or else that name it, or else its folder's, or else all.
     """
     path = Path(file)
     part = next(part for part in (path, *path.parents) if str(part) in TESTS)
@@ -147,7 +161,7 @@ def tests_of(file: str, near: bool) -> list[str]:
     imported = re.compile(rf"{re.escape(package)}(\.{stem}\b| import .*\b{stem}\b)")
     naming = [test for test in found if imported.search(test.read_text())]
     home = [test for test in found if test.parent == ROOT / "tests" / path.parent]
-    nearest = dict.fromkeys([*own, *naming] or home or found)
+    nearest = found if part == path else dict.fromkeys([*own, *naming] or home or found)
     return [str(test.relative_to(ROOT)) for test in (nearest if near else nearest | found)]
 
 

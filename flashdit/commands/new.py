@@ -162,7 +162,7 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
         needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     draft = replace(draft, pace=draft.paced(seconds, parts))
     config = with_sizes(parsed(draft.to_yaml("")), data)
-    found = budget.facts(config, counts, multiply_adds, machine, data)
+    found = budget.facts(config, counts, multiply_adds, machine, data, draft.num_images)
     costs |= {key: found[key] for key in ("assumed", "length", "parameters", "checkpoints")}
     costs["memory"] = budget.size(needed)
     if memory is not None and needed > MEMORY_SHARE * memory:

@@ -18,7 +18,9 @@ IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {suffix for _, suffix in DECODERS}
 )
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # control codes, breaks and directions
+CONTROL_CODES = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)  # control codes, breaks and directions
 NOT_DATA = {"__MACOSX", "@eaDir"}  # what archives and file servers leave behind, beside names with a dot
 
 
@@ -118,7 +120,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 def printable(text: object) -> str:
     """Returns a text on one line: line breaks, terminal codes and bytes that are no UTF-8 are escaped."""
-    shown = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    shown = CONTROL_CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
     return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_over
     with pytest.raises(ValueError, match=r"must hold a FlashDiT, got DiTTransformer2DModel in .*ema"):
         load_generator(folder)
     (folder / "ema" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"with their configuration, .*ema has no config.json"):
+    with pytest.raises(ValueError, match=r"is damaged: it has no ema/config\.json"):
         load_generator(folder)
     (folder / "latents.safetensors").unlink()
     with pytest.raises(ValueError, match=r"latents.safetensors is damaged: No such file"):

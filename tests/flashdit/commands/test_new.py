@@ -164,7 +164,7 @@ def test_of_many_images_some_are_looked_at_all_over_the_folder(tmp_path, monkeyp
     found = survey.survey_folder(folder)
     assert [*found.sides] == ["a/0.png", "a/4.png", "b/3.png"], "every other one of a/0 a/2 a/4 b/1 b/3 b/5"
     assert found.num_images == 6
-    assert found.describe(32)[1].endswith("trained on at 32×32 (of 3 files, spread over the folder)")
+    assert "trained on at 32×32 (by the heads of 3 files; training decodes all" in found.describe(32)[0]
 
 
 def test_an_autoencoder_of_one_side_alone_gives_it_and_another_one_is_refused(tmp_path, monkeypatch):
@@ -196,6 +196,7 @@ def test_a_small_folder_is_decoded_and_counted_as_training_counts_it(tmp_path, c
     assert "refused by scoring: b/1.png:" in printed
     assert "next:\n  take the images that cannot be read out of the folder" in printed
     assert "--num-images 3" in printed
+    assert "epochs of 3\n" in printed
 
 
 def test_of_a_large_folder_only_heads_are_read_and_that_is_said(tmp_path, capsys, monkeypatch):

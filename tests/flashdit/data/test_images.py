@@ -358,6 +358,8 @@ def test_stored_class_names_keep_their_place_and_new_ones_follow(tmp_path):
     assert find_images(tmp_path, ["10", "2"]).class_names == ("10", "2", "1", "new")
     with pytest.raises(ValueError, match=r"classes of before must still be in .*, it lacks eel"):
         find_images(tmp_path, ["10", "eel"])
+    save(tmp_path, ".old/a.png", "@eaDir/b.png")
+    assert find_images(tmp_path, [".old", "10", "2"]).class_names == (".old", "10", "2", "1", "new")
     flat = save(tmp_path / "2")
     assert find_images(flat, ["before it was renamed"]).class_names == ("before it was renamed",)
 
@@ -399,6 +401,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
 def test_loops_and_links_to_nothing_are_named(tmp_path):
     images = save(tmp_path / "images", "cat/0.png")
     (images / "cat" / "again").symlink_to(images)
+    (images / "cat" / "own").symlink_to(images / "cat")
     (images / "cat" / "self").symlink_to(images / "cat" / "self")
     (images / "cat" / "gone.png").symlink_to(images / "absent.png")
     (images / "above").symlink_to(tmp_path)
@@ -408,6 +411,7 @@ def test_loops_and_links_to_nothing_are_named(tmp_path):
         "above": "a link to a folder that it lies in",
         "cat/again": "a link to a folder that it lies in",
         "cat/gone.png": "a link to nothing",
+        "cat/own": "a link to a folder that it lies in",
         "cat/self": os.strerror(40),
     }
 

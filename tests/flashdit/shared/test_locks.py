@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from flashdit.shared.locks import LOCK, check_no_writer, only_writer
+from flashdit.shared.locks import LOCK, check_no_writer, held, locked_folder, only_writer
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
@@ -52,6 +55,12 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_p
             check(tmp_path / "out")
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 5  # by when the child has let go of its copy of the lock
+    while time.monotonic() < deadline:
+        with suppress(ValueError):
+            check_no_writer(tmp_path / "out")
+            break
+        time.sleep(0.01)
     os.kill(child, 0)  # what the holder forked is still there, as a reader of data for some seconds
     with only_writer(tmp_path / "out"):
         assert (tmp_path / "out" / LOCK).read_text().startswith(f"process {os.getpid()} on host ")
@@ -59,16 +68,36 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_p
 
 
 def test_a_file_is_locked_beside_it(tmp_path):
-    with only_writer(tmp_path / "a" / "f.json", is_file=True):
-        assert [path.name for path in (tmp_path / "a").iterdir()] == [".f.json.lock"]
+    folder = tmp_path / "a" / "b"
+    with only_writer(folder / "f.json", is_file=True):
+        assert [path.name for path in folder.iterdir()] == [".f.json.lock"]
         with (
             pytest.raises(ValueError, match="one writer at a time"),
-            only_writer(tmp_path / "a" / "f.json", is_file=True),
+            only_writer(folder / "f.json", is_file=True),
         ):
             pass
-        with only_writer(tmp_path / "a" / "g.json", is_file=True):
+        with only_writer(folder / "g.json", is_file=True):
             pass
-    assert not (tmp_path / "a").exists()  # it was made for the lock alone
+    assert not (tmp_path / "a").exists()  # both folders were made for the lock alone
+
+
+def test_who_locks_a_folder_itself_waits_for_whoever_has_it(tmp_path):
+    locked = []
+
+    def lock():
+        with locked_folder(tmp_path) as mine:
+            locked.append(mine)
+
+    other = threading.Thread(target=lock)
+    with held(tmp_path) as mine:
+        assert mine
+        other.start()
+        other.join(0.2)
+        assert locked == []
+        with held(tmp_path) as second:
+            assert second is False
+    other.join(30)
+    assert locked == [True]
 
 
 def test_a_free_folder_is_left_alone(tmp_path):

@@ -109,6 +109,13 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
         read_state(folder)
 
 
+@pytest.mark.parametrize("text", ["", "{", '["format"]', "1"])
+def test_a_state_that_is_no_mapping_is_a_damaged_checkpoint(tmp_path, text):
+    folder = make_checkpoint(tmp_path, 3, **{"state.json": text})
+    with pytest.raises(DamagedCheckpoint, match=r"step_00000003/state\.json is damaged: "):
+        read_state(folder)
+
+
 def test_a_run_whose_latest_checkpoint_lacks_the_file_is_passed_over(tmp_path):
     for step in (5, 6):
         make_checkpoint(tmp_path / "run", step)

@@ -94,6 +94,17 @@ def test_a_bad_line_of_the_metrics_is_named_and_left_out(tiny_overrides, tmp_pat
     assert steps == [1, 2, 3, 4]
 
 
+def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": 5, "skipped_in_a_row": 2}))
+    run = trainer(tiny_overrides)
+    assert (run.step, run.images_seen, run.guard.skipped, run.guard.in_a_row) == (2, 16, 5, 2)
+    run.fit()
+    state = json.loads((list_checkpoints(tmp_path / "run")[-1] / "state.json").read_text())
+    assert (state["step"], state["images_seen"], state["skipped"], state["skipped_in_a_row"]) == (6, 48, 5, 0)
+
+
 def test_what_kills_left_in_a_run_is_removed_by_the_next(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     leftovers = [tmp_path / "run/checkpoints/.step_00000003.abc.tmp", tmp_path / "run/.config.yaml.x.tmp"]
@@ -169,6 +180,13 @@ def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run
     (tmp_path / "staged/cat/0.png").rename(tmp_path / "staged/cat/9.png")
     with pytest.raises(ValueError, match=r"files 1 more, 1 fewer, such as cat/9\.png, cat/0\.png; give"):
         trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3")
+
+
+def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(image_run, tmp_path):
+    trainer(image_run, f"data.path={tmp_path / 'images'}").fit()
+    (tmp_path / "run" / "contents.json.gz").unlink()
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    assert trainer(image_run, f"data.path={moved}", "training.steps=3").step == 2
 
 
 @pytest.mark.parametrize(

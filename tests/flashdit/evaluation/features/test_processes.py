@@ -85,10 +85,12 @@ def test_pictures_that_are_cropped_score_the_same_by_two_processes(images, tmp_p
 
 
 def test_a_failure_of_one_process_ends_all(images, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     for number in range(6):
-        Image.fromarray(images[number]).save(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_bytes(b"no picture")  # the second process reads it, the first does not
-    done = evaluate(2, tmp_path / "eval", tmp_path, "--reference", "digits", "--metrics", "fid", "--no-cache")
+        Image.fromarray(images[number]).save(folder / f"{number}.png")
+    (folder / "3.png").write_bytes(b"no picture")  # the second process reads it, the first does not
+    done = evaluate(2, tmp_path / "eval", folder, "--reference", "digits", "--metrics", "fid", "--no-cache")
     assert done.returncode != 0
     assert "error: process 1: every image must be readable," in done.stderr
     assert not (tmp_path / "eval").exists()
