@@ -11,6 +11,7 @@ from flashdit.shared.files import DRAWN
 from flashdit.shared.locks import only_writer
 
 MAX_TOKENS = 9_216  # all pairs are held in memory
+MAX_BLOCKS = 100  # each is a column of the table
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"size must be one or two positive sides, {MAX_TOKENS:,} tokens at most, got size={grid}"
         )
+    if arguments.blocks > MAX_BLOCKS:
+        raise ValueError(f"--blocks must be at most {MAX_BLOCKS}, got {arguments.blocks}")
     from iwin_core.analysis.reach import table, verdict
 
     sizes = (grid, arguments.window, arguments.kernel, arguments.blocks)

@@ -151,7 +151,9 @@ def test_a_checkpoint_takes_the_room_that_is_said(tiny_overrides, tmp_path):
     assert size == pytest.approx(checkpoint_bytes(settings, count_parameters(settings)), rel=0.02)
 
 
-@pytest.mark.parametrize(("keep_last", "keep_every"), [(None, None), (1, None), (2, 30), (3, 20), (99, 7)])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every"), [(None, None), (1, None), (2, 30), (3, 20), (2, 7), (99, 7)]
+)
 def test_as_many_checkpoints_are_kept_as_pruning_leaves(keep_last, keep_every, tmp_path):
     training = TrainingOptions(steps=105, save_every=10, keep_last=keep_last, keep_every=keep_every)
     for step in (*range(10, 101, 10), 105):

@@ -26,3 +26,8 @@ def test_command_ends_with_one_line(size, capsys):
     printed = capsys.readouterr().err
     assert printed.count("error: size must be one or two positive sides")
     assert printed.count("\n") == 1
+
+
+def test_more_blocks_than_a_table_shows_are_refused():
+    with pytest.raises(ValueError, match="--blocks must be at most 100, got 1000000000"):
+        reach.main(["--blocks", "1000000000"])
