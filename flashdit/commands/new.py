@@ -164,10 +164,10 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
     config = with_sizes(parsed(draft.to_yaml("")), data)
     found = budget.facts(config, counts, multiply_adds, machine, data, draft.num_images)
     costs |= {key: found[key] for key in ("assumed", "length", "parameters", "checkpoints")}
-    costs["memory"] = budget.size(needed)
+    costs["memory"] = f"{budget.size(needed)} for the model and its step, beside what libraries take"
     if memory is not None and needed > MEMORY_SHARE * memory:
         costs["memory"] += (
-            f", of {budget.size(memory)} here: set training.gradient_checkpointing, or hidden_size"
+            f"; of {budget.size(memory)} here: set training.gradient_checkpointing, or hidden_size"
         )
     return draft, costs | latents_in_memory(data)
 

@@ -91,12 +91,12 @@ def survey_folder(root: Path) -> Survey:
     """
     found = find_images(root, called="--images")
     paths = _spread(found.paths, SEEN_AT_MOST)
-    sides, unreadable = _read(root, paths, image_sides)
+    sides, unreadable = _read(root, paths, image_sides, "read heads")
     pixels = sum(width * height for width, height in sides.values())
     decoded = len(paths) == len(found.paths) and pixels <= DECODED_AT_MOST
     if decoded:
         readable = [path for path in paths if path.relative_to(root).as_posix() in sides]
-        sides, broken = _read(root, readable, lambda path: read_image(path).size)
+        sides, broken = _read(root, readable, lambda path: read_image(path).size, "decode")
         unreadable |= broken
     survey = Survey(found, sides, unreadable, decoded)
     if min(survey.num_images, len(sides)) < 2:
@@ -105,7 +105,7 @@ def survey_folder(root: Path) -> Survey:
 
 
 def _read(
-    root: Path, paths: Sequence[Path], look: Callable[[Path], tuple[int, int]]
+    root: Path, paths: Sequence[Path], look: Callable[[Path], tuple[int, int]], called: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """Returns the sides of those that can be read, and why others cannot be, by name below the root."""
 
@@ -117,7 +117,7 @@ def _read(
 
     sides, unreadable = {}, {}
     with ThreadPoolExecutor(READERS) as readers:
-        bar = progress_bar(readers.map(try_one, paths), total=len(paths), desc="look", leave=False)
+        bar = progress_bar(readers.map(try_one, paths), total=len(paths), desc=called, leave=False)
         for path, seen in zip(paths, bar, strict=True):
             name = path.relative_to(root).as_posix()
             if isinstance(seen, str):

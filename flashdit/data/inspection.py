@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from flashdit.data.images import (
     READERS,
@@ -25,6 +24,7 @@ from flashdit.data.sources import CroppedImage, ImageFolder
 from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
 from flashdit.shared.paths import check_outside
+from flashdit.shared.progress import progress_bar
 from flashdit.shared.runs import newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
@@ -156,8 +156,8 @@ def _decode(source: ImageFolder, rows: Sequence[int], progress: bool) -> dict[st
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     mine = rows[_rank() :: ranks]
     seen: dict[str, Seen] = {}
-    hidden = None if progress and mine else True
-    bar = tqdm(total=len(mine), desc="check", unit="image", leave=False, disable=hidden)
+    hidden = not (progress and mine)
+    bar = progress_bar(total=len(mine), desc="check", unit="image", leave=False, disable=hidden)
     with bar, ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(mine), AT_ONCE):
             part = mine[start : start + AT_ONCE]

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, uint8
@@ -85,10 +86,20 @@ def png_text(about: Mapping[str, str]) -> PngInfo:
 def label_font() -> ImageFont.FreeTypeFont:
     """Returns the font of what is written beside pictures: DejaVu Sans, which matplotlib brings.
 
-    It has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic letters. What it lacks, such as
-    Chinese, Japanese and Korean ones, is drawn as boxes.
+    It has Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew and Arabic letters.
     """
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+    return ImageFont.truetype(_font_file(), FONT_SIZE)
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """Returns the code points of the letters that the font has."""
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
+
+
+def _font_file() -> Path:
+    """Returns where matplotlib keeps the font."""
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Tensor]]], title: str = "") -> Image.Image:
@@ -160,11 +171,13 @@ def rows_by_class(images: Tensor, labels: Tensor, names: Sequence[str], columns:
     Args:
         images: uint8 (N, 3, H, W).
         labels: (N,).
-        names: One per class.
+        names: One per class; one with letters that the font lacks, such as Chinese ones, is shown as its
+            number.
         columns: Images in a row at the most.
     """
     rows = []
     for label in labels.unique().tolist():
+        name = names[label] if _letters().issuperset(map(ord, names[label])) else f"class {label}"
         for number, chunk in enumerate(images[labels == label].split(columns)):
-            rows.append((names[label] if number == 0 else "", list(chunk)))
+            rows.append((name if number == 0 else "", list(chunk)))
     return rows

@@ -7,17 +7,33 @@ from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 LOG_INTERVAL_S = 30.0
+CURSOR_UP = "\x1b[A"
+
+
+class _Lines(ObjectWrapper):
+    """A stream on which each state of a bar is a line of its own, without codes that move a cursor."""
+
+    last = ""
+
+    def write(self, text: str) -> None:
+        """Writes what is left of a text without such codes, unless it is the line before again."""
+        line = text.replace("\r", "").replace(CURSOR_UP, "").strip()
+        if line and line != self.last:
+            self.wrapper_setattr("last", line)
+            self._wrapped.write(f"{line}\n")
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Returns a tqdm bar; where stderr is no terminal it writes a line at most every half a minute.
+    """Returns a tqdm bar; where stderr is no terminal it writes a line every half a minute, none before.
 
     Args:
         iterable: What is counted; None where the caller does.
         **options: Of tqdm.
     """
     if not sys.stderr.isatty():
-        options = {"mininterval": LOG_INTERVAL_S, "maxinterval": LOG_INTERVAL_S} | options
+        options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S) | options
+        options["file"] = _Lines(sys.stderr)
     return tqdm(iterable, **options)

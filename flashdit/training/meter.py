@@ -113,7 +113,7 @@ def warn_if_slow(precision: str, device: torch.device) -> None:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """Returns the FLOP/s of a square matrix product, the best of three: the peak that MFU is of.
+    """Returns the FLOP/s of a square matrix product, the best of nine: the peak that MFU is of.
 
     Args:
         device: Where it is computed.
@@ -124,7 +124,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, side: int | None = Non
     draws = torch.Generator(device).manual_seed(0)
     a = torch.randn(side, side, device=device, generator=draws).to(dtype)  # equal ones cost less power
     best = 0.0
-    for _ in range(4):  # the first warms up
+    for _ in range(10):  # the first warms up
         started = time.perf_counter()
         torch.matmul(a, a)
         if device.type == "cuda":

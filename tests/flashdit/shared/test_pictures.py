@@ -92,6 +92,12 @@ def test_rows_of_a_class_are_filled_in_order_and_named_once():
     assert [[int(image[0, 0, 0]) for image in row] for _, row in rows] == [[1, 4], [0, 2], [3]]
 
 
+def test_a_name_that_the_font_cannot_write_is_shown_as_its_number():
+    names = ["猫", "Ёжик", "γάτα", "cat 猫", "ไก่"]
+    rows = rows_by_class(torch.zeros(5, 3, 1, 1, dtype=torch.uint8), torch.arange(5), names, columns=1)
+    assert [label for label, _ in rows] == ["class 0", "Ёжик", "γάτα", "class 3", "class 4"]
+
+
 def test_a_png_keeps_pixels_and_text(tmp_path):
     image = torch.arange(2 * 3 * 3, dtype=torch.uint8).reshape(3, 2, 3) * 14
     save_png(image, tmp_path / "a.png", {"class": "cat"})

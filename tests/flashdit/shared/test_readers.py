@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import read_batches
 
 ROOT = Path(__file__).parents[3]
@@ -56,21 +55,3 @@ def test_more_readers_than_cores_are_no_warning(monkeypatch):
 
 def test_an_iterator_without_processes_reads_here():
     assert next(read_batches(Processes(), 0, batch_size=2)).equal(torch.tensor([os.getpid()] * 2))
-
-
-def test_a_log_file_gets_few_lines(tmp_path):
-    code = (
-        "from flashdit.shared.progress import progress_bar\nimport time\n"
-        "for _ in progress_bar(range(40), desc='read'): time.sleep(0.02)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stderr.split("\r")) <= 4
-    assert "40/40" in done.stderr
-
-
-def test_a_terminal_gets_many(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert progress_bar(total=3).mininterval == 0.1
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert progress_bar(total=3).mininterval == 30
-    assert progress_bar(total=3, mininterval=2).mininterval == 2
