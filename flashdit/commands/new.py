@@ -257,14 +257,10 @@ def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:
         file = [*score, "--extractor-weights", "INCEPTION.pth"]
         return [*commands, (f"fetch {INCEPTION_FILE} first", shlex.join(file))]
     classifier = f"{run}_classifier"
-    given = {
-        "run.dir": classifier,
-        "data.name": "images",
-        "data.path": images,
-        "data.held_out": 0.1,
-        "model.num_classes": draft.num_classes,
-    }
-    recipe = ["--config", "iwin/small_64"] if draft.image_size > 32 else []
+    recipe = (
+        ["--config", "iwin/small_64"] if draft.image_size > 32 else ["data.name=images", "data.held_out=0.1"]
+    )
+    given = {"run.dir": classifier, "data.path": images, "model.num_classes": draft.num_classes}
     train = ["iwin", "classify", *recipe, *(f"{key}={value}" for key, value in given.items())]
     about = "what scores are measured by, as there are no Inception weights"
     return [*commands, (about, shlex.join(train)), ("", shlex.join([*score, "--extractor", classifier]))]

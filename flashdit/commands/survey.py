@@ -16,7 +16,7 @@ from flashdit.data.images import (
     image_sides,
     read_image,
 )
-from flashdit.data.walk import printable
+from flashdit.shared.paths import printable
 from flashdit.shared.progress import progress_bar
 
 SEEN_AT_MOST = 2_000  # files whose head is read, spread over the folder

@@ -34,10 +34,9 @@ from flashdit.data.inspection import ReadableImages, ReadBatch
 from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, write_shard, write_statistics
 from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
-from flashdit.data.walk import printable
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
-from flashdit.shared.paths import check_outside
+from flashdit.shared.paths import check_outside, printable
 from flashdit.shared.process import AUTOCAST
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import check_workers, read_batches

@@ -16,7 +16,8 @@ from PIL.ImageFile import ImageFile
 
 from flashdit.data.colours import DecodedImage, decode
 from flashdit.data.tiff import unknown_tiff
-from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk, printable
+from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk
+from flashdit.shared.paths import printable
 
 logger = logging.getLogger(__name__)
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
@@ -90,12 +91,14 @@ def find_images(root: Path, class_names: Sequence[str] = (), called: str = "data
         )
     if empty:
         raise ValueError(
-            f"every class folder must hold an image, {printable(root)} has without: {', '.join(empty)}"
+            f"every class folder must hold an image, {printable(root)} has without: "
+            f"{printable(', '.join(empty))}"
         )
     missing = [name for name in class_names if name not in classes]
     if missing:
         raise ValueError(
-            f"the classes of before must still be in {printable(root)}, it lacks {', '.join(missing)}"
+            f"the classes of before must still be in {printable(root)}, it lacks "
+            f"{printable(', '.join(missing))}"
         )
     names = [*class_names, *(name for name, files in classes.items() if files and name not in class_names)]
     files = [(path, size, label) for label, name in enumerate(names) for path, size in classes[name]]

@@ -21,9 +21,8 @@ from flashdit.data.images import (
     transparent_images,
 )
 from flashdit.data.sources import CroppedImage, ImageFolder
-from flashdit.data.walk import printable
 from flashdit.shared.files import write_atomically
-from flashdit.shared.paths import check_outside
+from flashdit.shared.paths import check_outside, printable
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.runs import newest_readable, read_state
 
@@ -146,7 +145,7 @@ def with_classes_of_run(source: ImageFolder, run_dir: Path) -> ImageFolder:
     if new := source.class_names[len(names) :]:
         raise ValueError(
             f"a resumed run keeps its classes, {printable(source.found.root)} has others too: "
-            f"{', '.join(new)}; give another run.dir"
+            f"{printable(', '.join(new))}; give another run.dir"
         )
     return source
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import features
 
+from flashdit.shared.paths import printable
+
 OPTIONAL = {"avif": ("AVIF", ".avif"), "jpg_2000": ("JPEG2000", ".jp2")}  # where Pillow was built with them
 DECODERS = [names for feature, names in OPTIONAL.items() if features.check(feature)]
 IMAGE_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *(name for name, _ in DECODERS)]
@@ -18,9 +20,6 @@ IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {suffix for _, suffix in DECODERS}
 )
-CONTROL_CODES = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # control codes, breaks and directions
 NOT_DATA = {"__MACOSX", "@eaDir"}  # what archives and file servers leave behind, beside names with a dot
 
 
@@ -116,12 +115,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     """Returns a sort key that has 2 before 10, and upper and lower case side by side."""
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def printable(text: object) -> str:
-    """Returns a text on one line: line breaks, terminal codes and bytes that are no UTF-8 are escaped."""
-    shown = CONTROL_CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
-    return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _is_utf8(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Paths as users write them: what `~` and environment variables stand for, and whether one may be written."""
+"""Paths as users write them: what `~` and variables stand for, what may be written, how one is shown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# control codes, breaks and directions
+CONTROL_CODES = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
@@ -109,3 +111,9 @@ def check_replaceable(path: Path, mark: str, called: str) -> None:
         f"{called} must be a new file or an earlier one of the same kind, which is replaced, got {path}: "
         "give another name, or remove it"
     )
+
+
+def printable(text: object) -> str:
+    """Returns a text on one line: line breaks, terminal codes and bytes that are no UTF-8 are escaped."""
+    shown = CONTROL_CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.paths import printable
 from flashdit.training.checkpoint import stored_config
 from flashdit.training.task import Task
 
@@ -86,7 +87,7 @@ def difference_in_words(before: Any, now: Any) -> str:
     ):
         if names and old_classes:
             kind = "class" if len(names) == 1 else "classes"
-            shown = ", ".join(f"'{name}'" for name in names[:SHOWN])
+            shown = ", ".join(f"'{printable(name)}'" for name in names[:SHOWN])
             found.append(
                 f"{kind} {shown}{', …' if names[SHOWN:] else ''} {'is' if len(names) == 1 else 'are'} {text}"
             )
@@ -121,7 +122,7 @@ def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
         return []
     counts = [f"{len(found):,} {kind}" for kind, found in kinds.items() if found]
     first = [found[0] for found in kinds.values() if found]
-    return [f"files {', '.join(counts)}, such as {', '.join(first)}"]
+    return [f"files {', '.join(counts)}, such as {', '.join(map(printable, first))}"]
 
 
 def value_at(config: Mapping[str, Any], key: str) -> Any:

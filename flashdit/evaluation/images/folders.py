@@ -24,7 +24,6 @@ from flashdit.data.images import (
     read_image,
     report_images,
 )
-from flashdit.data.walk import printable
 from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 from flashdit.evaluation.images.recorded import (
     check_samples,
@@ -33,6 +32,7 @@ from flashdit.evaluation.images.recorded import (
     sample_files,
     sample_recipe,
 )
+from flashdit.shared.paths import printable
 
 FilesAndClasses = tuple[dict[Path, int], Tensor | None, dict[int, str] | None]
 

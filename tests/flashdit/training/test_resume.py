@@ -213,6 +213,8 @@ def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(i
         ({"classes": ["a", "b"]}, {"classes": ["b", "a"]}, "its classes have another order"),
         ({"classes": None}, {"classes": None, "files": {"x": 1}}, ""),
         ({"files": {"x": 1, "y": 2}}, {"files": {"x": 1}}, "files 1 fewer, such as y"),
+        ({"files": {}}, {"files": {"a\x1b[A\n": 1}}, r"files 1 more, such as a\x1b[A\n"),
+        ({"classes": ["a"]}, {"classes": ["a", "b\r"]}, r"class 'b\r' is new"),
     ],
 )
 def test_differences_are_told_in_words(before, now, words):
