@@ -144,6 +144,15 @@ def test_weights_of_before_predictions_were_named_are_of_the_velocity(tmp_path):
         start_from(seeded(1, prediction="data"), tmp_path)
 
 
+def test_tables_of_rotations_in_a_released_file_are_computed_and_not_loaded(tmp_path):
+    source = seeded(0, **GLOBAL)
+    tables = {f"feat_rope.freqs_{name}": torch.randn(64, 8) for name in ("cos", "sin")}
+    save_file(source.state_dict() | tables, tmp_path / "released.safetensors")
+    model = seeded(1, **GLOBAL)
+    assert start_from(model, tmp_path / "released.safetensors") == []
+    assert velocity(model).equal(velocity(source))
+
+
 def test_iwin_attention_becomes_global_without_its_convolutions(tmp_path):
     source, model = seeded(0, depth=2), seeded(1, depth=2, **GLOBAL)
     source.save_pretrained(tmp_path)

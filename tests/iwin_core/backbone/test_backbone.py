@@ -209,6 +209,17 @@ def test_structures_are_what_the_paper_draws(structure):
     torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)))
 
 
+@pytest.mark.parametrize(("attention", "apart"), [("window", 1), ("interleaved", 2)])
+def test_windows_are_of_neighbours_or_of_tokens_apart(attention, apart):
+    block = tiny(attention=attention, kernel_sizes=0).stages()[0].blocks[0].eval()
+    x = torch.randn(1, 4, 4, 24)
+    changed = x.clone()
+    changed[0, 0, 0] = torch.randn(24)
+    reached = (block(changed) - block(x)).abs().amax(dim=-1)[0] > 0
+    window = torch.cartesian_prod(torch.tensor([0, apart]), torch.tensor([0, apart]))
+    assert reached.nonzero().tolist() == window.tolist()
+
+
 class Dropped(nn.Module):
     """Drops every branch, as stochastic depth does some."""
 
