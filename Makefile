@@ -5,7 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint type docs unit install bench faults assets clean
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: demo test lint type docs unit install bench gpu faults assets clean
 
 install: $(INSTALLED)
 
@@ -52,6 +54,9 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.sampling --compile
+
+gpu:  # on a machine with a CUDA device: what no GPU has run yet, in ten minutes and without a network
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 faults: export OMP_NUM_THREADS = 1
 faults: install  # kills, full disks and broken data: how many training survives

@@ -10,5 +10,6 @@ setup(
         "flashdit.configs": ["*.yaml", "iwin/*.yaml", "autoencoder/*.yaml"],
         "flashdit.digits": ["assets/**/*.safetensors", "assets/**/*.json"],
         "flashdit.evaluation.reports": ["*.j2"],
+        "iwin_core.kernels": ["*.json"],
     },
 )

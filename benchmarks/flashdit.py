@@ -236,6 +236,7 @@ def parse() -> argparse.Namespace:
         help="see flashdit.shared.process",
     )
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    add("--name", help="added to the names of the results")
     add("--quick", action="store_true", help="2 blocks, sides 16 and 32, peak memory not measured")
     add("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -257,6 +258,7 @@ def file_name(arguments: argparse.Namespace) -> str:
     name = f"flashdit_{arguments.size}_{torch.device(arguments.device).type}_{arguments.dtype}"
     if arguments.depth != SIZES[arguments.size]["depth"]:
         name += f"_depth{arguments.depth}"
+    name += f"_{arguments.name}" if arguments.name else ""
     return name
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,7 @@ from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
-from flashdit.shared.process import float32_products
+from flashdit.shared.process import float32_products, precision_here
 from flashdit.shared.runs import LATENTS, list_checkpoints, newest_readable, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
@@ -127,6 +127,7 @@ class FlashDiTTask(Task):
 
     fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.")
     by_content = ("data.path",)
+    automatic: ClassVar = {**Task.automatic, "sampling.precision": precision_here}
     model: FlashDiT
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):

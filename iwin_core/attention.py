@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from iwin_core.kernels import (
+    attention,
     attention_obstacle,
     conv_obstacle,
     depthwise_conv,
@@ -160,7 +161,7 @@ class IwinAttention(nn.Module):
             rearrange(part, "g m (heads d) -> g heads m d", heads=self.num_heads)
             for part in self.qkv(windows).chunk(3, dim=-1)
         )
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=bias)
+        out = attention(self.q_norm(q), self.k_norm(k), v, bias)
         return self.proj(rearrange(out, "g heads m d -> g m (heads d)"))
 
 

@@ -84,7 +84,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="in pixels; any multiple of the patch size, for latents times the VAE's factor",
     )
     add("--width", type=int, help="in pixels; likewise")
-    add("--precision", help="what the model computes in: fp32, tf32, bf16 or fp16")
+    add("--precision", help="what the model computes in: fp32, tf32, bf16, fp16 or auto")
     add(
         "--compile",
         action="store_true",

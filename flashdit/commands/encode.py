@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", help="what is stored: float32, float16, bfloat16 (default: float32)")
     add("--sample", action="store_true", help="store a posterior sample, as LightningDiT does, not the mean")
     add("--seed", type=int, help="of --sample (default: 0)")
-    add("--precision", help="what the VAE computes in: fp32, tf32, bf16, fp16 (default: tf32)")
+    add("--precision", help="what the VAE computes in: fp32, tf32, bf16, fp16 or auto (default: tf32)")
     add_device(parser)
     arguments = parser.parse_args(argv)
     if arguments.verify is None and not (arguments.images and arguments.vae and arguments.out):
@@ -56,11 +56,13 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     from flashdit.data.images import transparent_images
     from flashdit.data.manifest import MANIFEST
     from flashdit.shared.locks import only_writer
-    from flashdit.shared.process import check_processes
+    from flashdit.shared.process import AUTO, check_processes, precision_here
 
     names = (field.name for field in fields(EncodingOptions))
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     device = resolve_device(arguments.device)
+    if given.get("precision") == AUTO:
+        given["precision"] = precision_here(device)
     state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
     check_processes(state.num_processes)
     encoding = FolderEncoding(EncodingOptions(**given), device)

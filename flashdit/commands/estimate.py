@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path_text
-from flashdit.shared.command import open_console
+from flashdit.shared.command import open_console, resolve_device
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -105,8 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.commands.budget import facts, memory_table, read_config, with_data
     from flashdit.memory import count_parameters
     from flashdit.models.costs import activations, forward_flops
+    from flashdit.shared.process import AUTO, precision_here
 
     config = read_config(arguments.config, arguments.overrides)
+    if config.training.precision == AUTO:
+        here = precision_here(resolve_device(None))
+        config.training.precision = here if arguments.here else "bf16"  # as the GPUs that are assumed
     machine = machine_of(arguments, config.training)
     config, data = with_data(config)
     counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2

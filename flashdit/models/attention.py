@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from flashdit.models.embed import rope_tables, rotate
 from flashdit.shared.registry import Registry
 from iwin_core import IwinAttention
+from iwin_core.kernels import attention
 
 ATTENTIONS = Registry("attention")
 
@@ -104,7 +104,7 @@ class GlobalAttention(nn.Module):
         if self.rope:
             cos, sin = self._tables(grid, q)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
         return self.proj(rearrange(out, "b heads (h w) d -> b h w (heads d)", h=grid[0]))
 
     def _tables(self, grid: tuple[int, int], q: Tensor) -> tuple[Tensor, Tensor]:

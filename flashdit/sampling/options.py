@@ -12,7 +12,7 @@ from torch import Tensor
 from flashdit.flow.guidance import check_interval, evaluations
 from flashdit.flow.samplers import SAMPLERS, Draw, Sampler, check_grid, time_grid
 from flashdit.sampling.records import current_sampling, sampler_name
-from flashdit.shared.process import AUTOCAST
+from flashdit.shared.process import AUTO, AUTOCAST
 from flashdit.shared.registry import check_finite, unknown
 from flashdit.shared.seeds import check_seed
 
@@ -40,8 +40,8 @@ class SamplingOptions:
     width: int | None = None
     """In pixels; None is the training size."""
     precision: str = "fp32"
-    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`. The state and the VAE
-    stay in fp32."""
+    """What the model computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`; `auto` is bf16 where the
+    device multiplies it faster, else fp32. The state and the VAE stay in fp32."""
 
     def __post_init__(self):
         name, options = SAMPLERS.options(self.sampler)
@@ -50,8 +50,8 @@ class SamplingOptions:
         self.cfg_interval = (low, high)  # JSON and YAML have lists
         check_finite(self)
         check_interval(self.cfg_interval, "cfg_interval")
-        if self.precision not in AUTOCAST:
-            raise unknown("precision", self.precision, AUTOCAST)
+        if self.precision not in (*AUTOCAST, AUTO):
+            raise unknown("precision", self.precision, (*AUTOCAST, AUTO))
         for key in ("batch_size", "height", "width"):
             value = getattr(self, key)
             if value is not None and value < 1:

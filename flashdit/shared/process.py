@@ -11,11 +11,39 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from iwin_core.kernels.cpu_attention import FUSED, read_table, this_processor
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
+AUTO = "auto"
+"""A value that is decided by the device where it is first used, and written down."""
+BF16_INSTRUCTIONS = ("amx_tile", "avx512_bf16")
+"""Those of a processor that multiply bfloat16."""
+
+
+def precision_here(device: str) -> str:
+    """Returns what `auto` means on a device: bf16 where it has matrix products for it, else fp32.
+
+    Args:
+        device: Its name.
+    """
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if this_processor().endswith(BF16_INSTRUCTIONS) else "fp32"
+
+
+def attention_here(device: str) -> str:
+    """Returns whose measurements decide how attention is computed on a CPU: `fused` where there are none.
+
+    Args:
+        device: Its name; a GPU leaves it open, as `auto`.
+    """
+    if torch.device(device).type != "cpu":
+        return AUTO
+    return this_processor() if this_processor() in read_table() else FUSED
 
 
 def check_processes(num_processes: int) -> None:

@@ -17,12 +17,13 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from flashdit.shared.command import resolve_device
 from flashdit.shared.files import mend
 from flashdit.shared.process import AUTOCAST, check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
 from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
-from flashdit.training.resume import check_run_folder, check_unchanged, main_first
+from flashdit.training.resume import check_run_folder, check_unchanged, main_first, settle
 from flashdit.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,14 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     """Returns the Accelerator of a run that is new or resumed, and seeds the weights that are built next.
 
     Args:
-        config: Of the run.
+        config: Of the run; what it leaves to the start is put into it.
         task: What is trained.
 
     Raises:
         ValueError: If the global batch cannot be shared evenly, another process trains in the folder, or it
             holds another run.
     """
+    settle(config, task, resolve_device(None))
     accelerator, run_dir = make_accelerator(config.training), Path(config.run.dir)
     share_of_batch(config.training, accelerator.num_processes)
 

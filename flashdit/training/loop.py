@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flashdit.shared.files import write_atomically
 from flashdit.shared.locks import only_writer
-from flashdit.shared.process import AUTOCAST, float32_products
+from flashdit.shared.process import AUTO, AUTOCAST, float32_products
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import read_batches
 from flashdit.shared.runs import list_checkpoints
@@ -39,8 +39,11 @@ from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
 from flashdit.training.state import local
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from flashdit.training.tracking import Tracker
+from iwin_core.kernels import kernels_wait
+from iwin_core.kernels.cpu_attention import attention_of
 
 logger = logging.getLogger(__name__)
+KERNELS_HINT = "`make gpu` tries them, IWIN_KERNELS=triton turns them on"
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
@@ -131,6 +134,8 @@ class TrainingLoop(Generic[AnyTask]):
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
             warn_if_slow(self.config.training.precision, self.device)
+            if self.device.type == "cuda" and kernels_wait():
+                logger.info("the fused kernels are off, as they have passed on no GPU yet: %s", KERNELS_HINT)
             try:
                 yield
             finally:
@@ -153,8 +158,11 @@ class TrainingLoop(Generic[AnyTask]):
         bar = progress_bar(
             total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main
         )
-        switches = float32_products(tf32=training.tf32), blocks_compiled_whole(training.compile)
-        with switches[0], switches[1], StopSignals(speaks=self.main) as stop, bar:
+        with ExitStack() as switches, StopSignals(speaks=self.main) as stop, bar:
+            switches.enter_context(float32_products(tf32=training.tf32))
+            switches.enter_context(blocks_compiled_whole(training.compile))
+            if training.cpu_attention != AUTO:
+                switches.enter_context(attention_of(training.cpu_attention))
             if self.flops_per_image:
                 self.meter.peak_flops = matmul_peak(
                     self.device, AUTOCAST[training.precision] or torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flashdit.shared.process import AUTO
 from flashdit.shared.readers import check_workers
 from flashdit.shared.registry import unknown
 from flashdit.shared.seeds import check_seed
@@ -12,7 +13,7 @@ from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", AUTO)
 MOST_IMAGES = 10**9  # of a step, whatever the parts that it is made in
 LONGEST_TIMEOUT_S = 31_536_000  # a year
 COMPILES = ("none", "block", "model")
@@ -33,7 +34,11 @@ class TrainingOptions:
     accumulation: int = 1
     """Batches whose gradients are added up before an optimiser step."""
     precision: str = "fp32"
-    """`fp32`, or `bf16` or `fp16` for the forward and backward pass alone."""
+    """`fp32`, or `bf16` or `fp16` for the forward and backward pass alone; `auto` is bf16 where the device of
+    the run's start multiplies it faster, else fp32, and stays what it was on resume."""
+    cpu_attention: str = AUTO
+    """The processor whose measurements decide how attention is computed on a CPU, or `fused`; `auto` is that
+    of the run's start, and stays what it was on resume."""
     tf32: bool = False
     """Whether matrix products of float32 may round to TF32 on GPUs that have it."""
     compile: str = "none"

@@ -15,12 +15,17 @@ from accelerate.utils import broadcast_object_list
 from flashdit.shared.files import discard, mend
 from flashdit.shared.locks import check_no_writer
 from flashdit.shared.paths import check_replaceable, check_writable
+from flashdit.shared.process import AUTO
 from flashdit.shared.runs import DamagedCheckpoint, check_whole, list_checkpoints, step_of
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
+from flashdit.training.contents import value_at
 from flashdit.training.task import Task
+from iwin_core.kernels.cpu_attention import FUSED
 
 logger = logging.getLogger(__name__)
 DAMAGED = "damaged_"
+OF_BEFORE = {"training.cpu_attention": FUSED}
+"""What keys stood for before there were such."""
 CONFIG_MARK = "\n  max_skips: "
 """Text that the resolved configuration of every run holds."""
 
@@ -97,6 +102,24 @@ def open_run_folder(run_dir: Path, step: int) -> None:
             discard(aside)
             folder.rename(aside)
             logger.warning("%s is now called %s; remove it when it is of no use", folder, aside.name)
+
+
+def settle(config: Any, task: type[Task], device: str) -> None:
+    """Puts what the start of a run decides in the place of `auto`, in the configuration itself.
+
+    Args:
+        config: Of the run: its folder's newest checkpoint says what was decided before.
+        task: What is trained.
+        device: That a new run decides by.
+    """
+    stored = [stored_config(checkpoint) for checkpoint in list_checkpoints(Path(config.run.dir))[-1:]]
+    for key, meaning in task.automatic.items():
+        part, name = key.split(".")
+        options = getattr(config, part)
+        if getattr(options, name) != AUTO:
+            continue
+        kept = value_at(stored[0], key) or OF_BEFORE.get(key) if stored and stored[0] else None
+        setattr(options, name, meaning(device) if kept in (None, AUTO) else kept)
 
 
 def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> list[str]:

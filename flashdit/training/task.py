@@ -11,6 +11,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from flashdit.shared.process import attention_here, precision_here
+
 Tensors = dict[str, Tensor]
 
 
@@ -31,6 +33,7 @@ class Task(ABC):
     Attributes:
         fixed_on_resume: Prefixes of configuration keys that a resumed run may not change.
         by_content: Those among these keys that name data, which are compared by content (see `contents`).
+        automatic: What `auto` of a key means on a device, by key; it stays what it was when the run began.
         model: Fresh, on the CPU; the loop moves, wraps, compiles and resumes it.
         examples: Data set by position in the endless stream of images.
         images_per_epoch: Images of an epoch.
@@ -39,6 +42,10 @@ class Task(ABC):
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = ("seed", "data.", "model.")
     by_content: ClassVar[tuple[str, ...]] = ()
+    automatic: ClassVar[Mapping[str, Callable[[str], str]]] = {
+        "training.precision": precision_here,
+        "training.cpu_attention": attention_here,
+    }
     model: nn.Module
     examples: Dataset
     images_per_epoch: int

@@ -14,6 +14,8 @@ BACKENDS = ("auto", "eager", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WINDOW, MAX_HEAD_DIM, MAX_KERNEL = 16, 128, 7
 MAX_VALUES = 2**31  # of one sample: offsets inside it are 32-bit
+PASSED_ON_GPU = False
+"""Whether `make gpu` has passed on a GPU: until then `auto` means eager code there too."""
 
 
 def checked(name: str) -> str:
@@ -30,8 +32,9 @@ def set_backend(name: str) -> str:
     """Chooses between fused kernels and eager code for the whole process; returns the choice before.
 
     Args:
-        name: `auto` (kernels on CUDA devices, for what they take), `eager` (never) or `triton` (always: what
-            they do not take is refused). The environment variable IWIN_KERNELS sets the first choice.
+        name: `auto` (kernels on CUDA devices, for what they take, once they have passed on one), `eager`
+            (never) or `triton` (always: what they do not take is refused). The environment variable
+            IWIN_KERNELS sets the first choice.
 
     Raises:
         ValueError: If there is no such backend.
@@ -39,6 +42,11 @@ def set_backend(name: str) -> str:
     global _backend
     before, _backend = _backend, checked(name)
     return before
+
+
+def kernels_wait() -> bool:
+    """Returns whether `auto` leaves the kernels off only because none has passed on a GPU."""
+    return _backend == "auto" and not PASSED_ON_GPU
 
 
 def device_runs_kernels(kind: str, index: int | None) -> bool:
@@ -69,7 +77,7 @@ def kernels_chosen(device: torch.device, obstacle: Callable[..., str | None], *a
     if _backend == "eager":
         return False
     if _backend == "auto":
-        runs = device.type == "cuda" and device_runs_kernels("cuda", device.index)
+        runs = PASSED_ON_GPU and device.type == "cuda" and device_runs_kernels("cuda", device.index)
         return runs and obstacle(*arguments) is None
     if not device_runs_kernels(device.type, device.index):
         rule = "a CUDA device of capability 8.0 and Triton, or TRITON_INTERPRET=1 on the CPU"

@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.evaluation.features.extractor import colours_of
+from flashdit.shared.command import resolve_device
 from flashdit.shared.process import check_model_fits, float32_products
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.options import share_of_batch
+from flashdit.training.resume import settle
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinTransformer
 from iwin_tasks.classification.augmentation import AugmentationOptions
@@ -205,6 +207,7 @@ def evaluate_only(config: ClassifierConfig) -> tuple[str, Accuracy]:
     Raises:
         ValueError: If there is neither, or the held-out images cannot be read.
     """
+    settle(config, ClassifierTask, resolve_device(None))
     accelerator = Accelerator(mixed_precision=precision_name(config.training.precision))
     run_dir = Path(config.run.dir)
     source = run_dir if list_checkpoints(run_dir) else config.weights

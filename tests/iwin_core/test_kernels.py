@@ -109,6 +109,11 @@ def test_what_the_kernels_do_not_take_is_named_or_left_to_eager_code(
     ask = kernels.attention_obstacle
     monkeypatch.setattr("iwin_core.kernels.dispatch.device_runs_kernels", lambda kind, index: True)
     gpu, taken, refused = torch.device("cuda", 0), (1, 8, 9, 16), (shape, *(usual | options).values())
+    monkeypatch.setattr("iwin_core.kernels.dispatch.PASSED_ON_GPU", False)
+    assert not kernels.kernels_chosen(gpu, ask, taken, *usual.values())
+    assert kernels.kernels_wait()
+    monkeypatch.setattr("iwin_core.kernels.dispatch.PASSED_ON_GPU", True)
+    assert not kernels.kernels_wait()
     assert kernels.kernels_chosen(gpu, ask, taken, *usual.values())
     assert not kernels.kernels_chosen(gpu, ask, *refused)
     assert not kernels.kernels_chosen(torch.device("cpu"), ask, taken, *usual.values())

@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 
 import pytest
@@ -278,3 +279,30 @@ def test_variants_and_shards_of_a_saved_model_load(tmp_path):
         FlashDiT.from_pretrained(tmp_path / "variant", variant="fp16"),
     ):
         assert all(again.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", [{"name": "iwin", "window": 4, "kernel": 3}, LIGHTNINGDIT["attention"]])
+def test_linear_layers_begin_by_xaviers_uniform_law_and_gates_and_output_at_zero(attention):
+    torch.manual_seed(0)
+    model = FlashDiT(hidden_size=96, depth=2, num_heads=4, patch_size=2, num_classes=10, attention=attention)
+    model.requires_grad_(False)
+    seen = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        assert module.bias is None or not module.bias.any()
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            assert not weight.any()
+        elif name.startswith("t_embedder"):
+            assert weight.std() == pytest.approx(0.02, rel=0.05)
+        else:
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert weight.abs().max() == pytest.approx(bound, rel=0.01)
+            assert weight.abs().max() <= bound
+            assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+            seen += 1
+    assert seen == 2 * 4, "qkv, proj and the two of SwiGLU"
+    table, patches = model.y_embedder.embedding_table.weight, model.x_embedder.proj.weight.flatten(1)
+    assert table.std() == pytest.approx(0.02, rel=0.1)
+    assert patches.abs().max() == pytest.approx(math.sqrt(6 / sum(patches.shape)), rel=0.01)

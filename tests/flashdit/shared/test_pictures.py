@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashdit.shared.pictures import labelled_grid, panel_grid, rows_by_class, save_png
+from flashdit.shared.pictures import labelled_grid, panel_grid, rows_by_class, save_png, to_uint8
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -96,6 +96,13 @@ def test_a_name_that_the_font_cannot_write_is_shown_as_its_number():
     names = ["猫", "Ёжик", "γάτα", "cat 猫", "ไก่"]
     rows = rows_by_class(torch.zeros(5, 3, 1, 1, dtype=torch.uint8), torch.arange(5), names, columns=1)
     assert [label for label, _ in rows] == ["class 0", "Ёжик", "γάτα", "class 3", "class 4"]
+
+
+@pytest.mark.parametrize("off", [-0.4, 0.0, 0.4])
+def test_pixels_become_the_nearest_byte(off):
+    levels = torch.arange(256)
+    images = ((levels + off) / 127.5 - 1).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(images)[0, 0].flatten(), levels.to(torch.uint8))
 
 
 def test_a_png_keeps_pixels_and_text(tmp_path):

@@ -1,0 +1,114 @@
+"""Softmax attention: PyTorch's fused kernel or, on a CPU, two products and a softmax where those are faster.
+
+Which way is the faster depends on shapes, dtype and processor: for bfloat16 gradients of small windows the
+fused kernel took up to eight times as long. A table of measurements decides, cpu_attention.json, which
+`python -m benchmarks.windows` makes; nothing is timed when a model runs, and what was not measured is fused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TABLE = Path(__file__).with_suffix(".json")
+FUSED, PRODUCTS = "fused", "products"
+GAIN = 1.15
+"""How many times as fast the products must have been to be chosen."""
+INSTRUCTIONS = ("amx_tile", "avx512_bf16", "avx512_f", "avx2")  # the fastest first
+
+
+@cache
+def this_processor() -> str:
+    """Returns the maker of this machine's processor and its fastest instructions: `AMD avx512_bf16`."""
+    found = torch.cpu.get_capabilities()
+    maker = str(found.get("cpu_name", "unknown")).replace("(R)", "").split()[0]
+    return f"{maker} {next((name for name in INSTRUCTIONS if found.get(name)), 'baseline')}"
+
+
+@cache
+def read_table() -> dict[str, Any]:
+    """Returns the measurements by processor."""
+    return json.loads(TABLE.read_text())
+
+
+@cache
+def _faster_by_products(processor: str) -> frozenset[tuple[int, int, str, bool]]:
+    """Returns the cases (tokens, head width, dtype, gradient) in which products gained enough."""
+    rows = read_table().get(processor, {"rows": []})["rows"]
+    return frozenset(
+        (row["tokens"], row["head_width"], row["dtype"], row["gradient"])
+        for row in rows
+        if row["fused_ms"] >= GAIN * row["products_ms"]
+    )
+
+
+def cpu_attention(
+    tokens: int, head_width: int, dtype: torch.dtype, gradient: bool, processor: str | None
+) -> str:
+    """Returns the way that was measured to be faster on a processor: `fused` or `products`.
+
+    Args:
+        tokens: Of a window.
+        head_width: Channels of a head.
+        dtype: That products are computed in.
+        gradient: Whether a backward pass follows.
+        processor: As `this_processor` names it, None for that itself; one without measurements takes `fused`.
+    """
+    case = (tokens, head_width, str(dtype).removeprefix("torch."), gradient)
+    return PRODUCTS if case in _faster_by_products(processor or this_processor()) else FUSED
+
+
+# For torch.compile: its answer holds as long as what it is asked does.
+cpu_attention._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+_processor: str | None = None
+
+
+@contextmanager
+def attention_of(processor: str) -> Iterator[None]:
+    """Chooses as on a processor of that name instead of this one; `fused` is PyTorch's kernel everywhere."""
+    global _processor
+    before, _processor = _processor, processor
+    try:
+        yield
+    finally:
+        _processor = before
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns softmax(q·kᵀ/√d + bias)·v.
+
+    Args:
+        q: (n, heads, m, d), as k and v.
+        k: Keys.
+        v: Values.
+        bias: Added to the logits, of a shape that expands to (n, heads, m, m).
+    """
+    if q.device.type == "cpu" and q.shape[-2] == k.shape[-2]:
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else q.dtype
+        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        case = (q.shape[-2], q.shape[-1], dtype, gradient)
+        if cpu_attention(*case, _processor) == PRODUCTS:
+            return by_products(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns what `attention` does, by two products and a softmax: the probabilities are held in memory."""
+    n, heads, m, d = q.shape
+    queries, keys, values = (x.reshape(n * heads, m, d) for x in (q, k, v))
+    if bias is None:  # beta=0: what is added is not read
+        logits = torch.baddbmm(q.new_empty(1, 1, 1), queries, keys.mT, beta=0, alpha=d**-0.5)
+    else:
+        whole = bias.expand(n, heads, m, m).reshape(n * heads, m, m)
+        logits = torch.baddbmm(whole, queries, keys.mT, alpha=d**-0.5)
+    return torch.bmm(logits.softmax(dim=-1), values).view(n, heads, m, d)
