@@ -27,7 +27,8 @@ demo: install
 	@echo '  $(BIN)/flashdit sample --class seven 3 --num-images 20 --cfg-scale 3 --seed 1'
 	@echo '  $(BIN)/flashdit train run.dir=runs/windows model.attention.name=window'
 	@echo '  $(BIN)/flashdit app'
-	@echo '  $(BIN)/accelerate launch -m flashdit train --config flashdit_xl data.path=LATENTS'
+	@echo 'and on GPUs, with the folder that flashdit encode has written:'
+	@echo '  $(BIN)/accelerate launch -m flashdit train --config flashdit_xl data.path=FOLDER'
 
 test: lint type docs unit
 

@@ -11,8 +11,9 @@ import torch
 from flashdit.config import RunConfig
 from flashdit.models.costs import RECOMPUTED, Activations, activations, depth_of
 from flashdit.models.dit import FlashDiT
-from flashdit.shared.process import check_memory, device_memory
+from flashdit.shared.process import AUTO, check_memory, device_memory
 from flashdit.training.options import share_of_batch
+from iwin_core.kernels.cpu_attention import FUSED
 
 TOLERANCE = 0.1  # of the estimate
 GENEROUS = 100
@@ -123,5 +124,7 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
     )
     if memory is not None and at_most > memory:
         way = RECOMPUTED[training.gradient_checkpointing + training.keep_matmuls]
-        saved = activations(options, training.precision != "fp32")[way]
+        processor = training.cpu_attention if device.type == "cpu" else FUSED
+        processor = None if processor == AUTO else processor
+        saved = activations(options, training.precision != "fp32", processor)[way]
         check(saved.per_image, saved.fixed)

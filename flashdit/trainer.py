@@ -19,7 +19,7 @@ from torch import Tensor
 from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
 from flashdit.data.fit import check_fit
-from flashdit.data.inspection import RECORD
+from flashdit.data.inspection import RECORD, Inspection
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.sources import DATASETS
 from flashdit.evaluation.evaluate import evaluate
@@ -134,9 +134,9 @@ class FlashDiTTask(Task):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         self.run_dir = Path(config.run.dir)
         self.model = FlashDiT(**config.model_arguments)
-        self.data, self.space = open_latents(
-            config.data, config.latents, self.device, self.main, self.run_dir / RECORD
-        )
+        inspection = Inspection(self.run_dir / RECORD)
+        self.at_start = [inspection.write]
+        self.data, self.space = open_latents(config.data, config.latents, self.device, self.main, inspection)
         self._check_same_space()
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         check_fit(self.model.config, self.data, self.space.vae)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.autoencoder.config import AutoencoderConfig
 from flashdit.autoencoder.losses import PerceptualError, kl_per_number, pixel_error, psnr
-from flashdit.data.inspection import RECORD, leave_out_unreadable
+from flashdit.data.inspection import RECORD, Inspection, leave_out_unreadable
 from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS, ImageFolder, PixelSource
 from flashdit.shared.files import write_atomically
@@ -95,7 +95,9 @@ class AutoencoderTask(Task):
         self.config, self.main, self.device = config, accelerator.is_main_process, accelerator.device
         source = DATASETS.build(config.data)
         if isinstance(source, ImageFolder):
-            source = leave_out_unreadable(source, Path(config.run.dir) / RECORD, self.main)
+            inspection = Inspection(Path(config.run.dir) / RECORD)
+            self.at_start = [inspection.write]
+            source = leave_out_unreadable(source, inspection, self.main)
         if isinstance(source, LatentShards) or not hasattr(source, "image"):
             raise ValueError(f"an autoencoder requires a data set of images, got '{config.data['name']}'")
         count, side = len(source.labels), source.image(0).shape[-1]

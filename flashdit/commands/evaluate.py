@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -128,6 +129,7 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
     from flashdit.evaluation.reports.csv import append_csv
     from flashdit.evaluation.reports.report import print_table, write_report
 
+    before = json.loads(output.read_text()) if output.exists() else None
     write_report(done.result, output)
     written = [str(output), output.with_suffix(".md").name]
     if arguments.html:
@@ -142,6 +144,9 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
         written.append(str(arguments.csv))
     print_table(done.result, open_console())
     print(f"wrote {', '.join(written[:-1])} and {written[-1]}")
+    if before is not None:
+        names = ", ".join(name for name, value in before["metrics"].items() if value is not None)
+        print(f"replaced what was there: {names} of {before['num_images']:,} images; --output keeps both")
 
 
 def make_reference(argv: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from flashdit.data.autoencoders import Autoencoder, latent_size
 from flashdit.data.fit import DataFacts
-from flashdit.data.inspection import leave_out_unreadable
+from flashdit.data.inspection import Inspection, leave_out_unreadable
 from flashdit.data.latents import LatentOptions, LatentSpace, channel_statistics
 from flashdit.data.pixels import PixelImages, Pixels
 from flashdit.data.shards import LatentShards
@@ -35,7 +34,7 @@ def open_latents(
     options: LatentOptions,
     device: torch.device,
     progress: bool = True,
-    record: Path | None = None,
+    inspection: Inspection | None = None,
 ) -> tuple[Data, LatentSpace]:
     """Returns latents and labels, and the space that normalises them.
 
@@ -47,14 +46,14 @@ def open_latents(
         options: The space, the autoencoder and the multiplier.
         device: Where the autoencoder encodes.
         progress: Whether to show a bar, where somebody watches, and to warn.
-        record: File of the run that lists an image folder's files; None keeps none.
+        inspection: Of the run, for the files of an image folder; None keeps nothing of them.
 
     Raises:
         ValueError: If the data cannot be read, or does not fit the autoencoder or the space.
     """
     source = DATASETS.build(data)
     if isinstance(source, ImageFolder):
-        source = leave_out_unreadable(source, record, progress)
+        source = leave_out_unreadable(source, inspection, progress)
     if options.space == "pixels":
         _check_images(source, options)
         return PixelImages(source), LatentSpace.of_pixels(options)

@@ -77,4 +77,6 @@ def check_fit(arguments: Mapping[str, Any], data: LabelledLatents, vae: Autoenco
         )
     if data.class_names and len(data.class_names) != num_classes:
         count = len(data.class_names)
-        raise ValueError(f"model.num_classes must be the data's {count} classes, got {num_classes}")
+        raise ValueError(
+            f"model.num_classes must be the number of the data's classes, {count}, got {num_classes}"
+        )

@@ -87,34 +87,52 @@ class Seen(NamedTuple):
     """Whether the background shows through."""
 
 
+class Inspection:
+    """What was seen of a run's images: `leave_out_unreadable` fills it, `write` keeps it for the next start.
+
+    Args:
+        record: File in the run's folder.
+    """
+
+    def __init__(self, record: Path):
+        self.record, self.seen = record, _read_record(record)
+        self.found = self.seen
+
+    def write(self) -> None:
+        """Keeps what was found, on the main process; called once the run may begin."""
+        if self.found != self.seen and _rank() == 0:
+            _write_record(self.record, self.found)
+
+
 def leave_out_unreadable(
-    source: ImageFolder, record: Path | None = None, progress: bool = True
+    source: ImageFolder, inspection: Inspection | None = None, progress: bool = True
 ) -> ImageFolder:
     """Returns a source without the images that cannot be read, which are named; all are decoded to know.
 
-    The classes keep the order in which a run that is resumed knows them. What was found is kept in `record`,
-    so that a file of the same name and size is not read a second time. Processes share the reading.
+    The classes keep the order in which a run that is resumed knows them. A file of a name and size that the
+    run has seen before is not read a second time. Processes share the reading.
 
     Args:
         source: The images.
-        record: File of the run's folder; None keeps nothing.
+        inspection: Of the run, what was found is put into it; None keeps nothing.
         progress: Whether to show a bar, where somebody watches.
 
     Raises:
         ValueError: If no image of a class can be read, a resumed run began with other classes, or the run's
             folder lies among the images.
     """
-    if record is not None:
-        check_outside(record.parent, source.found.root, "run.dir", "data.path")
-        source = with_classes_of_run(source, record.parent)
-    before = _from_main(_read_record(record))
+    if inspection is not None:
+        run_dir = inspection.record.parent
+        check_outside(run_dir, source.found.root, "run.dir", "data.path")
+        source = with_classes_of_run(source, run_dir)
+    before = _from_main({} if inspection is None else inspection.seen)
     sizes = dict(zip(source.names, source.num_bytes, strict=True))
     known = {name: seen for name, seen in before.items() if sizes.get(name) == seen.num_bytes}
     new = [row for row, name in enumerate(source.names) if name not in known]
     found = known | _decode(source, new, progress)
     found = {name: found[name] for name in source.names}
-    if record is not None and found != before and _rank() == 0:
-        _write_record(record, found)
+    if inspection is not None:
+        inspection.found = found
     readable = [row for row, seen in enumerate(found.values()) if seen.size]
     _check_classes(source, readable)
     unreadable = dict(source.found.unreadable) | {
@@ -191,10 +209,10 @@ def _check_classes(source: ImageFolder, readable: Sequence[int]) -> None:
         )
 
 
-def _read_record(record: Path | None) -> dict[str, Seen]:
+def _read_record(record: Path) -> dict[str, Seen]:
     """Returns what an earlier pass saw, by name; nothing where there is no record of this format."""
     try:
-        content = json.loads(record.read_text()) if record else {}
+        content = json.loads(record.read_text())
         if content.get("format") != RECORD_FORMAT:
             return {}
         seen = {

@@ -14,6 +14,7 @@ from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.features.statistics import ImageStatistics, collect
+from flashdit.evaluation.images.reading import BALANCED, label_mode
 from flashdit.evaluation.images.sources import GeneratedSource, Source
 from flashdit.evaluation.metrics import NEIGHBOURS, SPLIT_SIZE
 from flashdit.evaluation.metrics.kid import KERNEL_SUBSET
@@ -69,8 +70,8 @@ class Plan(NamedTuple):
         """Returns the plan for samples of the same labels by another generator or with other options."""
         samples = self.samples
         assert isinstance(samples, GeneratedSource)
-        drawn = GeneratedSource(generator or samples.generator, samples.labels, options or samples.options)
-        return self._replace(samples=drawn)
+        drawn_by = generator or samples.generator, samples.labels, options or samples.options
+        return self._replace(samples=GeneratedSource(*drawn_by, samples.mode))
 
 
 class Evaluation(NamedTuple):
@@ -100,8 +101,8 @@ def check_image_sizes(plan: Plan) -> None:
     known = {side: f"{size[0]}×{size[1]}" for side, size in sizes.items() if size is not None}
     if len(set(known.values())) > 1:
         raise ValueError(
-            f"samples and reference must be images of one size (h×w), got {known}: --image-size or "
-            "evaluation.image_size crops those of folders"
+            f"samples and reference must be images of one size (h×w), got {known['samples']} and "
+            f"{known['reference']}: --image-size or evaluation.image_size crops those of folders"
         )
 
 
@@ -138,7 +139,8 @@ def share_warnings(plan: Plan) -> list[str]:
     count = 1 + max(int(one.max()) for one in labels)
     shares = torch.stack([one.bincount(minlength=count) / len(one) for one in labels])
     moved = float((shares[0] - shares[1]).abs().sum() / 2)
-    if moved <= OTHER_SHARES or len(labels[1]) < MANY_A_CLASS * count:
+    by_chance = len(labels[1]) < MANY_A_CLASS * count and label_mode(labels[0]) != BALANCED
+    if moved <= OTHER_SHARES or by_chance:
         return []
     widest = int((shares[0] - shares[1]).abs().argmax())
     return [

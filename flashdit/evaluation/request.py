@@ -186,7 +186,7 @@ def open_samples(request: EvaluationRequest, reference: Reference) -> Source:
         labels = random_labels(count, range(max(1, num_classes)), seed)
     else:
         labels = balanced_labels(count, num_classes, seed)
-    return GeneratedSource(request.generator, labels, request.sampling)
+    return GeneratedSource(request.generator, labels, request.sampling, request.labels)
 
 
 def labels_like(reference: Reference, class_names: Sequence[str], count: int, seed: int) -> Tensor:

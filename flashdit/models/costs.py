@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import KEPT_OPERATORS
+from iwin_core.kernels.cpu_attention import FUSED, attention_of
 
 RECOMPUTED = ("all kept", "recomputed", "products kept")
 Count = Callable[[FlashDiT, int, bool], int]
@@ -58,7 +59,9 @@ def forward_flops(options: Mapping[str, Any]) -> int:
     return counts[0] + (depth_of(options) - 1) * (counts[1] - counts[0])
 
 
-def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Activations]:
+def activations(
+    options: Mapping[str, Any], low_precision: bool, processor: str | None = FUSED
+) -> dict[str, Activations]:
     """Returns the activations of a training step by what is kept of the blocks: RECOMPUTED's names.
 
     Blocks that are computed again keep their inputs alone, and one block at a time keeps everything:
@@ -67,11 +70,14 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Ac
     Args:
         options: Arguments of FlashDiT.
         low_precision: Whether autocast to bf16 or fp16 is on.
+        processor: That attention is chosen for on a CPU, None for this one; a GPU has it fused.
     """
     depth = depth_of(options)
-    kept, inputs, products = (
-        _measure(options, depth, low_precision, count) for count in (saved_bytes, input_bytes, product_bytes)
-    )
+    with attention_of(processor):
+        kept, inputs, products = (
+            _measure(options, depth, low_precision, count)
+            for count in (saved_bytes, input_bytes, product_bytes)
+        )
     fixed, per_image = (kept.fixed - inputs.fixed) / depth, (kept.per_image - inputs.per_image) / depth
     again = Activations(fixed=inputs.fixed + fixed, per_image=inputs.per_image + per_image)
     also = products.per_image * (1 - 1 / depth)
@@ -79,14 +85,17 @@ def activations(options: Mapping[str, Any], low_precision: bool) -> dict[str, Ac
 
 
 def _measure(options: Mapping[str, Any], depth: int, low_precision: bool, count: Count) -> Activations:
-    """Returns what is counted as lines through batches of 1 and 2 and depths of 1 and 2: blocks are alike."""
+    """Returns what is counted as lines through batches of 2 and 3 and depths of 1 and 2: blocks are alike.
+
+    A batch of 1 is none of them, as some of its copies are views.
+    """
     lines = []
     for blocks in (1, 2):
         as_deep: dict[str, Any] = {**options, "depth": blocks}
         with FakeTensorMode():
             model = FlashDiT(**as_deep).train()
-            one, two = (count(model, batch, low_precision) for batch in (1, 2))
-        lines.append(Activations(fixed=2 * one - two, per_image=two - one))
+            two, three = (count(model, batch, low_precision) for batch in (2, 3))
+        lines.append(Activations(fixed=3 * two - 2 * three, per_image=three - two))
     shallow, deeper = lines
     return Activations(
         fixed=shallow.fixed + (depth - 1) * (deeper.fixed - shallow.fixed),

@@ -77,7 +77,7 @@ def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[
         merged = current(_expanded(merged), config_type)
         check_keys(merged, config_type)
         values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ValueError(_type_sentence(error, merged, config_type)) from error

@@ -128,6 +128,8 @@ class TrainingLoop(Generic[AnyTask]):
                 raise ValueError(f"{self.run_dir} was trained by another process meanwhile: start again")
             open_run_folder(self.run_dir, self.step)
             write_contents(self.run_dir, self.task.contents())
+            for write in self.task.at_start:
+                write()
             write_atomically(self.run_dir / "config.yaml", lambda path: path.write_text(self.config_text))
             drop_later(self.run_dir / SNAPSHOTS, self.step)
             config = asdict(cast(Any, self.config))

@@ -38,6 +38,7 @@ class Task(ABC):
         examples: Data set by position in the endless stream of images.
         images_per_epoch: Images of an epoch.
         actions: What is done with the averaged weights, and when.
+        at_start: What is called once the run may begin, to write what it keeps beside checkpoints.
     """
 
     fixed_on_resume: ClassVar[tuple[str, ...]] = ("seed", "data.", "model.")
@@ -50,6 +51,7 @@ class Task(ABC):
     examples: Dataset
     images_per_epoch: int
     actions: Sequence[PeriodicAction] = ()
+    at_start: Sequence[Callable[[], None]] = ()
 
     @abstractmethod
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:

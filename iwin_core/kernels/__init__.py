@@ -2,7 +2,7 @@
 
 `window_attention` reads q, k, v where the qkv projection left them; `depthwise_conv` adds the convolution to
 what it is given (the output projection stands between the two, so they are two passes). `set_backend` or
-IWIN_KERNELS chooses; by default eager code runs until the kernels have passed on a GPU. Second derivatives and
+IWIN_KERNELS chooses; by default they are off until they have passed on a GPU. Second derivatives and
 torch.func transforms need the eager form. `attention` is eager code's softmax attention: PyTorch's, or on
 some processors a faster way.
 """

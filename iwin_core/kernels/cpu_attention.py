@@ -73,8 +73,8 @@ _processor: str | None = None
 
 
 @contextmanager
-def attention_of(processor: str) -> Iterator[None]:
-    """Chooses as on a processor of that name instead of this one; `fused` is PyTorch's kernel everywhere."""
+def attention_of(processor: str | None) -> Iterator[None]:
+    """Chooses as on a processor of that name, None for this one; `fused` is PyTorch's kernel everywhere."""
     global _processor
     before, _processor = _processor, processor
     try:

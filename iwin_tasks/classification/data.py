@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flashdit.data.images import parse_background
-from flashdit.data.inspection import RECORD, leave_out_unreadable, with_classes_of_run
+from flashdit.data.inspection import RECORD, Inspection, leave_out_unreadable, with_classes_of_run
 from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.shared.registry import Registry, unknown
@@ -106,16 +106,22 @@ class FolderImages:
         """Numbers the classes as the run of a folder does."""
         self.take(with_classes_of_run(self.whole, run_dir))
 
-    def leave_out_unreadable(self, run_dir: Path, progress: bool) -> None:
-        """Leaves images that cannot be read out of training; raises ValueError for one of val/."""
+    def leave_out_unreadable(self, run_dir: Path, progress: bool) -> Inspection:
+        """Leaves images that cannot be read out of training, and returns what was seen.
+
+        Raises:
+            ValueError: For one of val/.
+        """
         is_val = self.split == "held-out"
-        readable = leave_out_unreadable(self.whole, run_dir / (VAL_RECORD if is_val else RECORD), progress)
+        inspection = Inspection(run_dir / (VAL_RECORD if is_val else RECORD))
+        readable = leave_out_unreadable(self.whole, inspection, progress)
         broken = sorted(set(self.whole.names) - set(readable.names))
         if is_val and broken:
             raise ValueError(
                 f"every held-out image must be readable, {self.whole.found.root / broken[0]} is not"
             )
         self.take(readable)
+        return inspection
 
     def files(self) -> dict[str, int]:
         """Returns the bytes of each file by its name below the folder of both splits."""
@@ -193,22 +199,26 @@ def open_split(
         images.keep_classes(run_dir)
     if len(images.class_names) != num_classes:
         raise ValueError(
-            f"model.num_classes must be the data's {len(images.class_names)} classes, got {num_classes}"
+            f"model.num_classes must be the number of the data's classes, {len(images.class_names)}, got "
+            f"{num_classes}"
         )
     return images
 
 
-def keep_readable(train: FolderImages, held_out: FolderImages, run_dir: Path, progress: bool) -> None:
-    """Leaves images that cannot be read out of training and names them, each file once.
+def keep_readable(
+    train: FolderImages, held_out: FolderImages, run_dir: Path, progress: bool
+) -> list[Inspection]:
+    """Leaves images that cannot be read out of training, names each file once, returns what was seen.
 
     Raises:
         ValueError: If one of val/ cannot be read.
     """
-    train.leave_out_unreadable(run_dir, progress)
+    inspections = [train.leave_out_unreadable(run_dir, progress)]
     if train.options.held_out is None:
-        held_out.leave_out_unreadable(run_dir, progress)
+        inspections.append(held_out.leave_out_unreadable(run_dir, progress))
     else:  # both are of the same files
         held_out.take(train.whole)
+    return inspections
 
 
 def check_same_classes(train: LabelledImages, held_out: LabelledImages) -> None:

@@ -95,7 +95,9 @@ class ClassifierTask(Task):
         self.held_out = open_held_out(config, self.model)
         check_same_classes(self.images, self.held_out.images)
         if isinstance(self.images, FolderImages) and isinstance(self.held_out.images, FolderImages):
-            keep_readable(self.images, self.held_out.images, run_dir, accelerator.is_main_process)
+            splits = self.images, self.held_out.images
+            seen = keep_readable(*splits, run_dir, accelerator.is_main_process)
+            self.at_start = [inspection.write for inspection in seen]
         shown = [pil_to_tensor(self.images.picture(row)) for row in range(min(16, len(self.images.labels)))]
         self.colours = "colour" if any(colours_of(image[None]) == "colour" for image in shown) else "grey"
         self.criterion = SoftTargetCrossEntropy()

@@ -196,7 +196,9 @@ def test_an_image_folder_trains_and_its_classes_travel(tmp_path):
 
 def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_shards):
     (tiny_shards / "class_names.json").write_text('["cat", "dog", "cow", "hen"]')
-    with pytest.raises(ValueError, match=r"model.num_classes must be the data's 4 classes, got 3"):
+    with pytest.raises(
+        ValueError, match=r"model.num_classes must be the number of the data's classes, 4, got 3"
+    ):
         train(tiny_overrides)
 
 

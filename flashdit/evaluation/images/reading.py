@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 Batches = Generator[Tensor, None, None]
+BALANCED = "balanced"
 
 
 def prefetched(batches: Batches) -> Batches:
@@ -28,7 +29,7 @@ def label_mode(labels: Tensor | None) -> str | None:
     if labels is None:
         return None
     counts = labels.unique(return_counts=True)[1]
-    return "balanced" if int(counts.max() - counts.min()) <= 1 else "not balanced"
+    return BALANCED if int(counts.max() - counts.min()) <= 1 else "not balanced"
 
 
 def limited(count: int, limit: int | None, path: Path) -> int:

@@ -73,10 +73,11 @@ class GeneratedSource:
         generator: What `flashdit.sampling.checkpoint.load_generator` returns.
         labels: (n,) int64 class of every image.
         options: The sampling options; they, and not the reader, set the batch size.
+        mode: How the labels came about, for the report; None says whether they are balanced.
     """
 
-    def __init__(self, generator: Any, labels: Tensor, options: Any):
-        self.generator, self.labels, self.options = generator, labels, options
+    def __init__(self, generator: Any, labels: Tensor, options: Any, mode: str | None = None):
+        self.generator, self.labels, self.options, self.mode = generator, labels, options, mode
         self.name, self.count = "samples", len(labels)
         self.image_size = generator.image_size(options)
         self.class_names = dict(enumerate(generator.class_names))
@@ -120,7 +121,7 @@ class GeneratedSource:
             "sampling": vars(self.options),
             "nfe": nfe,
             "summary": f"{self.options}, {nfe or 'as many as needed'} model evaluations each",
-            "labels": label_mode(self.labels),
+            "labels": self.mode or label_mode(self.labels),
             "num_images": self.count,
         }
 

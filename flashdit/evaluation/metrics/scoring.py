@@ -142,7 +142,8 @@ def check_counts(names: Collection[str], num_samples: int, reference: ImageStati
     if "pool" in parts_needed(names) and reference.pool is not None:
         counts["reference"] = len(reference.pool)
     if min(counts.values()) < least:
-        raise ValueError(f"these metrics need at least {least} images on each side, got {counts}")
+        found = " and ".join(f"{count:,} of the {side}" for side, count in counts.items())
+        raise ValueError(f"these metrics need at least {least} images on each side, got {found}")
 
 
 def cautions(names: Iterable[str], samples: ImageStatistics, reference: ImageStatistics) -> list[str]:

@@ -28,6 +28,8 @@ from flashdit.training.checkpoint import prune
 from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.optim import OptimizerOptions, make_optimizer
 from flashdit.training.options import TrainingOptions
+from iwin_core.kernels import cpu_attention
+from iwin_core.kernels.cpu_attention import FUSED, PRODUCTS
 
 SMALL = {
     "sample_size": 16,
@@ -58,9 +60,11 @@ def test_parameters_and_multiply_adds_are_those_of_the_sizes(name, parameters, m
     assert forward_flops(settings.model) / 2e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
+@pytest.mark.parametrize("way", [FUSED, PRODUCTS])
 @pytest.mark.parametrize("low_precision", [False, True])
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=lambda spec: spec["name"])
-def test_a_model_without_memory_saves_what_a_real_one_does(attention, low_precision):
+def test_a_model_without_memory_saves_what_a_real_one_does(attention, low_precision, way, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "cpu_attention", lambda *case: way)
     options = SMALL | {"attention": attention}
     kept, again, _ = activations(options, low_precision).values()
     model = FlashDiT(**options).train()
@@ -106,7 +110,7 @@ def measured_peak(options, images, low_precision, way):
 def test_the_sum_is_within_a_tenth_of_the_measured_peak(precision, way):
     settings = config.load(None, ["training.global_batch_size=6", f"training.precision={precision}"])
     settings = replace(settings, model=SMALL)
-    saved = activations(SMALL, precision == "bf16")[way]
+    saved = activations(SMALL, precision == "bf16", None)[way]
     expected = memory_bytes(settings, count_parameters(settings), saved, gpus=1, sharded=False)["sum"]
     measured = measured_peak(SMALL, 6, precision == "bf16", way)
     assert measured == pytest.approx(expected, rel=0.1)
@@ -244,7 +248,10 @@ def test_a_configuration_that_training_refuses_is_refused_in_its_words(tmp_path,
     ]
     shards += ["model.sample_size=8", "model.in_channels=3"]
     for overrides, rule in (
-        ([*pixels, "model.num_classes=1000"], "model.num_classes must be the data's 4 classes, got 1000"),
+        (
+            [*pixels, "model.num_classes=1000"],
+            "model.num_classes must be the number of the data's classes, 4, got 1000",
+        ),
         ([*pixels, "model.num_classes=3"], "labels must be from 0 to below model.num_classes=3, got 0 to 3"),
         ([*pixels, "model.num_classes=4", "model.sample_size=8"], "model.sample_size=8, got 3 × 16 × 16"),
         ([*shards, "model.num_classes=2"], "labels must be from 0 to below model.num_classes=2, got 0 to 2"),

@@ -223,7 +223,7 @@ def test_the_second_time_nothing_is_drawn_and_without_the_cache_everything(main,
     assert results[0][1]["metrics"] == results[1][1]["metrics"] == results[2][1]["metrics"]
     assert results[3][1]["metrics"] == results[0][1]["metrics"], "the stand-in knows no guidance"
     assert results[4][1]["metrics"]["fd_60"] != results[0][1]["metrics"]["fd_60"]
-    assert [result["samples"]["labels"] for _, result in results[3:]] == ["balanced", "not balanced"]
+    assert [result["samples"]["labels"] for _, result in results[3:]] == ["balanced", "random"]
 
 
 def test_every_metric_can_be_asked_for_and_told_in_a_table(main, samples, tmp_path):
@@ -280,8 +280,8 @@ def bad_npz(path: Path, kind: str) -> None:
         ("float", r"arr_0 must be uint8 \(n, h, w, 3\) in C order with n ≥ 1, got float32"),
         ("channels first", r"arr_0 must be uint8 .*, got uint8 \(6, 3, 32, 32\)"),
         ("truncated", r"samples must be an npz with images in arr_0, got .*samples\.npz"),
-        ("few", "these metrics need at least 4 images on each side, got {'samples': 3"),
-        ("large", r"must be images of one size \(h×w\), got {'samples': '64×32', 'reference': '32×32'}"),
+        ("few", "these metrics need at least 4 images on each side, got 3 of the samples"),
+        ("large", r"must be images of one size \(h×w\), got 64×32 and 32×32"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2_and_nothing_is_written(kind, message, tmp_path, exit_message):

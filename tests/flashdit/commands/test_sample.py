@@ -208,7 +208,7 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--cfg-interval", "0.9", "0.1"], "cfg_interval must be 0 ≤ low ≤ high ≤ 1"),
         (["--cfg-scale", "nan"], "cfg_scale must be finite, got nan"),
         (["--sampler", "dpm"], "unknown sampler 'dpm'; did you mean 'dpm++2m'"),
-        (["--precision", "fp8"], "unknown precision 'fp8' (known: bf16, fp16, fp32, tf32)"),
+        (["--precision", "fp8"], "unknown precision 'fp8' (known: auto, bf16, fp16, fp32, tf32)"),
         (["--device", "gpu"], "--device must be one of this machine, such as cpu, got gpu"),
         (["--device", "cuda:99"], "--device must be one of this machine, such as cpu, got cuda:99"),
         (["--steps", "1000000000000000"], "steps must be at most 1,000,000, got 1000000000000000"),

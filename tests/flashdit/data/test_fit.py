@@ -39,8 +39,11 @@ def test_data_that_fit_are_taken_and_give_the_models_sizes():
         (data((4, 6, 5)), "got 4 × 6 × 5"),
         (data(labels=(0, 3, 1)), "from 0 to below model.num_classes=3, got 0 to 3"),
         (data(labels=(-1, 2, 1)), "from 0 to below model.num_classes=3, got -1 to 2"),
-        (data(class_names="abcd"), "model.num_classes must be the data's 4 classes, got 3"),
-        (data(labels=(0, 1, 0), class_names="ab"), "model.num_classes must be the data's 2 classes, got 3"),
+        (data(class_names="abcd"), "model.num_classes must be the number of the data's classes, 4, got 3"),
+        (
+            data(labels=(0, 1, 0), class_names="ab"),
+            "model.num_classes must be the number of the data's classes, 2, got 3",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_with_both_sides(facts, message):

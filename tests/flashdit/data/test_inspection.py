@@ -9,7 +9,7 @@ from hard_pictures import CLASSES, READABLE, make_hard_pictures, square
 
 from flashdit.data import inspection
 from flashdit.data.encode import open_latents
-from flashdit.data.inspection import leave_out_unreadable
+from flashdit.data.inspection import Inspection, leave_out_unreadable
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import ImageFolder, ImagesOptions
 
@@ -38,6 +38,14 @@ def open_folder(folder, image_size=32):
     return ImageFolder(ImagesOptions(path=str(folder), image_size=image_size))
 
 
+def inspect(source, record):
+    """Returns the readable images of a run that begins, and keeps the record of all."""
+    seen = Inspection(record)
+    readable = leave_out_unreadable(source, seen)
+    seen.write()
+    return readable
+
+
 def checkpoint(record, class_names):
     """Makes the run of a record one that has a checkpoint."""
     state = record.parent / "checkpoints" / "step_00000002" / "state.json"
@@ -47,7 +55,7 @@ def checkpoint(record, class_names):
 
 def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, record, caplog):
     caplog.set_level(logging.INFO)
-    source = leave_out_unreadable(open_folder(folder), record)
+    source = inspect(open_folder(folder), record)
     assert len(source.paths) == len(source.labels) == READABLE
     assert source.labels.bincount().tolist() == [5, 5, 2]
     assert [source.image(row).shape for row in range(READABLE)] == [(3, 32, 32)] * READABLE
@@ -61,7 +69,7 @@ def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, r
 
 
 def test_the_record_keeps_names_bytes_and_sizes(folder, record):
-    leave_out_unreadable(open_folder(folder), record)
+    inspect(open_folder(folder), record)
     content = json.loads(record.read_text())
     path = folder / "10 squares" / "phone.jpg"
     assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60, False]
@@ -73,26 +81,26 @@ def test_the_record_keeps_names_bytes_and_sizes(folder, record):
 
 
 def test_a_second_pass_reads_only_what_is_new(folder, record, decoded):
-    first = leave_out_unreadable(open_folder(folder), record)
+    first = inspect(open_folder(folder), record)
     assert len(decoded) == READABLE + 1
     decoded.clear()
     folder = folder.rename(folder.with_name("moved"))
-    again = leave_out_unreadable(open_folder(folder), record)
+    again = inspect(open_folder(folder), record)
     assert decoded == []
     assert again.names == first.names
     square(50, 51).save(folder / "formes" / "new.png")
-    leave_out_unreadable(open_folder(folder), record)
+    inspect(open_folder(folder), record)
     assert decoded == ["formes/new.png"]
 
 
 def test_what_a_run_knows_its_images_by_changes_with_those_that_it_reads_alone(folder, record):
-    before = leave_out_unreadable(open_folder(folder), record).identity()
+    before = inspect(open_folder(folder), record).identity()
     assert len(before["files"]) == READABLE
     (folder / "formes" / "broken.png").unlink()  # which it did without
-    assert leave_out_unreadable(open_folder(folder), record).identity() == before
+    assert inspect(open_folder(folder), record).identity() == before
     (folder / "10 squares" / "phone.jpg").rename(folder / "10 squares" / "renamed.jpg")
     square(90, 91).save(folder / "formes" / "small.png")
-    now = leave_out_unreadable(open_folder(folder), record).identity()
+    now = inspect(open_folder(folder), record).identity()
     assert before["files"].keys() ^ now["files"].keys() == {"10 squares/phone.jpg", "10 squares/renamed.jpg"}
     assert before["files"]["formes/small.png"] != now["files"]["formes/small.png"]
     assert now["classes"] == before["classes"]
@@ -102,14 +110,14 @@ def test_a_resumed_run_keeps_the_order_of_its_classes(folder, record):
     old = sorted(CLASSES)  # as an earlier version ordered them
     assert old != CLASSES
     checkpoint(record, old)
-    source = leave_out_unreadable(open_folder(folder), record)
+    source = inspect(open_folder(folder), record)
     assert source.class_names == old
     assert source.labels.bincount().tolist() == [5, 5, 2]
     assert source.names[0].startswith("10 squares/")
     (folder / "extra").mkdir()
     square(9, 9).save(folder / "extra" / "a.png")
     with pytest.raises(ValueError, match=r"a resumed run keeps its classes, .* has others too: extra"):
-        leave_out_unreadable(open_folder(folder), record)
+        inspect(open_folder(folder), record)
 
 
 def test_a_class_of_broken_images_is_named(folder):
@@ -132,7 +140,7 @@ def test_a_run_among_its_images_is_refused(folder):
     with pytest.raises(
         ValueError, match=r"run\.dir must not lie in the images of data\.path, .*pictures/run$"
     ):
-        leave_out_unreadable(open_folder(folder), record)
+        inspect(open_folder(folder), record)
     assert not record.parent.exists()
 
 
@@ -140,7 +148,7 @@ def test_a_damaged_record_is_named(folder, record):
     record.parent.mkdir()
     record.write_text("{")
     with pytest.raises(ValueError, match=r"images.json must be as it was written, delete it"):
-        leave_out_unreadable(open_folder(folder), record)
+        inspect(open_folder(folder), record)
 
 
 def test_an_image_that_breaks_later_is_named(folder):
@@ -150,8 +158,7 @@ def test_an_image_that_breaks_later_is_named(folder):
         source.image(0)
 
 
-def test_training_on_images_leaves_broken_ones_out(folder, record):
+def test_training_on_images_leaves_broken_ones_out(folder):
     data = {"name": "images", "path": str(folder), "image_size": 16, "mirrors": False}
-    latents, _ = open_latents(data, LatentOptions(vae="digits"), torch.device("cpu"), False, record)
+    latents, _ = open_latents(data, LatentOptions(vae="digits"), torch.device("cpu"), False)
     assert len(latents.labels) == len(latents.latents) == READABLE
-    assert record.is_file()

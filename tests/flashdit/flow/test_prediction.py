@@ -70,17 +70,17 @@ def test_data_prediction_learns_two_pictures():
     torch.manual_seed(0)
     model = FlashDiT(**{**TINY, "sample_size": 2}, prediction="data", attention={"name": "global"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    pictures, y = torch.randn(2, 3, 2, 2), torch.arange(2).repeat(8)
+    pictures, y = torch.randn(2, 3, 2, 2), torch.arange(2).repeat(32)
     losses = []
-    for _ in range(150):
-        x_1, x_0, t = pictures[y], torch.randn(16, 3, 2, 2), torch.rand(16)
+    for _ in range(300):
+        x_1, x_0, t = pictures[y], torch.randn(64, 3, 2, 2), torch.rand(64)
         v_t = model(interpolate(x_0, x_1, t), t, y)
         loss = flow_loss(v_t, velocity(x_0, x_1), LossOptions(cosine_weight=0.0))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.2 * sum(losses[:20])
 
     def v(x, t):
         return model(x, torch.full((2,), t), torch.arange(2))

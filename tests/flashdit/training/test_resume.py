@@ -367,3 +367,22 @@ def test_a_run_below_its_own_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"run\.dir must not lie in the images of data\.path"):
         Trainer(config.load("digits", options))
     assert not below.exists()
+
+
+@pytest.mark.parametrize("refused", ["a picture less", "other classes"])
+def test_a_refused_start_writes_nothing(image_run, tmp_path, refused):
+    if refused == "a picture less":
+        trainer(image_run, f"data.path={tmp_path / 'images'}").fit()
+        (tmp_path / "images/cat/0.png").unlink()
+        overrides = [f"data.path={tmp_path / 'images'}", "training.steps=3"]
+    else:
+        overrides = [f"data.path={tmp_path / 'images'}", "model.num_classes=77"]
+
+    def state():
+        found = {path: path.stat() for path in (tmp_path / "run").rglob("*")}
+        return {path: (about.st_ino, about.st_size, about.st_mtime_ns) for path, about in found.items()}
+
+    before = state()
+    with pytest.raises(ValueError, match=r"files 1 fewer|must be the number of the data's classes"):
+        trainer(image_run, *overrides)
+    assert state() == before

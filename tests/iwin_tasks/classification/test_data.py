@@ -105,7 +105,9 @@ def test_folders_that_cannot_be_are_named(folder, tmp_path):
     (tmp_path / "flat" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"sub-folders train and val, .*flat, where train/ has no class"):
         open_images(tmp_path / "flat")
-    with pytest.raises(ValueError, match=r"model.num_classes must be the data's 3 classes, got 4"):
+    with pytest.raises(
+        ValueError, match=r"model.num_classes must be the number of the data's classes, 3, got 4"
+    ):
         open_images(folder, num_classes=4)
     with pytest.raises(ValueError, match=r"unknown split 'test' \(known: held-out, train\)"):
         open_images(folder, "test")
@@ -162,8 +164,10 @@ def test_broken_images_are_left_out_of_training_and_refused_among_the_held_out(f
     run = tmp_path / "run"
     (folder / "train" / "dog" / "1.png").write_bytes(b"not a picture")
     train = open_images(folder)
-    train.leave_out_unreadable(run, False)
+    inspection = train.leave_out_unreadable(run, False)
     assert len(train.labels) == 8
+    assert not run.exists(), "nothing is kept of a run that may be refused"
+    inspection.write()
     assert (run / "images.json").is_file()
     held_out = open_images(folder, "held-out")
     held_out.leave_out_unreadable(run, False)

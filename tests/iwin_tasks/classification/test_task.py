@@ -147,7 +147,7 @@ def test_bfloat16_and_activation_checkpointing_train(tmp_path, more):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model.num_classes=9"], "model.num_classes must be the data's 10 classes, got 9"),
+        (["model.num_classes=9"], "model.num_classes must be the number of the data's classes, 10, got 9"),
         (
             ["data.name=images", "data.path=absent"],
             "data.path must be a folder with sub-folders train and val",

@@ -116,7 +116,7 @@ def test_accuracy_by_an_extractor_of_other_classes_is_refused():
 
 def test_too_few_images_are_refused_by_count(held_out):
     with pytest.raises(
-        ValueError, match=r"at least 4 images on each side, got {'samples': 3, 'reference': 360}"
+        ValueError, match=r"at least 4 images on each side, got 3 of the samples and 360 of the reference"
     ):
         check_counts(["recall"], 3, held_out)
     with pytest.raises(ValueError, match="at least 2 images on each side"):
