@@ -190,6 +190,8 @@ def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run
     assert trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3").step == 2
     kept = json.loads(gzip.decompress((tmp_path / "run" / "contents.json.gz").read_bytes()))
     assert len(kept["data.path"]["files"]) == 6
+    seen = json.loads((tmp_path / "run" / "images.json").read_text())
+    assert seen["images"].keys() == kept["data.path"]["files"].keys()
     assert all(size > 0 for size in kept["data.path"]["files"].values())
     (tmp_path / "staged/cat/0.png").rename(tmp_path / "staged/cat/9.png")
     with pytest.raises(ValueError, match=r"files 1 more, 1 fewer, such as cat/9\.png, cat/0\.png; give"):
