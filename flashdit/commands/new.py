@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SCORED_ON_CPU, SCORED_ON_GPU = 1_000, 50_000  # samples at most
 LONG_S = 86_400  # above which a CPU gets a smaller model, and a GPU's user a word
 MEMORY_SHARE = 0.8  # of the device's that a step may take
+MEMORISED = 500  # epochs, above which a model has seen each image often enough to repeat it
 MANY_LATENTS_GIB = 1.0  # in memory, above which they are better kept on the disk
 
 
@@ -167,6 +168,9 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
     config = with_sizes(parsed(draft.to_yaml("")), data)
     found = budget.facts(config, counts, multiply_adds, machine, data, draft.num_images)
     costs |= {key: found[key] for key in ("assumed", "length", "parameters", "checkpoints")}
+    epochs = draft.steps * config.training.global_batch_size / draft.num_images
+    if epochs > MEMORISED:
+        costs["few images"] = f"each is seen {epochs:,.0f} times, so samples will resemble them"
     costs["memory"] = f"{budget.size(needed)} for the model and its step, beside what libraries take"
     if memory is not None and needed > MEMORY_SHARE * memory:
         costs["memory"] += (

@@ -280,6 +280,14 @@ def test_previews_come_within_minutes_and_take_little_of_the_time():
     assert slow.log_every * 2.0 <= 60
 
 
+@pytest.mark.parametrize(("threshold", "told"), [(1, True), (1e9, False)])
+def test_images_that_a_model_sees_too_often_are_told_of(tmp_path, capsys, monkeypatch, threshold, told):
+    monkeypatch.setattr(new, "MEMORISED", threshold)
+    made, printed = written(capsys, "--images", folder_of(tmp_path / "p", *[(40, 40)] * 4))
+    times = made["training"]["steps"] * made["training"]["global_batch_size"] / 4
+    assert (f"few images   each is seen {times:,.0f} times" in printed) == told
+
+
 def test_what_does_not_fit_the_memory_is_accumulated(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "p", *[(40, 40)] * 4)
     monkeypatch.setattr(process, "device_memory", lambda device: 200 * 2**20)
