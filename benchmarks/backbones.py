@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,24 @@ def make_model(name: str, size: int) -> nn.Module:
     return timm.create_model(entry, **options)
 
 
-def make_run(name: str, size: int, batch: int, backward: bool, compiled: bool) -> Callable[[], object]:
+def make_run(
+    name: str, size: int, batch: int, backward: bool, dtype: str, compiled: bool
+) -> Callable[[], object]:
     """Returns what is timed: a forward in inference mode, or forward and backward in training mode."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     model = make_model(name, size).train(backward)
     network = torch.compile(model) if compiled else model
     images = torch.randn(batch, 3, size, size)
 
     def forward() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             network(images)
 
     def forward_and_backward() -> None:
         model.zero_grad()
-        network(images).sum().backward()
+        with autocast:
+            out = network(images)
+        out.sum().backward()
 
     return forward_and_backward if backward else forward
 
@@ -60,7 +66,7 @@ def peak_memory_mib(name: str, arguments: argparse.Namespace) -> float:
     """Returns the peak resident memory of a fresh process that runs the model once."""
     command = [sys.executable, "-m", "benchmarks.backbones", "--memory-of", name, "--models", name]
     options = ["--size", str(arguments.size), "--batch", str(arguments.batch)]
-    options += ["--backward"] if arguments.backward else []
+    options += ["--dtype", arguments.dtype, *(["--backward"] if arguments.backward else [])]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -74,11 +80,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backward", action="store_true", help="time forward and backward")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="or autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory-of", choices=MODELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shape = (arguments.size, arguments.batch, arguments.backward)
+    shape = (arguments.size, arguments.batch, arguments.backward, arguments.dtype)
     if arguments.memory_of:
         make_run(arguments.memory_of, *shape, compiled=False)()
         status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
@@ -86,7 +93,8 @@ def main() -> None:
         return
     about = machine() | vars(arguments) | {"memory_kept": keep_freed_memory()}
     runs = {name: make_run(name, *shape, arguments.compile) for name in arguments.models}
-    seconds = interleaved(runs, arguments.rounds, "backbones")
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    seconds = interleaved(runs, arguments.rounds, "backbones", clock)
     write(seconds, about, arguments)
 
 
@@ -94,11 +102,12 @@ def write(seconds: dict[str, list[float]], about: dict, arguments: argparse.Name
     """Writes the JSON and the Markdown table."""
     kind = "forward + backward" if arguments.backward else "forward"
     how = "compiled" if arguments.compile else "eager"
+    clock = "processor" if arguments.threads == 1 else "wall"
     kept = "freed memory is kept" if about["memory_kept"] else "freed memory goes back to the system"
     lines = [
-        f"{kind}, {how}, {arguments.size} px, batch {arguments.batch}, float32, {about['threads']} thread(s) "
-        f"of {about['processor']}, {kept}, load {about['load_before']:.1f} before; medians of "
-        f"{arguments.rounds} interleaved rounds",
+        f"{kind}, {how}, {arguments.size} px, batch {arguments.batch}, {arguments.dtype}, {about['threads']} "
+        f"thread(s) of {about['processor']}, {kept}, load {about['load_before']:.1f} before; "
+        f"{clock} time, medians of {arguments.rounds} interleaved rounds",
         "",
         "| model | images/s | times as fast as Swin | spread | peak memory (eager) |",
         "|---|---:|---:|---:|---:|",
@@ -114,7 +123,8 @@ def write(seconds: dict[str, list[float]], about: dict, arguments: argparse.Name
         lines.append(f"| {name} | {speed:.1f} | {row['times_as_fast']:.3f} | {spread} | {memory} |")
     direction = "train" if arguments.backward else "forward"
     content = {"about": about, "models": rows}
-    save(f"backbones_{direction}_{how}_{arguments.size}", content, "\n".join(lines) + "\n")
+    low = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
+    save(f"backbones_{direction}_{how}_{arguments.size}{low}", content, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.dit_runs import DTYPES, FORWARD, MODELS, PARTS, Clock, Subject
 from benchmarks.side_by_side import RESULTS, machine, save
 from flashdit.models.sizes import SIZES
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device, run_script
 from flashdit.shared.process import keep_freed_memory
 from flashdit.training.meter import matmul_peak
 
@@ -240,6 +240,7 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="2 blocks, sides 16 and 32, peak memory not measured")
     add("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.device = resolve_device(arguments.device)
     gpu = on_gpu(arguments)
     defaults = {"size": "XL" if gpu else "B", "dtype": "bfloat16" if gpu else "float32"}
     is_large = gpu and torch.cuda.get_device_properties(arguments.device).total_memory > LARGE_BYTES

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.evaluation import random_inception
 from benchmarks.side_by_side import interleaved
 from flashdit.models.dit import FlashDiT
-from flashdit.shared.command import add_device, run_script
+from flashdit.shared.command import add_device, resolve_device, run_script
 from flashdit.shared.process import full_float32
 from iwin_core import kernels, partition
 from iwin_core.kernels import eager
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes")
     add_device(parser)
     arguments = parser.parse_args()
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.device = resolve_device(arguments.device)
     print(json.dumps(parts[arguments.part](arguments), indent=1))
 
 

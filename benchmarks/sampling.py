@@ -27,7 +27,7 @@ from flashdit.sampling import generator as generate
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.classes import balanced_labels
 from flashdit.sampling.options import SamplingOptions
-from flashdit.shared.command import add_device
+from flashdit.shared.command import add_device, resolve_device
 
 BASELINE, EXACT = "both halves, euler 250", "euler 250"
 COMPILED = ("euler 25", "dpm++2m 15", "unipc 10")
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="measure the compiled model as well")
     arguments = parser.parse_args()
+    arguments.device = resolve_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     generator, compiled = load_generator(arguments.checkpoint, arguments.device), None
     if arguments.compile:

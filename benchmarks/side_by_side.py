@@ -32,7 +32,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    label: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Returns the seconds of each run, all taken in turn, `rounds` times after one warm-up.
 
     Each turn runs twice and times the second, so that none pays for the memory that its neighbour left.
@@ -41,17 +46,18 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, label: st
         runs: What to time, by name.
         rounds: Counted rounds.
         label: Of the progress bar.
+        clock: Gives seconds: of the wall, or of the processor where one thread computes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in tqdm(range(rounds + 1), label, unit="round"):
         for name, run in runs.items():
             run()
             synchronise()
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronise()
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import flashdit
 from benchmarks.gpu import PARTS, WHOLE_S, Part, make_all
 
 ABOUT = {"gpu": "card", "torch": "2", "code": "a"}
@@ -68,3 +70,10 @@ def test_parts_run_on_small_sizes_without_a_gpu(part):
     ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)
+
+
+def test_the_benchmark_of_steps_needs_no_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flashdit"])
+    arguments = flashdit.parse()
+    assert arguments.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert flashdit.file_name(arguments).startswith("flashdit_")
