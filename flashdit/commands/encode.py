@@ -56,13 +56,11 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     from flashdit.data.images import transparent_images
     from flashdit.data.manifest import MANIFEST
     from flashdit.shared.locks import only_writer
-    from flashdit.shared.process import AUTO, check_processes, precision_here
+    from flashdit.shared.process import check_processes
 
     names = (field.name for field in fields(EncodingOptions))
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     device = resolve_device(arguments.device)
-    if given.get("precision") == AUTO:
-        given["precision"] = precision_here(device)
     state = PartialState(cpu=device == "cpu", timeout=ENCODE_TIMEOUT)
     check_processes(state.num_processes)
     encoding = FolderEncoding(EncodingOptions(**given), device)

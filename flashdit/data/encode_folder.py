@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.paths import check_outside, printable
-from flashdit.shared.process import AUTOCAST
+from flashdit.shared.process import AUTO, AUTOCAST, precision_here
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import check_workers, read_batches
 from flashdit.shared.registry import unknown
@@ -73,7 +73,7 @@ class EncodingOptions:
     seed: int = 0
     """Of the samples: image i has the same one whatever the batch or process count."""
     precision: str = "tf32"
-    """What the VAE computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16` or `fp16`."""
+    """What the VAE computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16`, `fp16`, or `auto`, which the device decides."""
 
     def __post_init__(self):
         for name in ("image_size", "batch_size", "shard_rows"):
@@ -83,7 +83,7 @@ class EncodingOptions:
             raise ValueError(f"image_size must be at most {MOST_PIXELS}, got {self.image_size}")
         check_seed(self.seed, "seed")
         check_workers(self.workers, "workers")
-        for name, known in (("dtype", STORED_DTYPES), ("precision", AUTOCAST)):
+        for name, known in (("dtype", STORED_DTYPES), ("precision", (*AUTOCAST, AUTO))):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
 
@@ -104,6 +104,8 @@ class FolderEncoding:
     """
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
+        if options.precision == AUTO:
+            options = replace(options, precision=precision_here(str(device)))
         self.options, self.out = options, Path(options.out)
         check_outside(self.out, options.images, "--out", "--images")
         self.before = read_plan(self.out)

@@ -27,6 +27,7 @@ from flashdit.data.latents import LatentOptions
 from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
 from flashdit.digits.images import digits
+from flashdit.shared import process
 from flashdit.shared.files import file_sha256
 
 ROOT = Path(__file__).parents[3]
@@ -465,3 +466,9 @@ def test_corruption_that_keeps_the_size_is_found_by_verify(options, tmp_path, ex
 
 def test_a_command_without_its_folders_is_one_sentence(exit_message):
     assert "encoding needs --images, --vae and --out" in exit_message(encode_latents, "--vae", "digits")
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [("amx_tile", "bf16"), ("avx2", "fp32")])
+def test_auto_is_decided_by_the_device_and_written_down(options, monkeypatch, instructions, precision):
+    monkeypatch.setattr(process, "this_processor", lambda: f"Acme {instructions}")
+    assert FolderEncoding(replace(options, precision="auto")).plan["precision"] == precision
