@@ -73,7 +73,7 @@ class EncodingOptions:
     seed: int = 0
     """Of the samples: image i has the same one whatever the batch or process count."""
     precision: str = "tf32"
-    """What the VAE computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16`, `fp16`, or `auto`, which the device decides."""
+    """What the VAE computes in: `fp32`, `tf32` (fp32 on a CPU), `bf16`, `fp16` or `auto`."""
 
     def __post_init__(self):
         for name in ("image_size", "batch_size", "shard_rows"):
