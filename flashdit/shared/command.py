@@ -25,6 +25,7 @@ def run_script(main: Callable[[], None]) -> None:
     A Ctrl-C ends it with exit status 130; commands that can go on later have kept what is finished.
     `FLASHDIT_TRACEBACK=1` shows the traceback, for those who search for a bug of ours.
     """
+    _open_closed_streams()
     try:
         main()
     except BrokenPipeError:  # who reads the output has read enough
@@ -40,6 +41,20 @@ def run_script(main: Callable[[], None]) -> None:
         sentence = too_large or " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def _open_closed_streams() -> None:
+    """Puts the null device where a shell has closed stdin, stdout or stderr (`2>&-`).
+
+    A file that is opened later would else take the place, and messages of libraries would land in it.
+    """
+    for place, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(place)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free place, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(place, "w" if place else "r", closefd=False))
 
 
 def _out_of_memory(error: BaseException) -> str:

@@ -1,4 +1,6 @@
 import argparse
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ import pytest
 import torch
 
 from flashdit.shared.command import Command, add_device, need_extra, resolve_device, run_command, run_script
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -159,3 +163,27 @@ def test_a_device_of_this_machine_is_returned_as_it_is(monkeypatch):
     assert resolve_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="got cuda:2"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_the_null_device_and_takes_no_files_place(tmp_path, closed):
+    code = (
+        "import os, sys\n"
+        "from flashdit.shared.command import run_script\n"
+        "from flashdit.shared.progress import progress_bar\n"
+        "def main():\n"
+        "    with open('file', 'w') as file:\n"
+        "        assert file.fileno() > 2\n"
+        "        assert list(progress_bar(range(3))) == [0, 1, 2]\n"
+        "        print('out'); print('err', file=sys.stderr); os.write(2, b'library')\n"
+        "        assert sys.stdin is not None\n"
+        "        file.write('whole')\n"
+        "run_script(main)\n"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    ran = subprocess.run(["bash", "-c", command], **options)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "file").read_text() == "whole"
+    assert (ran.stdout == "out\n") == (closed in ("<&-", "2>&-"))
