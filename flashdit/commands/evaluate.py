@@ -129,7 +129,7 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
     from flashdit.evaluation.reports.csv import append_csv
     from flashdit.evaluation.reports.report import print_table, write_report
 
-    before = json.loads(output.read_text()) if output.exists() else None
+    before = scores_in(output)
     write_report(done.result, output)
     written = [str(output), output.with_suffix(".md").name]
     if arguments.html:
@@ -144,9 +144,20 @@ def write_all(plan: Plan, done: Evaluation, output: Path, arguments: argparse.Na
         written.append(str(arguments.csv))
     print_table(done.result, open_console())
     print(f"wrote {', '.join(written[:-1])} and {written[-1]}")
-    if before is not None:
-        names = ", ".join(name for name, value in before["metrics"].items() if value is not None)
-        print(f"replaced what was there: {names} of {before['num_images']:,} images; --output keeps both")
+    if before:
+        print(f"replaced what was there: {before}; --output keeps both")
+
+
+def scores_in(output: Path) -> str:
+    """Returns which scores a metrics.json holds and of how many images; empty where there is none."""
+    try:
+        content = json.loads(output.read_text())
+        names = ", ".join(name for name, value in content["metrics"].items() if value is not None)
+        return f"{names} of {content['num_images']:,} images"
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "scores that cannot be read"
 
 
 def make_reference(argv: Sequence[str]) -> None:

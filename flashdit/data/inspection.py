@@ -24,7 +24,7 @@ from flashdit.data.sources import CroppedImage, ImageFolder
 from flashdit.shared.files import write_atomically
 from flashdit.shared.paths import check_outside, printable
 from flashdit.shared.progress import progress_bar
-from flashdit.shared.runs import newest_readable, read_state
+from flashdit.shared.runs import list_checkpoints, newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
 RECORD_FORMAT = 2  # of 1 there is no transparency, and files were read that are now refused
@@ -134,7 +134,12 @@ def leave_out_unreadable(
     if inspection is not None:
         inspection.found = found
     readable = [row for row, seen in enumerate(found.values()) if seen.size]
-    _check_classes(source, readable)
+    try:
+        _check_classes(source, readable)
+    except ValueError:
+        if inspection is not None and not list_checkpoints(inspection.record.parent):
+            inspection.write()  # of a run that is yet to begin: mending one file then costs one file
+        raise
     unreadable = dict(source.found.unreadable) | {
         name: seen.unreadable for name, seen in found.items() if seen.unreadable is not None
     }

@@ -24,7 +24,7 @@ from flashdit.data.images import (
     read_image,
     report_images,
 )
-from flashdit.evaluation.images.reading import BALANCED, Batches, label_mode, limited, prefetched
+from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 from flashdit.evaluation.images.recorded import (
     check_samples,
     names_in_recipe,
@@ -171,16 +171,11 @@ class FolderSource:
             "source": "folder",
             "path": str(self.path),
             "num_images": self.count,
-            "labels": self._label_mode(),
+            "labels": label_mode(self.labels, (self._recipe or {}).get("labels")),
             "names_sha256": self.sha256,
             "cropped_to": self.cropped_to,
         }
         return recipe | ({"recipe": self._recipe} if self._recipe else {})
-
-    def _label_mode(self) -> str | None:
-        """Returns whether the labels are balanced, or else what the recipe says of them, if there is one."""
-        mode = label_mode(self.labels)
-        return mode if mode in (None, BALANCED) else (self._recipe or {}).get("labels", mode)
 
     @property
     def sha256(self) -> str:

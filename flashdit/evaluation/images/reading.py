@@ -24,12 +24,17 @@ def prefetched(batches: Batches) -> Batches:
         batches.close()  # and with it the file, where the reader stopped half-way
 
 
-def label_mode(labels: Tensor | None) -> str | None:
-    """Returns whether every class that occurs does so equally often (± 1), which moves FID."""
+def label_mode(labels: Tensor | None, told: str | None = None) -> str | None:
+    """Returns whether every class that occurs does so equally often (± 1), which moves FID.
+
+    Args:
+        labels: None where there are none.
+        told: What is said instead of labels that are not balanced: how they came about.
+    """
     if labels is None:
         return None
     counts = labels.unique(return_counts=True)[1]
-    return BALANCED if int(counts.max() - counts.min()) <= 1 else "not balanced"
+    return BALANCED if int(counts.max() - counts.min()) <= 1 else told or "not balanced"
 
 
 def limited(count: int, limit: int | None, path: Path) -> int:

@@ -121,7 +121,7 @@ class GeneratedSource:
             "sampling": vars(self.options),
             "nfe": nfe,
             "summary": f"{self.options}, {nfe or 'as many as needed'} model evaluations each",
-            "labels": self.mode or label_mode(self.labels),
+            "labels": label_mode(self.labels, self.mode),
             "num_images": self.count,
         }
 
