@@ -9,10 +9,12 @@ distance to the average, and bfloat16 to eight times that; the reconstruction is
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,10 +36,19 @@ class Snapshot:
     path: Path
     step: int
     profile: Profile
+    crc32: str | None
+    """Of the tensors; None in a file of before there was one."""
 
     def load(self) -> dict[str, Tensor]:
-        """Returns the average by name."""
-        return load_file(self.path)
+        """Returns the average by name.
+
+        Raises:
+            ValueError: If it is not what was written.
+        """
+        average = load_file(self.path)
+        if self.crc32 is not None and _crc32(average) != self.crc32:
+            raise ValueError(f"{self.path} is damaged: its checksum is not the one that it was written with")
+        return average
 
 
 def write_snapshots(folder: Path, step: int, tracks: Mapping[Profile, Mapping[str, Tensor]]) -> None:
@@ -45,10 +56,19 @@ def write_snapshots(folder: Path, step: int, tracks: Mapping[Profile, Mapping[st
     for profile, average in tracks.items():
         path = folder / f"step_{step:08d}_std{profile.width:.3f}.safetensors"
         tensors = {name: value.contiguous() for name, value in average.items()}
-        about = json.dumps({"step": step, "width": profile.width, "updates": profile.updates})
+        told = {"step": step, "width": profile.width, "updates": profile.updates, "crc32": _crc32(tensors)}
+        about = json.dumps(told)
         write_atomically(
             path, lambda temporary, t=tensors, a=about: save_file(t, temporary, {SNAPSHOT_KEY: a})
         )
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the CRC-32 of tensors, in the order of their names, as hexadecimal digits."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:
@@ -66,7 +86,7 @@ def _read_header(path: Path) -> Snapshot:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()[SNAPSHOT_KEY])
         profile = Profile(width=about["width"], updates=about["updates"])
-        return Snapshot(path=path, step=about["step"], profile=profile)
+        return Snapshot(path=path, step=about["step"], profile=profile, crc32=about.get("crc32"))
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"a snapshot of the averages must be whole, {path} is not: {error}") from error
 

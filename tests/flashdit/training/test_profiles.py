@@ -262,3 +262,21 @@ def test_a_broken_snapshot_is_named(tmp_path):
     os.truncate(path, 300)
     with pytest.raises(ValueError, match=r"a snapshot of the averages must be whole"):
         list_snapshots(tmp_path)
+
+
+def test_a_byte_that_changed_in_a_snapshot_is_noticed_when_it_is_read(tmp_path):
+    model = Weights(torch.randn(4, 3))
+    ema = tracking(model, 0.1)
+    ema.update(model)
+    write_snapshots(tmp_path, 3, ema.tracks_state())
+    (snapshot,) = list_snapshots(tmp_path)
+    assert all(
+        torch.equal(value, ema.tracks_state()[snapshot.profile][name])
+        for name, value in snapshot.load().items()
+    )
+    content = bytearray(snapshot.path.read_bytes())
+    content[-5] ^= 1
+    snapshot.path.write_bytes(content)
+    (snapshot,) = list_snapshots(tmp_path)
+    with pytest.raises(ValueError, match=r"step_00000003_std0.100.safetensors is damaged: its checksum"):
+        snapshot.load()
