@@ -67,7 +67,7 @@ def _crc32(tensors: Mapping[str, Tensor]) -> str:
     """Returns the CRC-32 of tensors, in the order of their names, as hexadecimal digits."""
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy(), found)
+        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
 
 
