@@ -9,7 +9,6 @@ Needs a CUDA device and no network.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -26,13 +25,14 @@ from tqdm import tqdm
 
 from benchmarks.side_by_side import RESULTS, machine
 from flashdit.shared.command import run_script
-from flashdit.shared.files import write_json
+from flashdit.shared.files import code_sha256, write_json
 
 ROOT = Path(__file__).parents[1]
 KEPT_CHARACTERS = 4_000  # of the end of what a part prints
 WHOLE_S = 600
 LEAST_S = 20  # that a part is begun with
 QUIET = ("-q", "-p", "no:cacheprovider")
+CODE = ("iwin_core", "flashdit", "benchmarks", "tests/iwin_core")  # which a record is of
 GPU_TESTS = (
     "tests/flashdit/evaluation/metrics/test_manifold.py",
     "tests/flashdit/evaluation/metrics/test_scoring.py",
@@ -126,15 +126,6 @@ def make_all(parts: Sequence[Part], path: Path, about: dict[str, Any], whole_s: 
     return found
 
 
-def code_version() -> str:
-    """Returns the hash of the code's files, which a record is of."""
-    digest = hashlib.sha256()
-    for folder in ("iwin_core", "flashdit", "benchmarks", "tests/iwin_core"):
-        for path in sorted(Path(ROOT, folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def main() -> None:
     """Makes what is left and says what passed; exits with 1 unless all did."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -142,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise ValueError("make gpu needs a CUDA device, got none")
-    about = machine() | {"code": code_version()}
+    about = machine() | {"code": code_sha256(ROOT / folder for folder in CODE)[:16]}
     path = RESULTS / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', str(about['gpu']))}.json"
     found = make_all(PARTS, path, about, arguments.seconds)
     for name, record in found.items():

@@ -93,6 +93,18 @@ def memory_bytes(
     return rows | {"sum": sum(rows.values())}
 
 
+def activations_on(config: RunConfig, device: str) -> dict[str, Activations]:
+    """Returns the activations of a run's training step by what is kept of the blocks.
+
+    Args:
+        config: Of the run.
+        device: Kind of device, `cpu` or `cuda`: on a CPU attention is computed as the run chooses.
+    """
+    processor = config.training.cpu_attention if device == "cpu" else FUSED
+    low_precision = config.training.precision != "fp32"
+    return activations(config.model_arguments, low_precision, None if processor == AUTO else processor)
+
+
 def check_step_fits(config: RunConfig, device: torch.device, processes: int, sharded: bool) -> None:
     """Refuses a model or a batch that the memory of a device cannot hold.
 
@@ -105,9 +117,9 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
     Raises:
         ValueError: If a training step is larger; says what takes most of it.
     """
-    training, options = config.training, config.model_arguments
+    training = config.training
     counts, one = count_parameters(config), model_without_memory(config, depth=1)
-    tokens = math.prod(one.native_grid) * one.config["hidden_size"] * depth_of(options)
+    tokens = math.prod(one.native_grid) * one.config["hidden_size"] * depth_of(config.model_arguments)
 
     def check(per_image: float, fixed: float = 0.0) -> float:
         saved = Activations(fixed=fixed, per_image=per_image)
@@ -124,7 +136,5 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
     )
     if memory is not None and at_most > memory:
         way = RECOMPUTED[training.gradient_checkpointing + training.keep_matmuls]
-        processor = training.cpu_attention if device.type == "cpu" else FUSED
-        processor = None if processor == AUTO else processor
-        saved = activations(options, training.precision != "fp32", processor)[way]
+        saved = activations_on(config, device.type)[way]
         check(saved.per_image, saved.fixed)

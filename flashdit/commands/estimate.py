@@ -103,10 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.table import Table
 
     from flashdit.commands.budget import facts, memory_table, read_config, with_data
-    from flashdit.memory import count_parameters
-    from flashdit.models.costs import activations, forward_flops
+    from flashdit.memory import activations_on, count_parameters
+    from flashdit.models.costs import forward_flops
     from flashdit.shared.process import AUTO, precision_here
-    from iwin_core.kernels.cpu_attention import FUSED
 
     config = read_config(arguments.config, arguments.overrides)
     if config.training.precision == AUTO:
@@ -120,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         about.add_row(name, text)
     console = open_console()
     console.print(about)
-    processor = None if machine.measured == "cpu" else FUSED
-    ways = activations(config.model_arguments, config.training.precision != "fp32", processor)
+    ways = activations_on(config, machine.measured or "cuda")
     for sharded in (False, True) if machine.devices > 1 else (False,):
         console.print(memory_table(config, counts, ways, machine.devices, sharded))
     console.print(

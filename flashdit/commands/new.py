@@ -145,19 +145,16 @@ def with_costs(draft: Draft) -> tuple[Draft, dict[str, str]]:
 
     from flashdit.commands import budget
     from flashdit.config import with_sizes
-    from flashdit.memory import count_parameters, memory_bytes
-    from flashdit.models.costs import activations, forward_flops
+    from flashdit.memory import activations_on, count_parameters, memory_bytes
+    from flashdit.models.costs import forward_flops
     from flashdit.shared.process import device_memory
-    from iwin_core.kernels.cpu_attention import FUSED
 
     machine = budget.this_machine(parsed(draft.to_yaml("")).training)
     draft, seconds, costs = affordable(draft, machine)
     config, data = budget.with_data(parsed(draft.to_yaml("")))
     assert data is not None
     counts, multiply_adds = count_parameters(config), forward_flops(config.model_arguments) / 2
-    processor = None if draft.device == "cpu" else FUSED
-    low = config.training.precision != "fp32"
-    saved = activations(config.model_arguments, low, processor)["all kept"]
+    saved = activations_on(config, draft.device)["all kept"]
     memory, batch, parts = device_memory(torch.device(draft.device)), config.training.global_batch_size, 1
     needed = memory_bytes(config, counts, saved, 1, False)["sum"]
     while memory is not None and needed > MEMORY_SHARE * memory and batch % (2 * parts) == 0:

@@ -37,7 +37,7 @@ from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.paths import check_outside, printable
-from flashdit.shared.process import AUTO, AUTOCAST, precision_here
+from flashdit.shared.process import AUTO, AUTOCAST, decided
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import check_workers, read_batches
 from flashdit.shared.registry import unknown
@@ -104,8 +104,7 @@ class FolderEncoding:
     """
 
     def __init__(self, options: EncodingOptions, device: torch.device | str = "cpu"):
-        if options.precision == AUTO:
-            options = replace(options, precision=precision_here(str(device)))
+        options = replace(options, precision=decided(options.precision, device))
         self.options, self.out = options, Path(options.out)
         check_outside(self.out, options.images, "--out", "--images")
         self.before = read_plan(self.out)

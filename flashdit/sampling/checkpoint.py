@@ -19,7 +19,7 @@ from flashdit.models.dit import FlashDiT
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import change_sampler, current_sampling
-from flashdit.shared.process import AUTO, precision_here
+from flashdit.shared.process import decided
 from flashdit.shared.registry import unknown
 from flashdit.shared.runs import (
     LATENTS,
@@ -181,8 +181,7 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
     changes["sampler"] = change_sampler(generator.sampling.sampler, name, texts)
     options = replace(generator.sampling, **changes)
     device = generator.space.mean.device
-    if options.precision == AUTO:
-        options = replace(options, precision=precision_here(str(device)))
+    options = replace(options, precision=decided(options.precision, device))
     generator.check_batch_fits(options, 1)
     generator.warn_of_guidance(options)
     warn_if_slow(options.precision, device)

@@ -140,9 +140,8 @@ def export_run(
     check_outside(out, generator.images_path, "OUT", f"the run {generator.run_dir}")
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     target = out.resolve()
-    with only_writer(
-        target, is_file=True, called="OUT"
-    ):  # its lock lies beside it, since the folder itself is replaced
+    # Its lock lies beside it, since the folder itself is replaced.
+    with only_writer(target, is_file=True, called="OUT"):
         before = read_export(out)
         write_atomically(target, pipeline.save_pretrained)
     if before is None:

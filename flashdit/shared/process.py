@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from iwin_core.kernels.cpu_attention import FUSED, read_table, this_processor
+from iwin_core.kernels.cpu_attention import BF16_INSTRUCTIONS, FUSED, read_table, this_processor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
@@ -20,8 +20,6 @@ AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.fl
 """Precisions by name, and the dtype that autocast gives matrix products in each; None leaves float32."""
 AUTO = "auto"
 """A value that is decided by the device where it is first used, and written down."""
-BF16_INSTRUCTIONS = ("amx_tile", "avx512_bf16")
-"""Those of a processor that multiply bfloat16."""
 
 
 def precision_here(device: str) -> str:
@@ -33,6 +31,11 @@ def precision_here(device: str) -> str:
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if this_processor().endswith(BF16_INSTRUCTIONS) else "fp32"
+
+
+def decided(precision: str, device: torch.device | str) -> str:
+    """Returns a precision, in the place of `auto` what that means on the device."""
+    return precision_here(str(device)) if precision == AUTO else precision
 
 
 def attention_here(device: str) -> str:

@@ -22,7 +22,9 @@ TABLE = Path(__file__).with_suffix(".json")
 FUSED, PRODUCTS = "fused", "products"
 GAIN = 1.15
 """How many times as fast the products must have been to be chosen."""
-INSTRUCTIONS = ("amx_tile", "avx512_bf16", "avx512_f", "avx2")  # the fastest first
+BF16_INSTRUCTIONS = ("amx_tile", "avx512_bf16")
+"""Those of a processor that multiply bfloat16."""
+INSTRUCTIONS = (*BF16_INSTRUCTIONS, "avx512_f", "avx2")  # the fastest first
 
 
 @cache

@@ -20,6 +20,7 @@ from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
 from flashdit.evaluation.images.recorded import check_samples, sample_recipe
 from flashdit.sampling.folder import ARRAYS
+from flashdit.shared.files import code_sha256
 
 TAKE_ROWS = 100  # images in memory beside those that are taken
 
@@ -214,8 +215,4 @@ def digest_of(tensors: Sequence[Tensor]) -> str:
 @cache
 def code_digest() -> str:
     """Returns the sha256 of the code: a changed sampler draws other images of the same weights."""
-    digest = hashlib.sha256()
-    for package in (Path(__file__).parents[2], Path(iwin_core.__file__).parent):
-        for file in sorted(package.rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return code_sha256([Path(__file__).parents[2], Path(iwin_core.__file__).parent])
