@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from flashdit import config
 from flashdit.data.shards import write_shard, write_statistics
+from flashdit.shared.files import TEMPORARY
 from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
 from flashdit.training.meter import TIMINGS
@@ -172,12 +173,12 @@ def kill_in_save(trials: Trials, draw: random.Random) -> bool:
     """SIGKILL while a checkpoint is half written."""
     run_dir = trials.run_dir()
     step = draw.randrange(2, STEPS)
-    half = run_dir / "checkpoints" / f".step_{step:08d}.tmp"
+    half = f".step_{step:08d}.*{TEMPORARY}"
     with started([*trials.overrides, f"run.dir={run_dir}"]) as process:
-        while not half.exists():
+        while not any((run_dir / "checkpoints").glob(half)):
             if os.waitpid(process, os.WNOHANG)[0]:
                 return False  # it was too fast to be caught
-    return half.exists() and trials.ends_equal(run_dir)
+    return any((run_dir / "checkpoints").glob(half)) and trials.ends_equal(run_dir)
 
 
 def full_disk(trials: Trials, draw: random.Random) -> bool:

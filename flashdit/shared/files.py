@@ -1,7 +1,8 @@
 """Files and folders that exist whole or not at all, and what tells one file from another.
 
-While FOLDER/NAME is written, its content lies in FOLDER/.NAME.XXXXXXXX.tmp/NAME, a temporary folder that its
-writer holds locked. A folder that is replaced waits as FOLDER/.NAME.old while the new one takes its name.
+While FOLDER/NAME is written, its content lies in FOLDER/.NAME.XXXXXXXX.flashdit-tmp/NAME, a temporary
+folder that its writer holds locked. A folder that is replaced waits as FOLDER/.NAME.flashdit-old while the
+new one takes its name. No file of anybody else's has such a name: `.vimrc.old` is never touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from flashdit.shared.locks import held, locked_folder
 
-TEMPORARY, REPLACED = ".tmp", ".old"
+TEMPORARY, REPLACED = ".flashdit-tmp", ".flashdit-old"
 DRAWN = "drawn by flashdit"
 """Text in the files of pictures that commands draw, by which a later one knows that it may replace them."""
 
@@ -82,7 +83,7 @@ def mend(folder: Path, name: str | None = None) -> None:
                     os.replace(old, target)
         for old in replaced:
             discard(old)
-    for leftover in folder.glob(f".{pattern}.*{TEMPORARY.removeprefix('.')}"):
+    for leftover in folder.glob(f".{pattern}.*{TEMPORARY}"):
         try:
             with held(leftover) as free:
                 if free:

@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"
+LOCK = ".flashdit-lock"
 """The lock file in a folder that has one writer."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # EBADF: a folder on NFS
 
@@ -92,9 +92,9 @@ def only_writer(
 ) -> Iterator[None]:
     """Runs as the only writer of a folder or an output file.
 
-    The lock file holds the writer's host and process. It is `.lock` in the folder, which is made if need be,
-    or `.NAME.lock` beside the file, and is removed at the end. Folders that were made for it and stay empty
-    are removed too.
+    The lock file holds the writer's host and process. It is `.flashdit-lock` in the folder, which is made if
+    need be, or `.NAME.flashdit-lock` beside the file, and is removed at the end. Folders that were made for it
+    and stay empty are removed too.
 
     Args:
         target: The folder or file.
@@ -110,14 +110,16 @@ def only_writer(
     if mark is not None:
         check_replaceable(target, mark, called)
     made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _take(path, target)
+    descriptor = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(path, target)
         yield
     finally:
-        if descriptor.number is not None:  # not in a forked process
-            path.unlink(missing_ok=True)
-            descriptor.close()
+        if descriptor is None or descriptor.number is not None:  # not in a forked process
+            if descriptor is not None:
+                path.unlink(missing_ok=True)
+                descriptor.close()
             with suppress(OSError):  # something was written
                 for folder in made:
                     folder.rmdir()
@@ -148,7 +150,8 @@ def _take(path: Path, target: Path) -> _Descriptor:
             same = False
         if same:  # otherwise its last holder removed it between opening and locking
             os.ftruncate(number, 0)
-            os.write(number, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+            with suppress(OSError):  # the disk is full, which what is written next will tell; the lock holds
+                os.write(number, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
             return descriptor
         descriptor.close()
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashdit.shared.files import file_sha256, mend, write_atomically, write_json
+from flashdit.shared.locks import only_writer
 
 
 @pytest.mark.parametrize("old", [None, "file", "folder"])
@@ -123,12 +124,16 @@ def test_what_is_being_written_is_no_leftover(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_leftovers_of_earlier_versions_are_removed(tmp_path):
-    (tmp_path / ".target.tmp").mkdir()
-    (tmp_path / ".other.tmp").write_text("half")
-    (tmp_path / ".hidden").write_text("of the user's")
+def test_hidden_files_of_the_users_are_left_alone(tmp_path):
+    names = {".vimrc.old", ".f.old", ".f.a1b2.tmp", ".x.tmp", ".hidden", ".lock", ".f.lock"}
+    for name in names:
+        (tmp_path / name).write_text("of the user's")
     mend(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+    write_atomically(tmp_path / "f", lambda path: path.write_text("whole"))
+    with only_writer(tmp_path), only_writer(tmp_path / "f", is_file=True):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "f"}
+    assert {(tmp_path / name).read_text() for name in names} == {"of the user's"}
 
 
 def test_data_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_is_killed(tmp_p
 def test_a_file_is_locked_beside_it(tmp_path):
     folder = tmp_path / "a" / "b"
     with only_writer(folder / "f.json", is_file=True):
-        assert [path.name for path in folder.iterdir()] == [".f.json.lock"]
+        assert [path.name for path in folder.iterdir()] == [f".f.json{LOCK}"]
         with (
             pytest.raises(ValueError, match="one writer at a time"),
             only_writer(folder / "f.json", is_file=True),
@@ -150,3 +150,17 @@ for _ in range(300):
 """
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
+
+
+def test_a_full_disk_leaves_no_lock_and_no_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(OSError, match="of what is written"), only_writer(tmp_path / "a" / "run"):
+        raise OSError("of what is written")
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a: (refuse if LOCK in str(path) else real)(path, *a))
+    with pytest.raises(OSError, match="No space"), only_writer(tmp_path / "a" / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []

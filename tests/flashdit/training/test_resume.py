@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from flashdit import config
+from flashdit.shared.files import TEMPORARY
 from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
@@ -120,8 +121,8 @@ def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
 
 def test_what_kills_left_in_a_run_is_removed_by_the_next(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
-    names = ("checkpoints/.step_00000003.a.tmp", ".config.yaml.b.tmp", "samples/.step_00000001.png.c.tmp")
-    leftovers = [tmp_path / "run" / name for name in names]
+    names = ("checkpoints/.step_00000003.a", ".config.yaml.b", "samples/.step_00000001.png.c")
+    leftovers = [tmp_path / "run" / f"{name}{TEMPORARY}" for name in names]
     for leftover in leftovers:
         leftover.mkdir(parents=True)
     trainer(tiny_overrides).fit()
