@@ -93,8 +93,8 @@ def only_writer(
     """Runs as the only writer of a folder or an output file.
 
     The lock file holds the writer's host and process. It is `.flashdit-lock` in the folder, which is made if
-    need be, or `.NAME.flashdit-lock` beside the file, and is removed at the end. Folders that were made for it
-    and stay empty are removed too.
+    need be, or `.NAME.flashdit-lock` beside the file, and is removed at the end. Folders that were made for
+    it and stay empty are removed too.
 
     Args:
         target: The folder or file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -58,6 +59,14 @@ def read_content(path: Path) -> Any:
         raise ValueError(
             f"weights must be a readable {kind} file, {path} is not: {_reason(error)}"
         ) from error
+
+
+def tensors_crc32(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the CRC-32 of tensors, in the order of their names, as hexadecimal digits."""
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def _reason(error: Exception) -> str:

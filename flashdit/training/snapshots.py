@@ -9,17 +9,16 @@ distance to the average, and bfloat16 to eight times that; the reconstruction is
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.weights import tensors_crc32
 from flashdit.training.profiles import Profile
 
 SNAPSHOTS = "ema_snapshots"
@@ -46,7 +45,7 @@ class Snapshot:
             ValueError: If it is not what was written.
         """
         average = load_file(self.path)
-        if self.crc32 is not None and _crc32(average) != self.crc32:
+        if self.crc32 is not None and tensors_crc32(average) != self.crc32:
             raise ValueError(f"{self.path} is damaged: its checksum is not the one that it was written with")
         return average
 
@@ -56,19 +55,11 @@ def write_snapshots(folder: Path, step: int, tracks: Mapping[Profile, Mapping[st
     for profile, average in tracks.items():
         path = folder / f"step_{step:08d}_std{profile.width:.3f}.safetensors"
         tensors = {name: value.contiguous() for name, value in average.items()}
-        told = {"step": step, "width": profile.width, "updates": profile.updates, "crc32": _crc32(tensors)}
-        about = json.dumps(told)
+        crc32 = tensors_crc32(tensors)
+        about = json.dumps({"step": step, "width": profile.width, "updates": profile.updates, "crc32": crc32})
         write_atomically(
             path, lambda temporary, t=tensors, a=about: save_file(t, temporary, {SNAPSHOT_KEY: a})
         )
-
-
-def _crc32(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the CRC-32 of tensors, in the order of their names, as hexadecimal digits."""
-    found = 0
-    for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:

@@ -11,17 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
 from flashdit.evaluation.images.sources import Source
 from flashdit.shared.files import file_sha256, write_atomically
+from flashdit.shared.weights import tensors_crc32
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+CHECKSUM = "crc32"
+"""Key of a file's metadata: of its tensors."""
 CACHE_VARIABLE, SIZE_VARIABLE = "FLASHDIT_CACHE", "FLASHDIT_CACHE_GB"
 DEFAULT_GB = 5.0
 """What the cache may hold, in 10^9 bytes: an evaluation of 50,000 images under Inception takes about 0.7."""
@@ -84,10 +87,13 @@ class FeatureCache:
             if not path.is_file():
                 return None
             tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get(CHECKSUM) != tensors_crc32(tensors):
+                    raise ValueError("its checksum is not the one that it was written with")
             with suppress(OSError):
                 os.utime(path)  # when it was last used
             return tensors
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             logger.warning("features in %s cannot be read and are made again: %s", path, error)
             return None
 
@@ -95,8 +101,9 @@ class FeatureCache:
         """Keeps the tensors of a part, whole or not at all; a full or read-only disk costs only a warning."""
         path = self._path(key, part)
         whole = {name: value.contiguous() for name, value in tensors.items()}
+        about = {CHECKSUM: tensors_crc32(whole)}
         try:
-            write_atomically(path, lambda temporary: save_file(whole, temporary))
+            write_atomically(path, lambda temporary: save_file(whole, temporary, about))
         except (OSError, SafetensorError) as error:
             logger.warning("features cannot be kept in %s: %s", path, error)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,11 @@ from flashdit.evaluation.images.recorded import (
     sample_files,
     sample_recipe,
 )
+from flashdit.shared.files import file_sha256
 from flashdit.shared.paths import printable
+from flashdit.shared.progress import progress_bar
 
-FilesAndClasses = tuple[dict[Path, int], Tensor | None, dict[int, str] | None]
+FilesAndClasses = tuple[list[Path], Tensor | None, dict[int, str] | None]
 
 
 class FolderSource:
@@ -70,39 +74,38 @@ class FolderSource:
         self.background = parse_background(background)
         self._recipe = sample_recipe(path)
         if self._recipe:
-            sizes, self.labels, self.class_names = self._samples()
+            files, self.labels, self.class_names = self._samples()
         else:
-            sizes, self.labels, self.class_names = self._found()
-        self.count = limited(len(sizes), limit, path)
-        self.files = [*sizes][: self.count]
-        self.num_bytes = [*sizes.values()][: self.count]
+            files, self.labels, self.class_names = self._found()
+        self.count = limited(len(files), limit, path)
+        self.files = files[: self.count]
         self.labels = None if self.labels is None else self.labels[: self.count]
         self.cropped_to = None if image_size is None else self._needs_crop(image_size)
         _, height, width = self._image(self.files[0]).shape
         self.image_size = (height, width)
 
     def _samples(self) -> FilesAndClasses:
-        """Returns the files of samples and their bytes, labels and what these are called."""
+        """Returns the files of samples, their labels and what these are called."""
         check_samples(self.path, self._recipe)
-        sizes = sample_files(self.path, self._recipe)
-        labels = recorded_labels([*sizes], self._recipe)
+        files = sample_files(self.path, self._recipe)
+        labels = recorded_labels(files, self._recipe)
         unknown = "" if labels is not None else "; the pictures do not tell their classes apart"
-        report_images(f"{printable(self.path)}: {len(sizes):,} samples of `flashdit sample`{unknown}", {})
-        return sizes, labels, None if labels is None else names_in_recipe(self._recipe)
+        report_images(f"{printable(self.path)}: {len(files):,} samples of `flashdit sample`{unknown}", {})
+        return files, labels, None if labels is None else names_in_recipe(self._recipe)
 
     def _found(self) -> FilesAndClasses:
-        """Returns the files of all images and their bytes, labels and what these are called."""
+        """Returns the files of all images, their labels and what these are called."""
         found = find_images(self.path, called="a folder of images")
         for name, why in found.unreadable.items():
             raise ValueError(f"every image must be readable, {printable(self.path / name)} is not: {why}")
         report_images(found.describe(), {})
         rows = sorted(range(len(found.paths)), key=lambda row: file_order(found.paths[row]))
-        sizes = {found.paths[row]: found.num_bytes[row] for row in rows}
+        files = [found.paths[row] for row in rows]
         if found.paths[0].parent == self.path:
-            return sizes, None, None
+            return files, None, None
         numbers = folder_numbers(found.class_names)
         labels = torch.tensor([numbers[found.labels[row]] for row in rows])
-        return sizes, labels, dict(zip(numbers, found.class_names, strict=True))
+        return files, labels, dict(zip(numbers, found.class_names, strict=True))
 
     def _needs_crop(self, side: int) -> int | None:
         """Returns the side if an image has another size, having said how many are enlarged; else None."""
@@ -145,25 +148,26 @@ class FolderSource:
                         )
                 yield torch.stack(images)
 
-    def _digest(self, *, times: bool) -> str:
-        """Returns the hash of names, sizes and perhaps times, and of a background or crop."""
+    @property
+    def sha256(self) -> str:
+        """The hash of the files' names and contents, and of a background or crop; a copy shares it."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         reading = "" if self.background == WHITE else str(self.background)
         reading += "" if self.cropped_to is None else f"\0{self.cropped_to}"
         digest = hashlib.sha256(reading.encode())
-        for file, size in zip(self.files, self.num_bytes, strict=True):
-            time = f"\0{file.stat().st_mtime_ns}" if times else ""
-            digest.update(f"{file.relative_to(self.path)}\0{size}{time}\n".encode())
+        with ThreadPoolExecutor(READERS) as readers:
+            found = readers.map(file_sha256, self.files)
+            bar = progress_bar(found, desc="checksums", unit="file", total=self.count, leave=False)
+            for file, content in zip(self.files, bar, strict=True):
+                digest.update(os.fsencode(file.relative_to(self.path)) + f"\0{content}\n".encode())
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the images are known by: names, sizes and times of files, and how they are read."""
-        return {
-            "kind": "folder",
-            "files": self._digest(times=True),
-            "count": self.count,
-            "background": self.background,
-            "cropped_to": self.cropped_to,
-        }
+        """Returns what the images are known by: names and contents of files, and how they are read."""
+        return {"kind": "folder", "sha256": self.sha256, "count": self.count}
 
     def recipe(self) -> dict[str, Any]:
         """Returns path and count, the crop, and the recipe that `flashdit sample` left with the pictures."""
@@ -172,15 +176,10 @@ class FolderSource:
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels, (self._recipe or {}).get("labels")),
-            "names_sha256": self.sha256,
+            "sha256": self.sha256,
             "cropped_to": self.cropped_to,
         }
         return recipe | ({"recipe": self._recipe} if self._recipe else {})
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the names and sizes of the files, which a copy of the folder shares."""
-        return self._digest(times=False)
 
 
 def file_order(file: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +59,6 @@ class NpzSource:
             if "arr_0" not in headers:
                 raise ValueError(f"{SAMPLES_RULE}, got {sorted(headers)} in {path}")
             check_images(headers["arr_0"], path)
-            about = archive.getinfo("arr_0.npy")
-            self._content = {"crc": about.CRC, "size": about.file_size}
             self.shape = headers["arr_0"].shape
             labels = self._read_labels(archive, headers["arr_1"]) if "arr_1" in headers else None
             if "class_names" in headers:
@@ -117,21 +116,25 @@ class NpzSource:
 
     @property
     def sha256(self) -> str:
-        """The hash of the file."""
+        """The hash of the file, which is read to its end for it."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         return file_sha256(self.path)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the images are known by: the checksum that the archive keeps of them."""
-        return {"kind": "npz", **self._content, "count": self.count}
+        """Returns what the images are known by: the hash of the file."""
+        return {"kind": "npz", "sha256": self.sha256, "count": self.count}
 
     def recipe(self) -> dict[str, Any]:
-        """Returns path, count and checksum, and the recipe that `flashdit sample` left beside the file."""
+        """Returns path, count and hash, and the recipe that `flashdit sample` left beside the file."""
         recipe = {
             "source": "npz",
             "path": str(self.path),
             "num_images": self.count,
             "labels": label_mode(self.labels),
-            "crc32": self._content["crc"],
+            "sha256": self.sha256,
         }
         return recipe | ({"recipe": self._recipe} if self._recipe else {})
 

@@ -61,8 +61,8 @@ def check_samples(folder: Path, recipe: dict[str, Any]) -> None:
         )
 
 
-def sample_files(folder: Path, recipe: dict[str, Any]) -> dict[Path, int]:
-    """Returns the picture of each sample, in order, and its bytes; no other picture is one.
+def sample_files(folder: Path, recipe: dict[str, Any]) -> list[Path]:
+    """Returns the picture of each sample, in order; no other picture is one.
 
     Raises:
         ValueError: If one is missing.
@@ -76,7 +76,7 @@ def sample_files(folder: Path, recipe: dict[str, Any]) -> dict[Path, int]:
         raise ValueError(
             f"a folder of samples must be complete, {folder} lacks {missing[0]}{others}: {AGAIN}"
         )
-    return {folder / name: sizes[name] for name in names}
+    return [folder / name for name in names]
 
 
 def recorded_labels(files: list[Path], recipe: dict[str, Any]) -> Tensor | None:

@@ -237,16 +237,39 @@ def test_identity_follows_the_content_and_not_the_name(tmp_path, images):
     assert NpzSource(path).identity() != before
 
 
+def test_an_npz_with_a_damaged_pixel_is_not_the_one_that_it_was(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, np.zeros((20, 64, 64, 3), dtype=np.uint8))  # larger than what is read to open it
+    before = NpzSource(path).identity()
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 1  # the checksum that the archive keeps stays
+    path.write_bytes(flipped)
+    assert NpzSource(path).identity() != before
+
+
 def test_identity_of_a_folder_follows_its_files(tmp_path, images):
     save_folder(tmp_path, images[:2], ["0.png", "1.png"])
     before = FolderSource(tmp_path)
     identity, digest = before.identity(), before.sha256
-    assert FolderSource(tmp_path).identity() == identity
     os.utime(tmp_path / "1.png", ns=(1, 1))
-    assert FolderSource(tmp_path).identity() != identity
-    assert FolderSource(tmp_path).sha256 == digest
+    assert (FolderSource(tmp_path).identity(), FolderSource(tmp_path).sha256) == (identity, digest)
     (tmp_path / "1.png").rename(tmp_path / "2.png")
-    assert FolderSource(tmp_path).sha256 != digest
+    renamed = FolderSource(tmp_path)
+    assert renamed.identity() != identity
+    assert renamed.sha256 != digest
+
+
+def test_folders_of_equal_names_sizes_and_times_are_not_the_same_images(tmp_path, images):
+    sources = []
+    for name, change in (("one", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(images[0] ^ change).save(tmp_path / name / "0.bmp")
+        os.utime(tmp_path / name / "0.bmp", ns=(1, 1))
+        sources.append(FolderSource(tmp_path / name))
+    one, other = sources
+    assert (tmp_path / "one" / "0.bmp").stat().st_size == (tmp_path / "other" / "0.bmp").stat().st_size
+    assert one.identity() != other.identity()
+    assert one.sha256 != other.sha256
 
 
 @pytest.mark.parametrize("keep", [0, 20, 100], ids=["empty", "header", "half"])
