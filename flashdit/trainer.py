@@ -40,7 +40,7 @@ from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products, precision_here
-from flashdit.shared.runs import LATENTS, list_checkpoints, newest_readable, read_state
+from flashdit.shared.runs import LATENTS, check_whole, list_checkpoints, newest_readable, read_state
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -168,7 +168,12 @@ class FlashDiTTask(Task):
 
         An autoencoder that the run did not name before is accepted where it fits, and so is a moved one.
         """
-        begun = newest_readable(self.run_dir, lambda checkpoint: LatentSpace.read(checkpoint / LATENTS))
+
+        def read_space(checkpoint: Path) -> LatentSpace:
+            check_whole(checkpoint, LATENTS)
+            return LatentSpace.read(checkpoint / LATENTS)
+
+        begun = newest_readable(self.run_dir, read_space)
         if begun is None:
             return
         before, now = begun.options, self.space.options
@@ -255,8 +260,6 @@ class FlashDiTTask(Task):
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a plain configuration with the defaults of data set, model, attention and times."""
-        if not config:
-            return {}
         arguments = inspect.signature(FlashDiT.__init__).parameters.values()
         defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
         model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML

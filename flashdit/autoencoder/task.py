@@ -191,7 +191,7 @@ class AutoencoderTask(Task):
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a plain configuration with the data set's defaults."""
-        return {**config, "data": DATASETS.filled(config.get("data"))} if config else {}
+        return {**config, "data": DATASETS.filled(config.get("data"))}
 
     def contents(self) -> dict[str, Any]:
         """Returns what the data set's files are, wherever they lie."""

@@ -184,9 +184,9 @@ class LatentSpace:
                 mean, std = file.get_tensor("mean"), file.get_tensor("std")
                 about = json.loads(file.metadata()["space"])
             identity = about.pop("identity")
+            return cls(mean, std, LatentOptions(**about), identity=identity)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
-        return cls(mean, std, LatentOptions(**about), identity=identity)
 
     @classmethod
     def load(cls, path: Path, vae: str | None = None) -> LatentSpace:

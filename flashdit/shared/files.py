@@ -7,6 +7,7 @@ new one takes its name. No file of anybody else's has such a name: `.vimrc.old` 
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -14,14 +15,17 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from flashdit.shared.locks import held, locked_folder
 
 TEMPORARY, REPLACED = ".flashdit-tmp", ".flashdit-old"
+LITTLE_ROOM = 2**20
 DRAWN = "drawn by flashdit"
 """Text in the files of pictures that commands draw, by which a later one knows that it may replace them."""
 
@@ -35,13 +39,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The file or folder to make; the folders above it are made if need be.
         write: Writes the whole content to the path that it is given, which has the same name.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path.parent, path.name)
     with _temporary_folder(path) as folder:
         content = folder / path.name
-        write(content)
-        _settle_on_disk(content)
+        try:
+            write(content)
+            _settle_on_disk(content)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the latter two of torch and safetensors
+            why = ", the disk is full" if _is_full(error, folder) else ""
+            raise OSError(f"{path} could not be written{why}: {error}") from error
         with locked_folder(path.parent):
             old = path.with_name(f".{path.name}{REPLACED}")
             is_folder = path.is_dir()
@@ -98,6 +109,42 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+OWN_CHECKSUM = "crc32_of_the_rest"
+"""Key of a JSON file that tells whether the rest is as it was written; without it nothing is compared."""
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping for `write_json` with the checksum that `read_checked_json` compares."""
+    return {**content, OWN_CHECKSUM: _json_crc32(content)}
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Returns the mapping that a JSON file holds, without its checksum.
+
+    Raises:
+        ValueError: If it is no JSON, no mapping, or not what was written.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("its parts lie too deep in one another") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a mapping, got {type(content).__name__}")
+    written = content.pop(OWN_CHECKSUM, None)
+    if written is not None and written != _json_crc32(content):
+        raise ValueError(
+            f"its checksum is not the one that it was written with (without its line {OWN_CHECKSUM} it is "
+            "taken as it is)"
+        )
+    return content
+
+
+def _json_crc32(content: Any) -> str:
+    """Returns the CRC-32 of what JSON says, however it is laid out, as hexadecimal digits."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
@@ -120,6 +167,13 @@ def file_crc32(path: Path) -> str:
         while chunk := file.read(2**22):
             checksum = zlib.crc32(chunk, checksum)
     return f"{checksum:08x}"
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Returns whether a write failed for want of room; torch and safetensors give no error number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < LITTLE_ROOM
 
 
 @contextmanager

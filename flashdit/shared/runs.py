@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from flashdit.shared.files import file_crc32
+from flashdit.shared.files import file_crc32, read_checked_json
 from flashdit.shared.registry import unknown
 
 Content = TypeVar("Content")
@@ -21,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 CHECKSUMS = "crc32"
 """Key of a checkpoint's state.json: the CRC-32 of its files by name, but of those that people may edit."""
 EDITABLE = ("config.yaml", STATE)
+POSTHOC_FILE = "posthoc.json"
+"""In an average made after training: how, and the checksums of its files."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -115,14 +116,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {STATE}")
     try:
-        state = json.loads(path.read_text())
+        state = read_checked_json(path)
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}") from error
-    if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path} is damaged: it must hold a mapping")
+    step, known = state.get("step", 0), state.get(CHECKSUMS, {})
+    if not is_count(step):
+        raise DamagedCheckpoint(f"{path} is damaged: step must be a whole number, 0 or more, got {step!r}")
+    if not isinstance(known, dict):
+        raise DamagedCheckpoint(f"{path} is damaged: {CHECKSUMS} must be checksums by name, got {known!r}")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [CHECKPOINT_FORMAT])
     return state
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value is a whole number, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def find_average(path: Path | str, called: str) -> Path:
@@ -142,8 +151,8 @@ def find_average(path: Path | str, called: str) -> Path:
 
 def images_of(config: Mapping[str, Any]) -> str | None:
     """Returns the folder of images that a run's plain configuration names; None for other data."""
-    data = config.get("data") or {}
-    return data.get("path") if data.get("name") == "images" else None
+    data = config.get("data")
+    return data.get("path") if isinstance(data, Mapping) and data.get("name") == "images" else None
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:
@@ -151,6 +160,14 @@ def checksums(checkpoint: Path) -> dict[str, str]:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     names = {path.relative_to(checkpoint).as_posix(): path for path in files}
     return {name: file_crc32(path) for name, path in names.items() if name not in EDITABLE}
+
+
+def _posthoc_checksums(about: Path) -> dict[str, str]:
+    """Returns the checksums that an average made after training keeps of its files."""
+    try:
+        return read_checked_json(about).get(CHECKSUMS, {})
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{about} is damaged: {error}") from error
 
 
 def check_whole(checkpoint: Path, part: str = "") -> None:
@@ -165,7 +182,11 @@ def check_whole(checkpoint: Path, part: str = "") -> None:
     Raises:
         DamagedCheckpoint: If a file is missing or another one; names it.
     """
-    for name, written in read_state(checkpoint).get(CHECKSUMS, {}).items():
+    known = read_state(checkpoint).get(CHECKSUMS, {})
+    about = checkpoint / part / POSTHOC_FILE
+    if part and about.is_file():
+        known = {f"{part}/{name}": checksum for name, checksum in _posthoc_checksums(about).items()}
+    for name, written in known.items():
         path = checkpoint / name
         if not PurePosixPath(name).is_relative_to(part):
             continue

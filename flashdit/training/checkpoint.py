@@ -7,16 +7,13 @@ runs/<name>/checkpoints/step_XXXXXXXX/
     optimizer.pt          AdamW's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
     state.json            step, images seen, EMA updates, steps skipped, what the task adds, and the CRC-32 of
-                          every file but config.yaml
+                          every file but config.yaml, and of itself
     config.yaml           the resolved configuration
 The .pt files are loaded with weights_only=True.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +21,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flashdit.shared.files import discard, write_atomically, write_json
+from flashdit.shared.files import discard, with_checksum, write_atomically, write_json
 from flashdit.shared.paths import check_disk
 from flashdit.shared.runs import (
     CHECKPOINT_FORMAT,
@@ -35,6 +31,7 @@ from flashdit.shared.runs import (
     STATE,
     DamagedCheckpoint,
     checksums,
+    is_count,
     list_checkpoints,
     read_state,
     step_of,
@@ -45,7 +42,6 @@ from flashdit.training.snapshots import TRACKS, read_tracks
 
 OPTIMIZER, PROCESSES = "optimizer.pt", "processes.pt"
 POSITION = ("step", "images_seen", "ema_updates", "skipped", "skipped_in_a_row")
-LITTLE_ROOM = 2**20
 
 
 def write_checkpoint(
@@ -76,20 +72,12 @@ def write_checkpoint(
         torch.save(processes, temporary / PROCESSES)
         (temporary / "config.yaml").write_text(config_text)
         whole = {"format": CHECKPOINT_FORMAT, **state, CHECKSUMS: checksums(temporary)}
-        write_json(temporary / STATE, whole)
+        write_json(temporary / STATE, with_checksum(whole))
 
     try:
         write_atomically(folder, write)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the latter two
-        why = "the disk is full" if _is_full(error, folder.parent) else "it failed"
-        raise OSError(f"{folder} could not be written, {why}; earlier ones stay: {error}") from error
-
-
-def _is_full(error: Exception, folder: Path) -> bool:
-    """Returns whether a write failed for want of room; torch and safetensors give no error number."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free < LITTLE_ROOM
+    except OSError as error:
+        raise OSError(f"{error}; earlier checkpoints stay") from error
 
 
 @dataclass(kw_only=True)
@@ -112,9 +100,11 @@ def read_checkpoint(folder: Path) -> Saved:
         ValueError: If its format is not one this version reads.
     """
     state = read_state(folder)
-    missing = [name for name in POSITION if name not in state]
+    missing = [name for name in POSITION if not is_count(state.get(name))]
     if missing:
-        raise DamagedCheckpoint(f"{folder / STATE} is damaged: it has no {', '.join(missing)}")
+        raise DamagedCheckpoint(
+            f"{folder / STATE} is damaged: it has no whole number, 0 or more, as {', '.join(missing)}"
+        )
     for name in state.get(CHECKSUMS, (OPTIMIZER, PROCESSES, "model", "ema")):
         if not (folder / name).exists():
             raise DamagedCheckpoint(f"{folder} is damaged: it has no {name}")
@@ -160,11 +150,11 @@ def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
 
 
 def stored_config(checkpoint: Path) -> dict[str, Any]:
-    """Returns the configuration that a checkpoint or else its run holds; empty where neither does."""
+    """Returns the configuration that a checkpoint or else its run holds; empty where neither can be read."""
     for path in (checkpoint / "config.yaml", checkpoint.parent.parent / "config.yaml"):
         try:
             stored = yaml.safe_load(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
         if isinstance(stored, dict):
             return stored

@@ -54,7 +54,10 @@ def read_contents(run_dir: Path) -> dict[str, Any]:
     """Returns what a run's data were by content; empty where nothing is kept."""
     path = run_dir / CONTENTS
     try:
-        return json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+        stored = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+        if not isinstance(stored, dict):
+            raise ValueError(f"it must hold a mapping, got {type(stored).__name__}")
+        return stored
     except (OSError, EOFError, ValueError) as error:
         logger.warning(
             "%s is damaged, so the data are compared by what the checkpoint tells: %s", path, error

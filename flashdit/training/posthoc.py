@@ -6,21 +6,18 @@ RUN/checkpoints/step_XXXXXXXX/ema_0.100/    the layout of `ema/` beside it
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flashdit.shared.files import write_atomically
-from flashdit.shared.runs import read_state
+from flashdit.shared.files import with_checksum, write_atomically, write_json
+from flashdit.shared.runs import CHECKSUMS, POSTHOC_FILE, check_whole, checksums, read_state
 from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
-
-POSTHOC_FILE = "posthoc.json"
 
 
 def usable_snapshots(run: Path, checkpoint: Path) -> list[Snapshot]:
@@ -59,8 +56,9 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
         folder: Made whole or not at all; replaced if it is there.
 
     Raises:
-        ValueError: If the width is invalid or the snapshots are of another model.
+        ValueError: If the width is invalid, the snapshots are of another model, or what is read is damaged.
     """
+    check_whole(checkpoint, "ema")
     wanted = Profile(width=width, updates=read_state(checkpoint)["ema_updates"])
     coefficients, missed = solve([snapshot.profile for snapshot in snapshots], wanted)
     about = {
@@ -79,7 +77,7 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
                 _write_sum(path, snapshots, coefficients.tolist(), temporary / path.name)
             else:
                 shutil.copyfile(path, temporary / path.name)
-        (temporary / POSTHOC_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        write_json(temporary / POSTHOC_FILE, with_checksum({**about, CHECKSUMS: checksums(temporary)}))
 
     write_atomically(folder, write)
     return missed
@@ -88,16 +86,15 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
 def _write_sum(
     template: Path, snapshots: Sequence[Snapshot], coefficients: Sequence[float], path: Path
 ) -> None:
-    """Writes the tensors that a file has as sums over the snapshots, one tensor at a time, in float64."""
+    """Writes the tensors that a file has as sums over the snapshots, in float64."""
     with safe_open(template, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
     for snapshot, x in zip(snapshots, coefficients, strict=True):
-        try:
-            with safe_open(snapshot.path, "pt") as file:
-                for name, total in sums.items():
-                    total.add_(file.get_tensor(name).double(), alpha=x)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{snapshot.path} must hold the model of {template}: {error}") from error
+        average = snapshot.load()
+        for name, total in sums.items():
+            if name not in average or average[name].shape != total.shape:
+                raise ValueError(f"{snapshot.path} must hold the model of {template}, it has another {name}")
+            total.add_(average[name].double(), alpha=x)
     save_file({name: total.float() for name, total in sums.items()}, path, metadata)

@@ -134,18 +134,30 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
         A line for every other key that has changed.
 
     Raises:
-        ValueError: If one of the fixed keys has another value.
+        ValueError: If one of the fixed keys has another value, or nothing tells which they had.
     """
-    old, new = task.filled(stored_config(checkpoint)), task.filled(yaml.safe_load(config_text))
+    stored, run_dir = stored_config(checkpoint), checkpoint.parent.parent
+    if not stored:
+        raise ValueError(
+            f"a run must have its configuration to go on, neither {checkpoint} nor {run_dir} has a readable "
+            f"config.yaml: bring it back, or start another run.dir with weights={checkpoint}"
+        )
+    given = yaml.safe_load(config_text)
+    for name, value in stored.items():
+        if isinstance(given.get(name), dict) and not isinstance(value, dict):
+            raise ValueError(
+                f"a run's config.yaml must be as training wrote it, that of {checkpoint} has {name}: {value}"
+            )
+    old, new = task.filled(stored), task.filled(given)
     lines = []
     for key, (before, after) in changes(old, new).items():
         if key in task.by_content or key == "run.dir":
             continue
-        if old and key.startswith(task.fixed_on_resume):
-            rule = f"{checkpoint.parent.parent} holds a run whose {key} is {before}, not {after}"
+        if key.startswith(task.fixed_on_resume):
+            rule = f"{run_dir} holds a run whose {key} is {before}, not {after}"
             raise ValueError(f"{rule}: give another run.dir")
         lines.append(f"resumed with another {key}: {after}, was {before}")
-    return lines if old else []
+    return lines
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

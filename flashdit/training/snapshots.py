@@ -44,7 +44,10 @@ class Snapshot:
         Raises:
             ValueError: If it is not what was written.
         """
-        average = load_file(self.path)
+        try:
+            average = load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
         if self.crc32 is not None and tensors_crc32(average) != self.crc32:
             raise ValueError(f"{self.path} is damaged: its checksum is not the one that it was written with")
         return average

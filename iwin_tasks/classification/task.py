@@ -157,8 +157,6 @@ class ClassifierTask(Task):
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a plain configuration with the defaults of data set, model and augmentation."""
-        if not config:
-            return {}
         augmentation = asdict(AugmentationOptions()) | config.get("augmentation", {})
         return {
             **config,

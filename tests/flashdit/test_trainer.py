@@ -87,7 +87,7 @@ def test_training_learns(tiny_overrides, tmp_path):
 def test_a_checkpoint_holds_everything_and_loads_safely(tiny_overrides, tmp_path):
     trainer = train(tiny_overrides)
     folder = tmp_path / "run" / "checkpoints" / "step_00000006"
-    state = json.loads((folder / "state.json").read_text())
+    state = read_checked_json(folder / "state.json")
     assert state.pop("crc32") == {
         path.relative_to(folder).as_posix(): f"{zlib.crc32(path.read_bytes()):08x}"
         for path in folder.rglob("*")
@@ -205,7 +205,7 @@ def test_class_names_that_do_not_fit_the_model_are_named(tiny_overrides, tiny_sh
 def test_a_checkpoint_of_another_model_or_with_broken_weights_is_named(tiny_overrides, tmp_path):
     train(tiny_overrides, "training.steps=2")
     folder = tmp_path / "run" / "checkpoints" / "step_00000002"
-    state = json.loads((folder / "state.json").read_text())
+    state = read_checked_json(folder / "state.json")
     (folder / "state.json").write_text(json.dumps(state | {"crc32": {}}))  # as before checksums were kept
     weights = folder / "ema" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

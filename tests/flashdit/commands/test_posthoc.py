@@ -67,6 +67,23 @@ def test_widths_made_afterwards_are_those_tracked_directly_and_load_as_a_model(r
     assert "32 snapshots" in capsys.readouterr().out
 
 
+def test_nothing_is_made_of_damaged_snapshots_and_nothing_sampled_from_a_damaged_average(run, exit_message):
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+
+    run_dir, _, _ = run
+    posthoc.main([str(run_dir), "--width", "0.07"])
+    flip(run_dir / "checkpoints" / f"step_{STEPS:08d}" / "ema_0.070" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"ema_0\.070/diff.* is damaged: its checksum is not the one"):
+        load_generator(run_dir, weights="ema_0.070")
+    load_generator(run_dir)
+    flip(run_dir / SNAPSHOTS / "step_00000006_std0.050.safetensors")
+    message = exit_message(posthoc, run_dir, "--width", 0.08)
+    assert "step_00000006_std0.050.safetensors is damaged: its checksum" in message
+
+
 def test_an_earlier_checkpoint_takes_the_snapshots_up_to_it(run, tmp_path, capsys):
     run_dir, _, _ = run
     posthoc.main([str(run_dir), "--width", "0.1", "--step", "24", "--output", str(tmp_path / "out")])

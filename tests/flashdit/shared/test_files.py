@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashdit.shared.files import file_sha256, mend, write_atomically, write_json
+from flashdit.shared.files import (
+    file_sha256,
+    mend,
+    read_checked_json,
+    with_checksum,
+    write_atomically,
+    write_json,
+)
 from flashdit.shared.locks import only_writer
 
 
@@ -111,6 +118,58 @@ def test_the_next_write_mends_what_a_kill_left(tmp_path):
 
 def fail_for_want_of_space(path):
     raise OSError("no space left on device")
+
+
+REFUSED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+from flashdit.shared.files import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+tensors = {"x": np.zeros(10_000, dtype=np.uint8)}
+try:
+    write_atomically(Path(sys.argv[1]), lambda path: save_file(tensors, path))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_what_safetensors_cannot_write_is_an_error_of_the_system_that_names_the_file(tmp_path):
+    command = [sys.executable, "-c", REFUSED, str(tmp_path / "x.safetensors")]
+    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert told.startswith(f"{tmp_path / 'x.safetensors'} could not be written: ")
+    assert "File too large" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "must hold a mapping, got list"),
+        ("[" * 100_000, "its parts lie too deep in one another"),
+        ('{"a": 1, "b": [2.5, "ü"]}', None),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_is_checked_before_it_is_used(tmp_path, text, reason):
+    (tmp_path / "f.json").write_text(text)
+    if reason is None:
+        assert read_checked_json(tmp_path / "f.json") == {"a": 1, "b": [2.5, "ü"]}
+    else:
+        with pytest.raises(ValueError, match=reason):
+            read_checked_json(tmp_path / "f.json")
+
+
+def test_a_mapping_with_a_checksum_is_what_was_written_however_it_is_laid_out(tmp_path):
+    path, content = tmp_path / "f.json", {"a": (1, 2), "b": {3: 0.1}}
+    write_json(path, with_checksum(content))
+    assert read_checked_json(path) == {"a": [1, 2], "b": {"3": 0.1}}
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert read_checked_json(path) == {"a": [1, 2], "b": {"3": 0.1}}
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    with pytest.raises(ValueError, match=r"its checksum is not the one that it was written with \(without"):
+        read_checked_json(path)
 
 
 def test_what_is_being_written_is_no_leftover(tmp_path):

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from flashdit import config
-from flashdit.shared.files import TEMPORARY
+from flashdit.shared.files import TEMPORARY, read_checked_json, with_checksum, write_json
 from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
@@ -34,7 +34,11 @@ def trainer(overrides, *more):
         ("optimizer.pt", b"", r"readable torch .*optimizer\.pt is not"),
         ("processes.pt", b"", r"readable torch .*processes\.pt is not"),
         ("state.json", b"", r"state\.json is damaged: Expecting value"),
-        ("state.json", b'{"format": 1}', r"state\.json is damaged: it has no step, images_seen"),
+        (
+            "state.json",
+            b'{"format": 1}',
+            r"state\.json is damaged: it has no whole number, 0 or more, as step",
+        ),
         ("ema/diffusion_pytorch_model.safetensors", b"half", r"readable safetensors file, .*ema"),
         ("config.yaml", b"", None),
         ("state.json", None, r"step_00000004 is damaged: it has no state\.json"),
@@ -111,7 +115,8 @@ def test_a_bad_line_of_the_metrics_is_named_and_left_out(tiny_overrides, tmp_pat
 def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": 5, "skipped_in_a_row": 2}))
+    changed = read_checked_json(path) | {"skipped": 5, "skipped_in_a_row": 2}
+    write_json(path, with_checksum(changed))
     run = trainer(tiny_overrides)
     assert (run.step, run.images_seen, run.guard.skipped, run.guard.in_a_row) == (2, 16, 5, 2)
     run.fit()
@@ -199,11 +204,20 @@ def test_images_are_the_same_by_name_and_size_and_what_changed_is_said(image_run
         trainer(image_run, f"data.path={tmp_path / 'staged'}", "training.steps=3")
 
 
-def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(image_run, tmp_path):
+def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(image_run, tmp_path, caplog):
     trainer(image_run, f"data.path={tmp_path / 'images'}").fit()
-    (tmp_path / "run" / "contents.json.gz").unlink()
+    kept = tmp_path / "run" / "contents.json.gz"
+    kept.unlink()
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     assert trainer(image_run, f"data.path={moved}", "training.steps=3").step == 2
+    for damaged, reason in (
+        (b"no gzip", "Not a gzipped file"),
+        (gzip.compress(b"[]"), "must hold a mapping"),
+    ):
+        kept.write_bytes(damaged)
+        assert trainer(image_run, f"data.path={moved}", "training.steps=3").step == 2
+        assert f"{kept} is damaged, so the data are compared by what the checkpoint tells: " in caplog.text
+        assert reason in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -330,7 +344,7 @@ def test_a_run_that_ends_with_broken_weights_is_an_error_and_not_a_trained_model
         run.fit()
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
 def test_a_damaged_space_or_state_is_named_and_the_run_goes_on_from_the_checkpoint_before(
     tiny_overrides, tmp_path, caplog, damage
 ):
@@ -338,11 +352,48 @@ def test_a_damaged_space_or_state_is_named_and_the_run_goes_on_from_the_checkpoi
     newest = tmp_path / "run" / "checkpoints" / "step_00000004"
     for name in ("latents.safetensors", "state.json"):
         whole = (newest / name).read_bytes()
-        (newest / name).write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
+        broken = {"empty": b"", "cut": whole[: len(whole) // 2], "flipped": whole[:-9] + b"x" + whole[-8:]}
+        assert len(broken["flipped"]) == len(whole)
+        (newest / name).write_bytes(broken[damage])
         AcceleratorState._reset_state(reset_partial_state=True)
         assert trainer(tiny_overrides, "training.steps=6").step == 2
         assert "is damaged" in caplog.text
         (newest / name).write_bytes(whole)
+
+
+def test_a_run_whose_autoencoder_is_named_by_a_damaged_space_goes_on_from_the_one_before(
+    image_run, tmp_path, caplog
+):
+    options = [*image_run, f"data.path={tmp_path / 'images'}"]
+    trainer(options, "training.steps=2", "training.save_every=1").fit()
+    space = tmp_path / "run" / "checkpoints" / "step_00000002" / "latents.safetensors"
+    content = space.read_bytes()
+    start = content.index(b'identity\\": \\"') + 14
+    space.write_bytes(content[:start] + b"0000" + content[start + 4 :])
+    assert trainer(options).step == 1
+    assert "latents.safetensors is damaged: its checksum" in caplog.text
+
+
+def test_a_run_that_lost_its_configuration_does_not_go_on(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=2").fit()
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    configs = [tmp_path / "run" / "config.yaml", newest / "config.yaml"]
+    configs[0].unlink()
+    assert trainer(tiny_overrides).step == 2  # the checkpoint has its own
+    whole = configs[1].read_text()
+    configs[1].write_text(whole.replace("data:\n  name: shards", "data: digits\nrest:\n  name: shards"))
+    with pytest.raises(ValueError, match=r"must be as training wrote it, that of .* has data: dig"):
+        trainer(tiny_overrides)
+    for damage in ("[" * 5000, "- a list", ""):
+        configs[1].write_text(damage)
+        with pytest.raises(
+            ValueError,
+            match=r"^a run must have its configuration to go on, neither .* or start another",
+        ):
+            trainer(tiny_overrides, "seed=3")
+    configs[1].unlink()
+    with pytest.raises(ValueError, match=r"^a run must have its configuration to go on"):
+        trainer(tiny_overrides, "seed=3")
 
 
 def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
