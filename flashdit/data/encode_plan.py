@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdit.data.manifest import MANIFEST, RECORDS, read_json
-from flashdit.data.shards import CLASS_NAMES_FILE
-from flashdit.shared.files import write_json
+from flashdit.data.manifest import MANIFEST, RECORDS, read_class_names, read_json, read_manifest
+from flashdit.data.shards import CLASS_NAMES_FILE, shard_name
+from flashdit.shared.files import with_checksum, write_json
 from flashdit.shared.locks import LOCK
 
 logger = logging.getLogger(__name__)
 PLAN = f"{RECORDS}/plan.json"
+RECORD = ("file", "rows", "bytes", "sha256", "unreadable", "moments")
+"""What the record of a shard says, since the first version."""
 Listing = Mapping[str, int]
 """Bytes of each image by its path below the folder, in the order of its rows."""
 
@@ -25,16 +27,25 @@ def record_file(out: Path, shard: int) -> Path:
 
 
 def read_records(out: Path) -> dict[int, dict[str, Any]]:
-    """Returns the records of the shards that were written, by shard."""
-    paths = sorted((out / RECORDS).glob("shard*.json"))
-    records = {int(path.stem.removeprefix("shard")): read_json(path) for path in paths}
+    """Returns the records of the shards that were written, by shard; a damaged one is named and is none."""
+    records = {}
+    for path in sorted((out / RECORDS).glob("shard*.json")):
+        try:
+            record = read_json(path)
+            missing = [key for key in RECORD if key not in record]
+            if missing:
+                raise ValueError(f"a record of a shard must have {', '.join(missing)}, {path} has not")
+        except ValueError as error:
+            logger.warning("%s: its images are encoded again", error)
+            continue
+        records[int(path.stem.removeprefix("shard"))] = record
     return dict(sorted(records.items()))
 
 
 def known_classes(out: Path, plan: Mapping[str, Any]) -> list[str]:
     """Returns the class names that an encoding was begun with; none where it does not say them."""
     names = out / CLASS_NAMES_FILE
-    return plan.get("class_names") or (read_json(names) if names.is_file() else [])
+    return plan.get("class_names") or (read_class_names(names) if names.is_file() else [])
 
 
 def listing_sha256(listing: Listing) -> str:
@@ -68,7 +79,12 @@ def lost_records(out: Path, records: Mapping[int, Mapping[str, Any]]) -> list[st
     if not (out / MANIFEST).is_file():
         return []
     known = {record["file"] for record in records.values()}
-    return [shard["file"] for shard in read_json(out / MANIFEST)["shards"] if shard["file"] not in known]
+    try:
+        manifest = read_manifest(out) or {}
+    except ValueError as error:
+        logger.warning("%s: it is written anew", error)
+        return []
+    return [shard["file"] for shard in manifest["shards"] if shard["file"] not in known]
 
 
 def check_plan(out: Path, before: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
@@ -101,7 +117,7 @@ def records_of(
                 f"{out} holds latents of other images, none of which is in {images}: give another --out"
             )
         return records
-    if listing_sha256(listing) != before["listing_sha256"]:
+    if listing_sha256(listing) != before.get("listing_sha256"):
         raise ValueError(
             f"{out} was encoded by a version that did not keep names, and {images} has other images now, or "
             "more of its files are read: give another --out"
@@ -180,11 +196,16 @@ def tidy_records(
         shards: Images of each shard, and
         kept: those that stay, as `assign` returns them.
     """
+    for path in (out / RECORDS).glob("shard*.json"):
+        shard = int(path.stem.removeprefix("shard"))
+        if shard not in shards:  # its images are gone, or its record was damaged
+            (out / shard_name(0, shard)).unlink(missing_ok=True)
+            path.unlink()
     for shard, record in records.items():
         if shard not in shards:
-            (out / record["file"]).unlink(missing_ok=True)
-            record_file(out, shard).unlink()
-        elif shard in kept:
+            continue
+        if shard in kept:
             images = {name: size for name, size in record["images"].items() if listing.get(name) == size}
             unreadable = {name: why for name, why in record["unreadable"].items() if name in images}
-            write_json(record_file(out, shard), {**record, "images": images, "unreadable": unreadable})
+            changed = {**record, "images": images, "unreadable": unreadable}
+            write_json(record_file(out, shard), with_checksum(changed))

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flashdit.shared.files import file_sha256
+from flashdit.shared.files import file_sha256, read_checked_json
 
 MANIFEST = "manifest.json"
 RECORDS = "records"
 MANIFEST_FORMAT = 1
 
 
-def read_json(path: Path) -> Any:
-    """Returns what a JSON file of an encoded folder holds.
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the mapping that a JSON file of an encoded folder holds.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not as it was written.
     """
     try:
-        return json.loads(path.read_text())
+        return read_checked_json(path)
     except ValueError as error:
-        raise ValueError(f"a file of an encoded folder must be JSON, {path} is not: {error}") from error
+        raise ValueError(f"a file of an encoded folder must be as written, {path} is not: {error}") from error
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Returns the names in a `class_names.json`.
+
+    Raises:
+        ValueError: If it does not hold a list of texts.
+    """
+    try:
+        names = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"class names must be a JSON list of texts, {path} is not: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class names must be a JSON list of texts, {path} is not")
+    return names
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -44,7 +59,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"a manifest must have format {MANIFEST_FORMAT}, {path} has {manifest.get('format')}"
         )
+    wrong = sorted(key for key, is_right in CONTENT.items() if not is_right(manifest.get(key)))
+    if wrong:
+        raise ValueError(f"a manifest must be as encoding writes it, {path} has others: {', '.join(wrong)}")
     return manifest
+
+
+def _are_numbers(values: Any) -> bool:
+    """Returns whether a value is a list of numbers."""
+    return isinstance(values, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
+    )
+
+
+def _are_shards(records: Any) -> bool:
+    """Returns whether a value lists shards with their names, sizes and checksums."""
+    kinds = {"file": str, "bytes": int, "sha256": str}
+    return isinstance(records, list) and all(
+        isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        for record in records
+    )
+
+
+CONTENT: dict[str, Callable[[Any], bool]] = {
+    "vae_identity": lambda value: isinstance(value, str),
+    "mean": _are_numbers,
+    "std": _are_numbers,
+    "shards": _are_shards,
+}
+"""Keys of a manifest that reading latents needs, and what their values must be."""
 
 
 def check_files(folder: Path, manifest: dict[str, Any], found: Iterable[Path]) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdit.data.manifest import check_files, read_json, read_manifest
+from flashdit.data.manifest import MANIFEST, check_files, read_class_names, read_manifest
 from flashdit.shared.files import write_atomically
 from flashdit.shared.weights import read_content
 
@@ -86,7 +86,7 @@ class LatentShards:
         self.shape = tuple(self._shard(0)["latents"].shape[1:])
         names = folder / CLASS_NAMES_FILE
         known = (self.manifest or {}).get("class_names")
-        self.class_names: list[str] | None = read_json(names) if names.exists() else known
+        self.class_names: list[str] | None = read_class_names(names) if names.exists() else known
         self.num_classes = len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
     def _index(self, shard: int) -> Tensor:
@@ -163,11 +163,17 @@ class LatentShards:
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Returns mean and std, (1, C, 1, 1) each, as the manifest or the file beside the shards has them."""
-        if self.manifest is not None:
-            mean, std = (torch.tensor(self.manifest[name]).reshape(1, -1, 1, 1) for name in ("mean", "std"))
-            return mean, std
-        path = self.folder / STATISTICS
+        path = self.folder / (STATISTICS if self.manifest is None else MANIFEST)
         if not path.exists():
             return None
-        stored = read_content(path)
-        return stored["mean"].float(), stored["std"].float()
+        stored = read_content(path) if self.manifest is None else self.manifest
+        try:
+            mean, std = (torch.as_tensor(stored[name]).float() for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"statistics must be a mean and a std, {path} has none: {error}") from error
+        if not mean.numel() == std.numel() == self.shape[0]:
+            raise ValueError(
+                f"mean and std must be of the {self.shape[0]} channels of the latents, {path} has "
+                f"{mean.numel()} and {std.numel()}"
+            )
+        return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)

@@ -16,6 +16,7 @@ from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import choose_labels
 from flashdit.sampling.generator import warn_of_guidance
 from flashdit.sampling.options import SamplingOptions
+from flashdit.shared.files import read_checked_json
 from flashdit.shared.pictures import to_pil
 from flashdit.trainer import Trainer
 from flashdit.training.meter import TIMINGS

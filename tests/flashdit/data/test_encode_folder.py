@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
 from flashdit.digits.images import digits
 from flashdit.shared import process
-from flashdit.shared.files import file_sha256
+from flashdit.shared.files import OWN_CHECKSUM, file_sha256, read_checked_json
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -106,7 +107,7 @@ def test_the_manifest_tells_vae_counts_and_checksums(options, tmp_path, caplog):
     for shard in manifest["shards"]:
         path = tmp_path / "out" / shard["file"]
         assert (path.stat().st_size, file_sha256(path)) == (shard["bytes"], shard["sha256"])
-    assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == json.loads(json.dumps(manifest))
+    assert read_checked_json(tmp_path / "out" / MANIFEST) == json.loads(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -272,6 +273,49 @@ def test_a_lost_record_is_named(copied, caplog, gone):
     assert "new" not in caplog.text
 
 
+DAMAGE = {
+    "flipped": lambda text: text.replace('"rows": 4', '"rows": 5').replace('"encoded": 2', '"encoded": 3'),
+    "a list": lambda text: "[]",
+    "another key": lambda text: json.dumps(
+        {key.replace("sha", "sho").replace("std", "sdt"): value for key, value in json.loads(text).items()}
+    ),
+    "empty": lambda text: "{}",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", ["records/shard001.json", MANIFEST])
+def test_a_damaged_record_or_manifest_is_named_and_made_again(copied, caplog, file, damage):
+    out = Path(copied.out)
+    before, path = contents(out), out / file
+    path.write_text(DAMAGE[damage](path.read_text()))
+    if file == MANIFEST:
+        with pytest.raises(ValueError, match=r"must .*manifest\.json"):
+            LatentShards(out)
+    encode(copied)
+    assert contents(out) == before
+    told = "its images are encoded again" if "records" in file else "manifest.json .*: it is written anew"
+    assert re.search(told, caplog.text)
+
+
+def test_a_damaged_record_of_images_that_are_gone_is_removed(copied):
+    record = Path(copied.out, "records", "shard004.json")
+    names = read_checked_json(record)["images"]
+    record.write_text("[]")
+    for name in names:
+        Path(copied.images, name).unlink()
+    assert [shard["rows"] for shard in encode(copied)["shards"]] == [5, 4, 4, 5]
+    assert len(LatentShards(Path(copied.out))) == 18
+    assert not record.exists()
+
+
+def test_a_plan_that_is_none_is_refused(copied):
+    for text in ("[]", "{"):
+        Path(copied.out, "records", "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=r"must be as written, .*plan\.json is not"):
+            FolderEncoding(copied)
+
+
 def test_a_repaired_image_is_encoded_and_a_new_class_comes_last(copied):
     before = state(copied.out)
     Image.new("RGB", (40, 40), "red").save(Path(copied.images, "eel", "03.png"))
@@ -292,13 +336,13 @@ def as_an_earlier_version(options):
     """Makes an encoding what a version left that kept no names and took no background."""
     for path in Path(options.out, "records").glob("*.json"):
         content = json.loads(path.read_text())
-        for key in ("images", "small", "background", "class_names"):
+        for key in ("images", "small", "background", "class_names", OWN_CHECKSUM):
             content.pop(key, None)
         path.write_text(json.dumps(content))
 
 
 def test_an_encoding_of_an_earlier_version_resumes_and_can_then_be_updated(copied, caplog):
-    before, manifest = state(copied.out), json.loads(Path(copied.out, MANIFEST).read_text())
+    before, manifest = state(copied.out), read_checked_json(Path(copied.out, MANIFEST))
     as_an_earlier_version(copied)
     assert json.loads(json.dumps(encode(copied))) == manifest
     assert state(copied.out) == before
@@ -323,7 +367,7 @@ def test_images_that_the_background_shows_through_are_counted(options, tmp_path,
     )
     assert f"1 unreadable; {line}#0a0b0c: {options.out}/manifest.json" in capsys.readouterr().out
     record = Path(options.out, "records", "shard000.json")
-    content = json.loads(record.read_text())
+    content = read_checked_json(record)
     del content["transparent"]  # as an earlier version wrote it
     record.write_text(json.dumps(content))
     assert encode(options)["transparent"] is None

@@ -19,7 +19,7 @@ def add_manifest(folder, **changes):
         "vae_identity": "abc",
         "mean": [1.0, 2.0, 3.0],
         "std": [4.0, 5.0, 6.0],
-        "shards": [{"file": path.name, "bytes": path.stat().st_size} for path in paths],
+        "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": "0"} for path in paths],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest | changes))
     return paths
@@ -133,8 +133,30 @@ def test_a_manifest_that_cannot_be_read_is_named(tiny_shards):
     with pytest.raises(ValueError, match=r"a manifest must have format 1, .*manifest.json has 2"):
         LatentShards(tiny_shards)
     (tiny_shards / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=r"an encoded folder must be JSON, .*manifest.json is not"):
+    with pytest.raises(ValueError, match=r"an encoded folder must be as written, .*manifest.json is not"):
         LatentShards(tiny_shards)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mean": 3, "std": ["1"]}, "mean, std"),
+        ({"shards": [{"file": "a"}]}, "shards"),
+        ({"shards": {}, "vae_identity": None}, "shards, vae_identity"),
+    ],
+)
+def test_a_manifest_of_other_values_is_named(tiny_shards, change, named):
+    add_manifest(tiny_shards, **change)
+    with pytest.raises(ValueError, match=rf"as encoding writes it, .*manifest\.json has others: {named}$"):
+        LatentShards(tiny_shards)
+
+
+def test_statistics_of_another_number_of_channels_are_named(tiny_shards):
+    add_manifest(tiny_shards, mean=[1.0])
+    with pytest.raises(
+        ValueError, match=r"must be of the 3 channels of the latents, .*manifest\.json .* 1 and 3"
+    ):
+        LatentShards(tiny_shards).statistics()
 
 
 def test_class_names_beside_the_shards_are_read(tiny_shards):
@@ -143,8 +165,12 @@ def test_class_names_beside_the_shards_are_read(tiny_shards):
     assert shards.class_names == ["cat", "dog", "cow", "hen"]
     assert shards.num_classes == 4
     (tiny_shards / "class_names.json").write_text('["cat"')
-    with pytest.raises(ValueError, match=r"an encoded folder must be JSON, .*class_names.json is not"):
+    with pytest.raises(ValueError, match=r"a JSON list of texts, .*class_names.json is not: Exp"):
         LatentShards(tiny_shards)
+    for text in ('{"0": "cat"}', "[1, 2]", "7"):
+        (tiny_shards / "class_names.json").write_text(text)
+        with pytest.raises(ValueError, match=r"a JSON list of texts, .*class_names.json is not$"):
+            LatentShards(tiny_shards)
 
 
 def test_class_names_that_are_gone_are_those_of_the_manifest(tiny_shards):
