@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from flashdit.flow.prediction import VELOCITY
 from flashdit.shared.runs import STATE, find_average, read_state
-from flashdit.shared.weights import read_tensors
+from flashdit.shared.weights import read_model_config, read_tensors
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITION_TABLE = "pos_embed"
@@ -132,7 +131,7 @@ def same_classes(names: Sequence[str], theirs: Sequence[str]) -> list[int | None
 
 def check_unseen(model: Any, folder: Path) -> None:
     """Raises ValueError if a model folder's weights were trained with other such options."""
-    theirs = json.loads((folder / "config.json").read_text())
+    theirs = read_model_config(folder)
     own = model.config
     trained = {key: theirs.get(key, own[key] if usual is None else usual) for key, usual in UNSEEN.items()}
     other = [f"{key}={own[key]} for {value}" for key, value in trained.items() if value != own[key]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +29,7 @@ from flashdit.shared.runs import (
     newest_run,
     read_state,
 )
+from flashdit.shared.weights import read_model_config
 from flashdit.training.checkpoint import stored_config
 from flashdit.training.meter import warn_if_slow
 
@@ -43,8 +43,7 @@ def load_model(folder: Path) -> FlashDiT:
     Raises:
         ValueError: If the folder holds no FlashDiT, or its weights cannot be read.
     """
-    config = folder / "config.json"
-    name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "no config.json"
+    name = read_model_config(folder).get("_class_name", "no config.json")
     if name != "FlashDiT":
         raise ValueError(f"a checkpoint must hold a FlashDiT, got {name} in {folder}")
     if not any(folder.glob("*.safetensors")):

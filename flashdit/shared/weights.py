@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flashdit.shared.files import read_checked_json
+
 WRAPPERS = ("ema", "model", "state_dict")
 """Keys under which training code stores the tensors, the preferred one first."""
 PREFIXES = ("module.", "_orig_mod.")
@@ -38,6 +40,19 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"a checkpoint must hold weights, got no .safetensors file in {path}")
     return tensors
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Returns the config.json of a model folder, as `save_pretrained` writes it; empty where there is none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        return read_checked_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"a model's configuration must be JSON, {path} is not: {error}") from error
 
 
 def read_content(path: Path) -> Any:

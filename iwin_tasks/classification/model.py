@@ -14,7 +14,7 @@ from timm.data.config import resolve_model_data_config
 
 from flashdit.shared.registry import check_type, unknown
 from flashdit.shared.runs import find_average, find_checkpoint
-from flashdit.shared.weights import read_tensors
+from flashdit.shared.weights import read_model_config, read_tensors
 from iwin_core import IwinConfig, IwinTransformer, load_official_checkpoint
 from iwin_core.windows import per_axis
 
@@ -84,8 +84,7 @@ def read_spec(run: Path | str) -> dict[str, Any]:
         ValueError: If it is no run of a classifier.
     """
     checkpoint = find_checkpoint(run)
-    config = checkpoint / "ema" / "config.json"
-    spec = json.loads(config.read_text()) if config.is_file() else {}
+    spec = read_model_config(checkpoint / "ema")
     if not timm.is_model(str(spec.get("name"))):
         raise ValueError(
             f"a classifier must be a run of iwin classify, got {checkpoint} of "

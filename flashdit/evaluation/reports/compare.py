@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashdit.evaluation.reports.report import RESULT_SCHEMA, shown
+from flashdit.shared.files import read_checked_json
 
 Result = dict[str, Any]
 COMPARISON_MARK = "\n| samples | "
@@ -33,12 +33,16 @@ def read_result(path: Path) -> Result:
         ValueError: If it is none, or of another schema.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"compare reads the metrics.json of evaluations, got {path}: {error}") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != RESULT_SCHEMA or not {"metrics", "labels", "extractor", "reference"} <= content.keys():
-        raise ValueError(f"compare reads results of schema {RESULT_SCHEMA}, got {schema=} in {path}")
+        content = read_checked_json(path)
+        if (schema := content.get("schema")) != RESULT_SCHEMA:
+            raise ValueError(f"schema {schema} and not {RESULT_SCHEMA}")
+        for read in CONDITIONS.values():
+            read(content)
+        for key in content["labels"]:
+            shown(content["metrics"][key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"compare reads the metrics.json of evaluations, got {path}: {missing}") from error
     return content
 
 

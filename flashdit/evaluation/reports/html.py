@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from PIL import Image
 from flashdit.evaluation.reports.by_class import ClassScore
 from flashdit.evaluation.reports.gallery import Gallery, Picture
 from flashdit.evaluation.reports.report import EvalResult, footnotes, table_rows
-from flashdit.shared.files import write_atomically
+from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.pictures import to_pil
 
+logger = logging.getLogger(__name__)
 TEMPLATE = "report.html.j2"
 HTML_MARK = "<title>Evaluation of "
 """Text that every page holds."""
@@ -93,7 +95,11 @@ def sweep_uri(folder: Path, result: EvalResult) -> str | None:
     plot, content = folder / "sweep.png", folder / "sweep.json"
     if not (plot.is_file() and content.is_file()):
         return None
-    swept = json.loads(content.read_text())["recipe"]["samples"].get("weights_sha256")
+    try:
+        swept = read_checked_json(content)["recipe"]["samples"].get("weights_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is no sweep's JSON, so the page does without it: %s", content, error)
+        return None
     same = swept is not None and swept == result.samples.get("weights_sha256")
     return file_uri(plot.read_bytes()) if same else None
 

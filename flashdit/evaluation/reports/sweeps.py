@@ -14,7 +14,7 @@ from flashdit.evaluation.metrics.metric import Score
 from flashdit.evaluation.metrics.scoring import scores_of
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
-from flashdit.shared.files import DRAWN, write_atomically, write_json
+from flashdit.shared.files import DRAWN, read_checked_json, write_atomically, write_json
 from flashdit.shared.paths import check_replaceable
 
 SWEEP_SCHEMA = 1
@@ -92,17 +92,20 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
     plain = json.loads(json.dumps(recipe))  # tuples as lists, as they come back
     if not path.is_file():
         return Sweep(recipe=plain), []
+    rule = f"{path} must be a sweep's JSON of schema {SWEEP_SCHEMA}"
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be a sweep's JSON, got {error}") from error
-    if not isinstance(content, dict) or content.get("schema") != SWEEP_SCHEMA or "others" not in content:
-        raise ValueError(f"{path} must be a sweep's JSON of schema {SWEEP_SCHEMA}: give another --output")
-    known: list[dict[str, Any]] = [
-        {name: sweep[name] for name in Sweep.__dataclass_fields__}
-        | {"recipe": _current_recipe(sweep["recipe"])}
-        for sweep in (content, *content["others"])
-    ]
+        content = read_checked_json(path)
+        if content.get("schema") != SWEEP_SCHEMA:
+            raise ValueError(f"{rule}: give another --output")
+        known: list[dict[str, Any]] = [
+            {name: sweep[name] for name in Sweep.__dataclass_fields__}
+            | {"recipe": _current_recipe(sweep["recipe"])}
+            for sweep in (content, *content["others"])
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if str(error).startswith(rule):
+            raise
+        raise ValueError(f"{rule}, got {error}: give another --output") from error
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]
 

@@ -97,8 +97,13 @@ def test_the_command_prints_and_writes_the_table_and_the_verdict(tmp_path, capsy
     ("content", "message"),
     [
         ("{", r"compare reads the metrics.json of evaluations, got .*r\.json: Expecting"),
-        ('{"schema": 1, "metrics": {}}', r"compare reads results of schema 2, got schema=1 in .*r\.json"),
-        ("[]", "compare reads results of schema 2, got schema=None"),
+        ('{"schema": 1, "metrics": {}}', r"got .*r\.json: schema 1 and not 2"),
+        ("[]", r"got .*r\.json: it must hold a mapping, got list"),
+        ("[" * 9999, r"got .*r\.json: its parts lie too deep in one another"),
+        (json.dumps({name: value for name, value in RESULT.items() if name != "settings"}), "no 'settings'"),
+        (json.dumps(changed("reference", "adm.npz")), r"got .*r\.json: "),
+        (json.dumps(changed("metrics", {})), r"got .*r\.json: no 'fid_50k'"),
+        (json.dumps(changed("metrics", {"fid_50k": "good", "precision": None})), r"got .*r\.json: "),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, content, message):

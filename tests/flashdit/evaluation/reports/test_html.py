@@ -187,7 +187,7 @@ def test_a_gallery_without_classes_has_no_class_table(evaluation):
     assert "no labels" in page.text
 
 
-def test_sweep_of_the_same_weights_is_shown_and_another_is_not(evaluation, tmp_path):
+def test_sweep_of_the_same_weights_is_shown_and_another_is_not(evaluation, tmp_path, caplog):
     result, gallery = evaluation
     Image.new("RGB", (12, 8), "red").save(tmp_path / "sweep.png")
     content = {"recipe": {"samples": {"weights_sha256": "ab"}}}
@@ -200,6 +200,11 @@ def test_sweep_of_the_same_weights_is_shown_and_another_is_not(evaluation, tmp_p
     assert page.images[-1]["class"] == "plot"
     assert pixels(page.images[-1]).shape == (3, 8, 12)
     assert sweep_uri(tmp_path / "absent", result) is None
+    for text in ("{", "[]", "{}", '{"recipe": {"samples": 3}}'):
+        (tmp_path / "sweep.json").write_text(text)
+        assert sweep_uri(tmp_path, result) is None
+        assert "sweep.json is no sweep's JSON, so the page does without it" in caplog.text
+        caplog.clear()
 
 
 def test_small_images_are_shown_in_whole_multiples_and_large_ones_reduced():

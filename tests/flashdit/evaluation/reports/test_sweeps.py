@@ -79,9 +79,11 @@ def test_what_is_written_comes_back_and_other_recipes_are_kept(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "must be a sweep's JSON, got"),
+        ("{", "must be a sweep's JSON of schema 1, got"),
         ("[]", "of schema 1"),
         ('{"schema": 0, "others": []}', "of schema 1"),
+        ('{"schema": 1, "others": [3]}', "of schema 1, got"),
+        ('{"schema": 1, "others": 3}', "of schema 1, got"),
     ],
 )
 def test_a_file_that_no_sweep_wrote_is_refused(tmp_path, text, message):
