@@ -6,8 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+CARRIED := build/carried
+CARRIED_PACKAGES := diffusers huggingface_hub importlib_metadata omegaconf antlr4-python3-runtime torch-fidelity
 
-.PHONY: demo test lint type docs unit install bench gpu faults assets clean
+.PHONY: demo test lint type docs unit install bench gpu gpu-packages faults assets clean
 
 install: $(INSTALLED)
 
@@ -56,6 +58,12 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.sampling --compile
 
+gpu-packages: install  # pure Python that an image with PyTorch lacks: carry the folder to the machine of `make gpu`
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --no-compile \
+		--constraint constraints.txt --target $(CARRIED) $(CARRIED_PACKAGES)
+	rm -rf $(CARRIED)/tests $(CARRIED)/bin
+
+gpu: export PYTHONPATH := $(if $(filter $(BIN)/%,$(GPU_PYTHON)),,$(CARRIED):)$(PYTHONPATH)
 gpu:  # on a machine with a CUDA device: what no GPU has run yet, in ten minutes and without a network
 	$(GPU_PYTHON) -m benchmarks.gpu
 
