@@ -30,8 +30,8 @@ from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.command import add_device, resolve_device
 
 BASELINE, EXACT = "both halves, euler 250", "euler 250"
-COMPILED = ("euler 25", "dpm++2m 15", "unipc 10")
-"""Solvers whose compiled model is measured too."""
+CHOSEN = ("euler 25", "dpm++2m 15", "unipc 10")
+"""Solvers that are measured in bfloat16 and with the compiled model too."""
 Way = tuple[CheckpointGenerator, SamplingOptions]
 METRICS = ["fid", "accuracy"]
 SOLVERS = (
@@ -105,8 +105,9 @@ def measure(
         f"{name} {steps}": (generator, replace(base, sampler=name, steps=steps)) for name, steps in SOLVERS
     }
     ways[f"{EXACT}, guided always"] = generator, replace(ways[EXACT][1], cfg_interval=(0.0, 1.0))
+    ways |= {f"{name}, bf16": (generator, replace(ways[name][1], precision="bf16")) for name in CHOSEN}
     if compiled is not None:
-        ways |= {f"{name}, compiled": (compiled, ways[name][1]) for name in COMPILED}
+        ways |= {f"{name}, compiled": (compiled, ways[name][1]) for name in CHOSEN}
 
     def baseline() -> None:
         with guided_always():
