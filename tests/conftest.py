@@ -1,5 +1,7 @@
+import resource
 import signal
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -75,3 +77,19 @@ def exit_message(capsys):
         return printed
 
     return run
+
+
+@pytest.fixture
+def no_room():
+    """Returns a function that gives a block in which no file grows beyond 2,000 bytes, as on a full disk."""
+
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+TORCH_WRITER = "inline_container.cc"  # all that torch.save says of a file that cannot be written
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -27,6 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     _open_closed_streams()
     try:
+        _check_words(sys.argv[1:])
         main()
     except BrokenPipeError:  # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,13 +37,34 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        too_large = _out_of_memory(error)
-        if os.environ.get("FLASHDIT_TRACEBACK") or (isinstance(error, RuntimeError) and not too_large):
+    except Exception as error:
+        sentence = _sentence(error)
+        if os.environ.get("FLASHDIT_TRACEBACK") or sentence is None:
             raise
-        sentence = too_large or " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuses an empty word, such as a shell's variable without a value leaves: it would mean the default."""
+    for before, word in pairwise(["", *words]):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            after = f" after {before}" if before else ""
+            raise ValueError(f"a word of the command line must not be empty, got {word!r}{after}")
+
+
+def _sentence(error: Exception) -> str | None:
+    """Returns what to print of an error that a user can cause; None for any other, which is a bug of ours."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "t allocate memory" in text:
+        said = next((part for part in text.split(". ") if "memory" in part), kind)
+        return f"out of memory: {said}; use a smaller batch, model or picture"
+    if kind == "SafetensorError":
+        return f"a file of weights must be readable and writable: {text}"
+    if isinstance(error, RuntimeError) and TORCH_WRITER in text:
+        return f"a file could not be written, as on a full disk: {text}"
+    return text if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 
 def _open_closed_streams() -> None:
@@ -55,16 +79,6 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free place, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(place, "w" if place else "r", closefd=False))
-
-
-def _out_of_memory(error: BaseException) -> str:
-    """Returns a sentence for an error that says that memory is full; empty for any other."""
-    text = " ".join(str(error).split())
-    kind = type(error).__name__
-    if kind != "OutOfMemoryError" and not isinstance(error, MemoryError) and "t allocate memory" not in text:
-        return ""
-    said = next((part for part in text.split(". ") if "memory" in part), kind)
-    return f"out of memory: {said}; use a smaller batch, model or picture"
 
 
 class Command(NamedTuple):

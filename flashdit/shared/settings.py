@@ -97,11 +97,17 @@ def _type_sentence(error: OmegaConfBaseException, given: Mapping[str, Any], conf
 
 
 def _expanded(value: Any, key: str = "") -> Any:
-    """Returns a configuration whose texts have `~` and environment variables expanded, as paths have them."""
+    """Returns a configuration whose texts have `~` and environment variables expanded, as paths have them.
+
+    Raises:
+        ValueError: If a text is empty, or a variable is not set.
+    """
     if isinstance(value, dict):
         return {name: _expanded(part, f"{key}.{name}") for name, part in value.items()}
     if isinstance(value, list):
         return [_expanded(part, key) for part in value]
+    if value == "":
+        raise ValueError(f"{key[1:]} must not be empty, got '': null means none")
     try:
         return expanded(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -54,7 +54,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], folder: Path):
         self.app, self.folder = app, folder.resolve()
-        self.hosts = {host.strip("[]").lower() for host in hosts}
+        self.hosts = {host.strip("[]").lower() for host in hosts} - {""}  # a request may name no host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or answers it with what is wrong."""

@@ -197,3 +197,11 @@ def test_usage_names_the_command_as_it_is_typed():
     command = [sys.executable, "-m", "flashdit", "export", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("usage: flashdit export [")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run_dir, tmp_path, no_room, exit_message):
+    with no_room():
+        said = exit_message(export, run_dir, tmp_path / "out")
+    assert "a file of weights must be readable and writable: " in said
+    assert "File too large" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["birds"]

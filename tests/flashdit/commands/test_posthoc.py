@@ -132,3 +132,11 @@ def test_what_cannot_be_made_is_one_sentence(run, exit_message, tmp_path):
     shutil.rmtree(run_dir / SNAPSHOTS)
     message = exit_message(posthoc, run_dir, "--width", 0.1)
     assert "need a run trained with ema.power_widths=[0.05,0.10], got no snapshot for" in message
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, tmp_path, no_room, exit_message):
+    run_dir, _, _ = run
+    with no_room():
+        said = exit_message(posthoc, run_dir, "--width", "0.07", "--output", tmp_path / "averages")
+    assert "File too large" in said
+    assert not (tmp_path / "averages").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flashdit.shared.command import Command, add_device, need_extra, resolve_device, run_command, run_script
 
@@ -103,6 +104,35 @@ def test_a_table_whose_reader_has_read_enough_ends_with_status_0():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 0
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda tensors, path: save_file(tensors, path)])
+def test_weights_that_cannot_be_written_are_one_line(writer, no_room, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/bake.py"])
+    with no_room(), pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: writer({"a": torch.zeros(9999)}, tmp_path / "weights"))
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("bake.py: error: a file ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", ""], "got '' after --config"),
+        (["--config="], "got '--config='"),
+        (["bake", "--class", "cat", "", "hen"], "got '' after cat"),
+        ([""], "got ''"),
+    ],
+)
+def test_an_empty_word_is_refused_before_the_command_begins(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/bake.py", *words])
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: pytest.fail("it began"))
+    assert exit_info.value.code == 2
+    expected = f"bake.py: error: a word of the command line must not be empty, {said}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_other_errors_are_not_caught():

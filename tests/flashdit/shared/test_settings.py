@@ -81,6 +81,8 @@ def test_a_saved_configuration_reads_back(recipe):
         ("name: a", "oven.racks=[1,b]", r"^oven.racks must be \[a whole number, a whole number\], got"),
         ("name: a", "oven.degrees=-1", r"^oven.degrees must not be negative, got -1"),
         ("name: a", "oven.degrees=hot", r"^oven.degrees must be a whole number, got 'hot'$"),
+        ("name: ''", "seed=1", r"^name must not be empty, got '': null means none$"),
+        ("name: a", "name=''", r"^name must not be empty, got ''"),
         ("name: a", "oven=hot", r"^oven must be a mapping of keys, got 'hot'"),
         ("name: a", "oven", r"^an override must be key=value, got 'oven'"),
         ("- a", "name=b", r"a configuration must be a mapping of keys, got list"),

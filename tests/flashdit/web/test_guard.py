@@ -34,7 +34,7 @@ def ports(tmp_path_factory):
     sockets = [socket.create_server(("127.0.0.1", 0))]
     if socket.has_dualstack_ipv6() or socket.has_ipv6:
         sockets.append(socket.create_server(("::1", 0), family=socket.AF_INET6))
-    guard = Guard(echo, ["10.0.0.7", "Page.Example"], tmp_path_factory.mktemp("made"))
+    guard = Guard(echo, ["10.0.0.7", "Page.Example", "[]"], tmp_path_factory.mktemp("made"))
     server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
