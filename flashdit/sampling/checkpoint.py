@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from flashdit.shared.weights import read_model_config
 from flashdit.training.checkpoint import stored_config
 from flashdit.training.meter import warn_if_slow
 
+logger = logging.getLogger(__name__)
 ALWAYS_THERE = ("ema", "model")
 """Weights that every checkpoint has."""
 
@@ -61,19 +62,37 @@ def check_weights(checkpoint: Path, weights: str) -> None:
         check_whole(checkpoint, part)
     profiles = [path.parent.name for path in checkpoint.glob("*/config.json")]
     if weights not in profiles:
-        if weights in ALWAYS_THERE or (checkpoint / weights).is_dir():
+        folders = [path.name for path in checkpoint.iterdir() if path.is_dir()]
+        if weights in (*ALWAYS_THERE, *folders):
             raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {weights}/config.json")
         raise unknown(f"weights of {checkpoint}", weights, profiles)
 
 
+def hash_weights(folder: Path) -> str:
+    """Returns the SHA-256 of the weights' files in a folder as hexadecimal digits."""
+    files, digest = sorted(folder.glob("*.safetensors")), hashlib.sha256()
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights any more")
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
 class CheckpointGenerator(ImageGenerator):
     """An ImageGenerator read from a checkpoint: weights, latent space, class names; no data set needed.
+
+    All is read when it is made: a training that goes on may remove the checkpoint afterwards.
 
     Args:
         checkpoint: A checkpoint folder.
         device: Where to run.
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
+
+    Attributes:
+        weights_sha256: Of the weights' files.
+        images_path: Folder of the images that it was trained on; None where it was trained on other data.
 
     Raises:
         ValueError: If the checkpoint is not whole, or has no such weights.
@@ -103,20 +122,8 @@ class CheckpointGenerator(ImageGenerator):
         super().__init__(model, space.to(device), class_names)
         self.checkpoint, self.weights = checkpoint, weights
         self.run_dir = checkpoint.parent.parent
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """SHA-256 of the weights' files, read once: a page asks for every picture."""
-        digest = hashlib.sha256()
-        for path in sorted((self.checkpoint / self.weights).glob("*.safetensors")):
-            with path.open("rb") as file:
-                hashlib.file_digest(file, lambda: digest)
-        return digest.hexdigest()
-
-    @property
-    def images_path(self) -> str | None:
-        """Folder of the images that it was trained on; None where it was trained on other data."""
-        return images_of(stored_config(self.checkpoint))
+        self.weights_sha256 = hash_weights(checkpoint / weights)
+        self.images_path = images_of(stored_config(checkpoint))
 
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""
@@ -143,7 +150,7 @@ def load_generator(
     """Returns the generator of a checkpoint.
 
     Args:
-        checkpoint: A checkpoint folder or a run; None means the newest run.
+        checkpoint: A checkpoint folder or a run, whose newest one is read; None means the newest run.
         device: Where to run.
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights: `ema`, the raw `model`, or another of its model folders.
@@ -153,15 +160,35 @@ def load_generator(
     Raises:
         ValueError: If there is no checkpoint, or its VAE is missing or another one.
     """
-    chosen = newest_run(holding=LATENTS) if checkpoint is None else checkpoint
-    try:
-        generator = CheckpointGenerator(find_checkpoint(chosen, called), device, vae, weights)
-    except DamagedCheckpoint as error:
-        again = "give an earlier one by its folder, or train on from the newest whole one"
-        raise DamagedCheckpoint(f"{error}: {again}") from error
+    generator = None
+    while generator is None:
+        chosen = Path(newest_run(holding=LATENTS) if checkpoint is None else checkpoint)
+        found = find_checkpoint(chosen, called)
+        try:
+            generator = CheckpointGenerator(found, device, vae, weights)
+        except (ValueError, OSError) as error:
+            if not found.exists():
+                _check_goes_on(found, chosen, called, error)
+            elif isinstance(error, DamagedCheckpoint):
+                again = "give an earlier one by its folder, or train on from the newest whole one"
+                raise DamagedCheckpoint(f"{error}: {again}") from error
+            else:
+                raise
     if compiled:
         generator.compile()
     return generator
+
+
+def _check_goes_on(found: Path, chosen: Path, called: str, error: Exception) -> None:
+    """Says that a checkpoint was removed while it was read, and that of its run the newest is read instead.
+
+    Raises:
+        ValueError: If the checkpoint itself was named.
+    """
+    removed = f"{found} was removed while it was read, as training.keep_last says"
+    if found == chosen:
+        raise ValueError(f"{called}: {removed}: give the run, whose newest checkpoint is read") from error
+    logger.warning("%s: the newest checkpoint is read instead", removed)
 
 
 def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -> SamplingOptions:
