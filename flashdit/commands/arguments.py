@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashdit.shared.paths import expanded
 from flashdit.shared.registry import announced
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from flashdit.sampling.checkpoint import CheckpointGenerator
+    from flashdit.sampling.options import SamplingOptions
 
 SAMPLING_ARGUMENTS = (
     *("sampler", "sampler_option", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
@@ -73,10 +74,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
             metavar="TOLERANCE",
             help=text,
         )
-    add("--steps", type=int, metavar="N", help="updates of the sampler; an adaptive one takes none")
+    add("--steps", type=int, metavar="N", help="updates of the sampler; for an adaptive one it is refused")
     add("--cfg-scale", type=float, metavar="W", help="guidance scale; 1 is the conditional model")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts")
-    add("--shift", type=float, help="below 1, finer steps near noise")
+    add("--shift", type=float, help="below 1, finer steps near noise; likewise")
     add("--seed", type=int)
     add(
         "--height",
@@ -93,9 +94,24 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the sampling options that the command line gives, None where it gives none."""
-    return {name: getattr(arguments, name) for name in (*SAMPLING_ARGUMENTS, "batch_size")}
+def chosen_sampling(arguments: argparse.Namespace, generator: CheckpointGenerator) -> SamplingOptions:
+    """Returns the checkpoint's sampling options with those that the command line gives.
+
+    Raises:
+        ValueError: If an option is invalid, or steps are given to a sampler that chooses its own.
+    """
+    from flashdit.sampling.checkpoint import sampling_options
+
+    names = (*SAMPLING_ARGUMENTS, "batch_size")
+    options = sampling_options(generator, {name: getattr(arguments, name) for name in names})
+    for name in ("steps", "shift") if options.is_adaptive else ():
+        value = getattr(arguments, name)
+        if value is not None:
+            raise ValueError(
+                f"--{name} is for samplers that do not choose their steps, as {options.sampler_name} does, "
+                f"got {value}"
+            )
+    return options
 
 
 def open_generator(

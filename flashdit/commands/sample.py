@@ -13,7 +13,7 @@ from datetime import timedelta
 from flashdit.commands.arguments import (
     add_sampling,
     add_weights,
-    given_sampling,
+    chosen_sampling,
     open_generator,
     path,
     path_text,
@@ -59,7 +59,6 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     """Samples on all processes."""
     from accelerate import PartialState
 
-    from flashdit.sampling.checkpoint import sampling_options
     from flashdit.sampling.classes import choose_labels
     from flashdit.sampling.folder import GRID
     from flashdit.sampling.run import fill, open_folder
@@ -69,7 +68,7 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     check_processes(state.num_processes)
     where = device if state.num_processes == 1 or state.device is None else state.device
     generator = open_generator(arguments, where)
-    options = sampling_options(generator, given_sampling(arguments))
+    options = chosen_sampling(arguments, generator)
     labels = choose_labels(
         generator.class_names, arguments.classes, arguments.num_images, arguments.labels, options.seed
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.commands.arguments import add_sampling, add_weights, given_sampling, path, path_text
+from flashdit.commands.arguments import add_sampling, add_weights, chosen_sampling, path, path_text
 from flashdit.shared.command import add_device
 from flashdit.shared.registry import announced
 
@@ -91,12 +91,11 @@ def make_request(
 ) -> EvaluationRequest:
     """Returns the request of a command line: for a generator's samples, or for those of a path."""
     from flashdit.evaluation.request import EvaluationRequest
-    from flashdit.sampling.checkpoint import sampling_options
 
     return EvaluationRequest(
         samples=samples,
         generator=generator,
-        sampling=None if generator is None else sampling_options(generator, given_sampling(arguments)),
+        sampling=None if generator is None else chosen_sampling(arguments, generator),
         data=None if generator is None else generator.data_name,
         data_path=None if generator is None else generator.images_path,
         labels=arguments.labels or "balanced",

@@ -46,12 +46,16 @@ def change_sampler(
         texts: Its options as `key=value`.
 
     Raises:
-        ValueError: If a text is no `key=value`.
+        ValueError: If a text is no `key=value`, or names another sampler.
     """
     for text in texts:
         if "=" not in text:
             raise ValueError(f"--sampler-option must be key=value, got '{text}'")
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    if "name" in options:
+        raise ValueError(
+            f"--sampler-option must be an option, --sampler names it, got name={options['name']}"
+        )
     before = sampler_spec(sampler)
     after = {**options, "name": name or before["name"]}
     return merge_settings({"sampler": before}, {"sampler": after})["sampler"]

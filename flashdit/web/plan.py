@@ -137,6 +137,8 @@ def plan_page(generator: CheckpointGenerator, request: PageRequest) -> PagePlan:
         _check_at_most(name, getattr(request, name), most)
     known = {field.name for field in fields(SamplingOptions)}
     options = sampling_options(generator, {name: value for name, value in given.items() if name in known})
+    if options.is_adaptive:  # the page's form always gives steps, which `sample_command` leaves out
+        options = replace(options, steps=generator.sampling.steps)
     return PagePlan(generator=generator, labels=labels, options=options)
 
 
@@ -162,8 +164,12 @@ def plan_sheet(generator: CheckpointGenerator, request: PageRequest) -> PageShee
     rows = [("", {})] if request.down is None else _axis(request.down, request.down_values)
     _check_at_most("the number of a grid's pictures", len(columns) * len(rows), MAX_IMAGES)
     cells = [replace(request, num_images=1, **row | column) for _, row in rows for _, column in columns]
+    plans = [plan_page(generator, cell) for cell in cells]
+    adaptive = [plan.options.sampler_name for plan in plans if plan.options.is_adaptive]
+    if adaptive and "steps" in (request.across, request.down):
+        raise ValueError(f"a grid over steps requires samplers that do not choose them, got {adaptive[0]}")
     return PageSheet(
-        plans=[plan_page(generator, cell) for cell in cells],
+        plans=plans,
         heads=[head for head, _ in columns],
         rows=[row for row, _ in rows],
     )

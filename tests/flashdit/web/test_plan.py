@@ -30,6 +30,12 @@ def test_what_is_not_given_is_as_the_checkpoint_has_it(generator):
     assert plan_page(generator, replace(GOOD, cfg_high=0.5)).options.cfg_interval == (0.0, 0.5)
 
 
+def test_a_grid_over_steps_of_a_sampler_that_chooses_them_is_refused(generator):
+    request = replace(GOOD, across="steps", across_values="5, 10", sampler="dopri5")
+    with pytest.raises(ValueError, match=r"a grid over steps requires samplers that do not .* got dopri5"):
+        plan_sheet(generator, request)
+
+
 def test_no_class_means_the_first_ones_as_in_sample_py(generator):
     assert plan_page(generator, replace(GOOD, classes=[])).labels.tolist() == [0, 1, 2]
 
