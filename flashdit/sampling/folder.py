@@ -10,14 +10,12 @@ OUT/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.classes import FIRST_CLASSES, PER_CLASS
+from flashdit.sampling.damage import is_whole_npz, is_whole_png, is_whole_samples
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.imagenet import shown_names
-from flashdit.sampling.options import SamplingOptions
-from flashdit.sampling.records import current_sampling
+from flashdit.sampling.recipe import MEASURED, identity, read_recipe
 from flashdit.shared.files import mend, sync, write_atomically, write_json
 from flashdit.shared.pictures import labelled_grid, png_text, rows_by_class, save_png
 from flashdit.shared.registry import unknown
@@ -42,55 +39,7 @@ FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS_FOLDER = "recipe.json", "samples.npz", "grid.png", ".parts"
 PNG_LEAST = 70
 """Bytes of the smallest PNG."""
-MEASURED = ("nfe", "nfe_max")
-CHANGES_NO_IMAGE = (*MEASURED, "checkpoint", "vae", "batch_size", "finished", "device", "class_names")
-
-
-def make_recipe(
-    generator: CheckpointGenerator,
-    labels: Tensor,
-    options: SamplingOptions,
-    *,
-    order: str = "balanced",
-    form: str = "both",
-) -> dict[str, Any]:
-    """Returns all that images are made with.
-
-    Args:
-        generator: The model.
-        labels: (N,) int64.
-        options: How to sample.
-        order: How the labels came about, `balanced` or `random`.
-        form: One of `FORMATS`.
-    """
-    classes, names = list(dict.fromkeys(labels.tolist())), generator.class_names
-    return {
-        **generator.recipe(),
-        "sampling": asdict(options),
-        "nfe": options.nfe,
-        "device": generator.space.mean.device.type,
-        "labels": f"{order}{', in order' if order == 'balanced' else ''}",
-        "classes": classes,
-        "class_names": [names[label] if label < len(names) else "" for label in classes],
-        "labels_sha256": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        "num_images": len(labels),
-        "format": form,
-        "title": f"step {generator.step}, {options}",
-    }
-
-
-def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a recipe that decides the images."""
-    kept = {key: value for key, value in recipe.items() if key not in CHANGES_NO_IMAGE}
-    sampling = current_sampling(recipe["sampling"])
-    sampling = {key: value for key, value in sampling.items() if key not in CHANGES_NO_IMAGE}
-    return json.loads(json.dumps(kept | {"sampling": sampling}))
-
-
-def digest(recipe: Mapping[str, Any], labels: Tensor) -> str:
-    """Returns eight letters that tell recipes apart, for the name of a folder."""
-    text = json.dumps([identity(recipe), labels.tolist()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+NAMED_FILES = 3  # damaged ones that a message names
 
 
 def least_bytes(count: int, height: int, width: int, form: str) -> int:
@@ -100,6 +49,13 @@ def least_bytes(count: int, height: int, width: int, form: str) -> int:
     """
     pixels = 0 if form == "png" else 3 * 3 * height * width
     return count * (pixels + (0 if form == "npz" else PNG_LEAST))
+
+
+def take_room(path: Path) -> None:
+    """Takes the room of a file on the disk: writing to its map would kill the process on a full one."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 class SampleFolder:
@@ -122,18 +78,22 @@ class SampleFolder:
         self.class_names = class_names
         self.parts = path / PARTS_FOLDER
         self.has_png, self.has_npz = recipe["format"] != "npz", recipe["format"] != "png"
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
-        """Refuses a folder of something else."""
+    def check(self) -> None:
+        """Refuses a folder of something else; one in which no sample was finished is free."""
         if not self.path.exists():
             return
-        if not (self.path / RECIPE).is_file():
-            # A kill at the very start leaves hidden files alone.
-            if not self.path.is_dir() or any(file.name[0] != "." for file in self.path.iterdir()):
+        is_folder = self.path.is_dir()
+        held = {file.name for file in self.path.iterdir() if file.name[0] != "."} if is_folder else {""}
+        if RECIPE not in held:
+            if held:
                 raise ValueError(f"--output must be a new folder or one of the same samples, got {self.path}")
             return
-        theirs, mine = identity(self.read_recipe()), identity(self.recipe)
+        found = self.read_recipe()
+        if not found["finished"] and held == {RECIPE} and not any(self._part_files()):
+            return
+        theirs, mine = identity(found), identity(self.recipe)
         changed = sorted(key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key))
         if changed:
             raise ValueError(
@@ -158,10 +118,7 @@ class SampleFolder:
         Raises:
             ValueError: If it is not one of ours.
         """
-        try:
-            return {"finished": False, "sampling": {}} | json.loads((self.path / RECIPE).read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path / RECIPE} must be of `flashdit sample`: {error}") from error
+        return read_recipe(self.path / RECIPE)
 
     def open(self) -> None:
         """Makes the folder, for one process to call; what is to be mended stays as it was finished."""
@@ -170,6 +127,24 @@ class SampleFolder:
         self.parts.mkdir(exist_ok=True)
         for folder in (self.path, self.parts):
             mend(folder)
+
+    def remove_damaged(self) -> None:
+        """Removes files that are not as they were written, so that they are made again; says which.
+
+        Every file is read, no pixel is decoded. For one process to call.
+        """
+        arrays, parts = self.path / ARRAYS, self._part_files()
+        pictures = [self.path / GRID, *(map(self._png, range(len(self.labels))) if self.has_png else ())]
+        damaged = [path for path in pictures if path.is_file() and not is_whole_png(path)]
+        if arrays.is_file() and not is_whole_samples(arrays, self.labels.numpy()):
+            damaged.append(arrays)
+        damaged += [path for path in parts if not is_whole_npz(path, self._part_arrays)]
+        for path in damaged:
+            path.unlink()
+        if damaged:
+            names = ", ".join(str(path.relative_to(self.path)) for path in damaged[:NAMED_FILES])
+            others = f" and {len(damaged) - NAMED_FILES:,} more" if damaged[NAMED_FILES:] else ""
+            logger.warning("%s: damaged files are made again: %s%s", self.path, names, others)
 
     def missing(self) -> Tensor:
         """Returns the numbers of the samples that are not there, in order; no pixels are read."""
@@ -180,21 +155,34 @@ class SampleFolder:
             is_missing[ids] = False
         if self.has_png and self.path.is_dir():
             with os.scandir(self.path) as files:
-                there = {file.name for file in files if file.name.endswith(".png") and file.stat().st_size}
+                there = {file.name for file in files if file.name.endswith(".png")}
             is_missing |= torch.tensor([self._png(i).name not in there for i in range(len(is_missing))])
         return is_missing.nonzero()[:, 0]
 
     def add(self, batch: SampleBatch) -> None:
-        """Writes a batch; a kill before the end of it leaves its samples missing."""
-        if self.has_png:
-            recipe = json.dumps(self.recipe)
-            for i, image, label, nfe in zip(batch.ids, batch.images, batch.labels, batch.nfe, strict=True):
-                about = {"sample": str(int(i)), "class": self._name(int(label)), "nfe": str(int(nfe))}
-                save_png(image, self._png(int(i)), about | {"recipe": recipe})
-                sync(self._png(int(i)))  # before the part says that it is there
-        arrays: dict[str, Any] = {"ids": batch.ids.numpy(), "nfe": batch.nfe.numpy()}
-        if self.has_npz:
-            arrays["images"] = rearrange(batch.images, "b c h w -> b h w c").numpy()
+        """Writes a batch, whole or not at all; a kill before the end of it leaves its samples missing."""
+        try:
+            self._write_pictures(batch)
+            self._write_part(batch)
+        except BaseException:
+            for i in batch.ids.tolist() if self.has_png else ():
+                self._png(i).unlink(missing_ok=True)
+            raise
+
+    def _write_pictures(self, batch: SampleBatch) -> None:
+        """Writes the PNGs of a batch, where there are any."""
+        recipe = json.dumps(self.recipe)
+        rows = zip(batch.ids, batch.images, batch.labels, batch.nfe, strict=True)
+        for i, image, label, nfe in rows if self.has_png else ():
+            about = {"sample": str(int(i)), "class": self._name(int(label)), "nfe": str(int(nfe))}
+            save_png(image, self._png(int(i)), about | {"recipe": recipe})
+            sync(self._png(int(i)))  # before the part says that it is there
+
+    def _write_part(self, batch: SampleBatch) -> None:
+        """Writes which samples a batch holds, and their pixels where samples.npz is to have them."""
+        pixels = rearrange(batch.images, "b c h w -> b h w c")
+        columns = {"ids": batch.ids, "nfe": batch.nfe, "images": pixels}
+        arrays: dict[str, Any] = {name: columns[name].numpy() for name in self._part_arrays}
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:  # savez would put .npz after the temporary name
@@ -222,15 +210,20 @@ class SampleFolder:
         mean = float(evaluations.double().mean())
         return {"nfe": int(mean) if mean.is_integer() else mean, "nfe_max": int(evaluations.max())}
 
+    @property
+    def _part_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays of a part."""
+        return ("ids", "nfe", *(["images"] if self.has_npz else []))
+
+    def _part_files(self) -> list[Path]:
+        """Returns the files of the parts, in order."""
+        return sorted(self.parts.glob("[0-9]*.npz"))
+
     def _recorded(self, name: str) -> Iterator[np.ndarray]:
-        """Yields one array of each part; the others are not read. A part that cannot be read is removed."""
-        for path in sorted(self.parts.glob("[0-9]*.npz")):
-            try:
-                with np.load(path) as arrays:
-                    yield arrays[name]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                logger.warning("%s is damaged and its samples are made again: %s", path, error)
-                path.unlink(missing_ok=True)
+        """Yields one array of each part; the others are not read."""
+        for path in self._part_files():
+            with np.load(path) as arrays:
+                yield arrays[name]
 
     def _assemble(self) -> np.ndarray:
         """Returns all pixels (N, H, W, 3) in order, in a memory-mapped file."""
@@ -239,6 +232,7 @@ class SampleFolder:
             if pixels is None:
                 shape = (len(self.labels), *images.shape[1:])
                 pixels = np.lib.format.open_memmap(self.parts / "pixels.npy", "w+", np.uint8, shape)
+                take_room(self.parts / "pixels.npy")
             pixels[ids] = images
         assert pixels is not None  # there is at least one sample
         pixels.flush()

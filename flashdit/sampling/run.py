@@ -9,8 +9,9 @@ from accelerate import PartialState
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
-from flashdit.sampling.folder import RECIPE, SampleFolder, digest, least_bytes, make_recipe
+from flashdit.sampling.folder import RECIPE, SampleFolder, least_bytes
 from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.recipe import digest, make_recipe
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_disk, check_outside, check_writable
 from flashdit.shared.progress import progress_bar
@@ -58,8 +59,11 @@ def fill(
         ValueError: If another process writes the folder.
     """
     with only_writer(folder.path) if state.is_main_process else nullcontext():
-        if state.is_main_process and not folder.is_finished:
-            folder.open()
+        if state.is_main_process:
+            folder.check()  # another process may have written it meanwhile
+            folder.remove_damaged()
+            if not folder.is_finished:
+                folder.open()
         state.wait_for_everyone()
         missing = folder.missing()
         state.wait_for_everyone()  # no process adds to the folder before all know what is missing

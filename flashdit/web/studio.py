@@ -19,8 +19,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from flashdit.flow.guidance import VelocityModel, guide
 from flashdit.flow.path import data_prediction
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
-from flashdit.sampling.folder import GRID, SampleFolder, make_recipe
+from flashdit.sampling.folder import GRID, SampleFolder
 from flashdit.sampling.generator import SampleBatch
+from flashdit.sampling.recipe import make_recipe
 from flashdit.shared.pictures import MIN_CELL, panel_grid, png_text, save_png
 from flashdit.shared.registry import unknown
 from flashdit.web.plan import PagePlan, PageRequest, PageSheet, Work, plan_sheet, sample_command

@@ -20,7 +20,7 @@ from PIL import Image
 
 from flashdit.commands import app, sample, train
 from flashdit.sampling.checkpoint import load_generator
-from flashdit.sampling.folder import identity
+from flashdit.sampling.recipe import identity
 from flashdit.web import serve
 from flashdit.web.studio import FRAMES, Studio, load_generators
 

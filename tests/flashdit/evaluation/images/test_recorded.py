@@ -12,7 +12,8 @@ from PIL import Image
 from flashdit.evaluation.images.sources import open_source
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.classes import choose_labels
-from flashdit.sampling.folder import SampleFolder, make_recipe
+from flashdit.sampling.folder import SampleFolder
+from flashdit.sampling.recipe import make_recipe
 from flashdit.shared.pictures import save_png
 
 
