@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -106,6 +107,20 @@ def check_latents(
     raise InvalidPixels(f"sampled latents must be finite and at most {most:g} in size", rows, ids, hint)
 
 
+@contextmanager
+def watching(generator: ImageGenerator, show: Callable[[float], None]) -> Iterator[None]:
+    """Has a generator call `show` at every evaluation of its model, within a batch too.
+
+    It is given how many of the images that `generate` makes are sampled, those that are being sampled by
+    their time from 0 to 1.
+    """
+    generator.on_progress = show
+    try:
+        yield
+    finally:
+        generator.on_progress = None
+
+
 class ImageGenerator:
     """A trained model with its latent space: labels in, uint8 images out.
 
@@ -114,6 +129,9 @@ class ImageGenerator:
         space: Its latent space, with the VAE.
         class_names: One per class.
     """
+
+    on_progress: Callable[[float], None] | None = None
+    """What `watching` sets; None where nobody watches."""
 
     def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str]):
         self.model, self.space, self.class_names = model, space, class_names
@@ -175,16 +193,20 @@ class ImageGenerator:
         self.warn_of_guidance(options)
         wanted = torch.arange(len(labels)) if ids is None else ids
         self.check_batch_fits(options, min(len(wanted), options.batch_size))
-        for batch in wanted.split(options.batch_size) if len(wanted) else ():
-            latents, count = self.latents(batch, labels[batch], options)
+        for place, batch in enumerate(wanted.split(options.batch_size) if len(wanted) else ()):
+            done = place * options.batch_size
+            latents, count = self.latents(batch, labels[batch], options, done)
             sampling = f"cfg_scale={options.cfg_scale:g} and precision={options.precision}"
             check_latents(latents, self.model, self.space, sampling, batch.tolist())
             with full_float32():  # as an evaluation computes: one seed, one picture
                 images = self.space.decode(latents, batch.tolist()).cpu()
             yield SampleBatch(ids=batch, labels=labels[batch], images=images, nfe=count)
+            self._report(done + len(batch))
 
     @torch.no_grad()
-    def latents(self, ids: Tensor, labels: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    def latents(
+        self, ids: Tensor, labels: Tensor, options: SamplingOptions, done: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Returns the latents of samples and the model evaluations that each took: (B, C, H, W), (B,).
 
         An adaptive sampler takes them one by one, since one step size for a batch would tie an image to its
@@ -194,15 +216,25 @@ class ImageGenerator:
             ids: (B,) int64, the numbers of the samples.
             labels: (B,) int64, theirs.
             options: How to sample.
+            done: How many images were sampled before these, for who watches.
         """
         size = 1 if options.is_adaptive else len(ids)
+        starts = range(done, done + len(ids), size)
         parts = [
-            self._integrate(*part, options) for part in zip(ids.split(size), labels.split(size), strict=True)
+            self._integrate(*part, options)
+            for part in zip(starts, ids.split(size), labels.split(size), strict=True)
         ]
         counts = torch.tensor([count for _, count in parts]).repeat_interleave(size)
         return torch.cat([latents for latents, _ in parts]), counts
 
-    def _integrate(self, ids: Tensor, labels: Tensor, options: SamplingOptions) -> tuple[Tensor, int]:
+    def _report(self, images: float) -> None:
+        """Says how many images are sampled, to who watches."""
+        if self.on_progress is not None and math.isfinite(images):  # dopri5 asks at NaN before it fails
+            self.on_progress(images)
+
+    def _integrate(
+        self, done: int, ids: Tensor, labels: Tensor, options: SamplingOptions
+    ) -> tuple[Tensor, int]:
         """Returns the latents of samples that share every step, and the evaluations an image took."""
         shape, device, rows = self.latent_shape(options), self.space.mean.device, 0
 
@@ -215,7 +247,12 @@ class ImageGenerator:
         def noise(step: int) -> Tensor:
             return self.noise(ids, options.seed, shape, f"sde {step}").to(device)
 
-        v = guide(model, labels.to(device), self.num_classes, options.cfg_scale, options.cfg_interval)
+        guided = guide(model, labels.to(device), self.num_classes, options.cfg_scale, options.cfg_interval)
+
+        def v(x: Tensor, t: float) -> Tensor:
+            self._report(done + len(ids) * t)
+            return guided(x, t)
+
         start = self.noise(ids, options.seed, shape).to(device)
         latents = options.make_sampler(noise)(v, start, options.times)
         return latents, rows // len(ids)

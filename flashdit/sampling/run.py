@@ -10,11 +10,12 @@ from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.folder import RECIPE, SampleFolder, least_bytes
+from flashdit.sampling.generator import watching
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.recipe import digest, make_recipe
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_disk, check_outside, check_writable
-from flashdit.shared.progress import progress_bar
+from flashdit.shared.progress import move_to, progress_bar
 
 
 def open_folder(
@@ -76,10 +77,13 @@ def fill(
             unit="image",
             disable=not state.is_main_process,
         )
-        with bar:  # the first process counts for all: their shares are equal
+
+        def show(images: float) -> None:  # the first process counts for all: their shares are equal
+            move_to(bar, total - len(missing) + images * state.num_processes)
+
+        with bar, watching(generator, show):
             for batch in generator.generate(folder.labels, options, mine):
                 folder.add(batch)
-                bar.update(min(len(batch.ids) * state.num_processes, total - bar.n))
         state.wait_for_everyone()
         if state.is_main_process:
             folder.finish()

@@ -37,3 +37,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
         options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S) | options
         options["file"] = _Lines(sys.stderr)
     return tqdm(iterable, **options)
+
+
+def move_to(bar: tqdm, count: float) -> None:
+    """Moves a bar on to a count, in whole units: at most to its end, and never back."""
+    bar.update(max(0, int(min(count, bar.total)) - bar.n))

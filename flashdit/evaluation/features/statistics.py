@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,10 +13,11 @@ from torch import Tensor
 from flashdit.evaluation.features.cache import FeatureCache
 from flashdit.evaluation.features.extractor import FORWARD_ROWS, Extractor
 from flashdit.evaluation.features.ranks import Ranks
-from flashdit.evaluation.images.sources import Source
+from flashdit.evaluation.images.sources import GeneratedSource, Source
+from flashdit.sampling.generator import watching
 from flashdit.shared.moments import Moments
 from flashdit.shared.process import full_float32
-from flashdit.shared.progress import progress_bar
+from flashdit.shared.progress import move_to, progress_bar
 
 Part = dict[str, Tensor]  # fields of ImageStatistics; empty where the extractor has no such features
 
@@ -157,10 +160,13 @@ def extract(
     with ranks.agree(), full_float32():
         ids = ranks.share(source.count)
         hidden = None if ranks.is_main else True
-        with progress_bar(total=len(ids), desc=source.name, unit="image", disable=hidden) as bar:
+        bar = progress_bar(total=len(ids), desc=source.name, unit="image", disable=hidden)
+        generator, done = source.generator if isinstance(source, GeneratedSource) else None, 0
+        with bar, watching(generator, partial(move_to, bar)) if generator else nullcontext():
             for images in regrouped(source.batches(batch_size, ids), FORWARD_ROWS):
                 share.add(forward_padded(extractor, images, device))
-                bar.update(len(images))
+                done += len(images)
+                move_to(bar, done)
     return share.gathered(ranks)
 
 

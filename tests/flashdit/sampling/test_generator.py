@@ -9,7 +9,7 @@ from flashdit.data.autoencoders import load_vae
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.pixels import Pixels
 from flashdit.flow.samplers import SAMPLERS
-from flashdit.sampling.generator import ImageGenerator, latent_shape, warn_of_guidance
+from flashdit.sampling.generator import ImageGenerator, latent_shape, warn_of_guidance, watching
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import InvalidPixels, to_uint8
 
@@ -324,3 +324,26 @@ def test_pictures_are_decoded_without_tf32_whatever_the_process_allows(generator
     finally:
         hook.remove()
     assert seen == [(False, "highest")]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [("euler", [0, 1, 2, 2, 2.5, 3]), ("heun", [0, 1, 1, 2, 2, 2, 2.5, 2.5, 3, 3])],
+)
+def test_who_watches_is_given_how_many_images_are_sampled_within_a_batch_too(generator, sampler, said):
+    given = []
+    options = SamplingOptions(sampler=sampler, steps=2, batch_size=2)
+    with watching(generator, given.append):
+        list(generator.generate(torch.tensor([0, 1, 2]), options))
+    assert given == said
+    list(generator.generate(torch.tensor([0]), options))
+    assert given == said, "nobody watches any more"
+
+
+def test_an_adaptive_sampler_is_watched_image_by_image(generator):
+    given = []
+    with watching(generator, given.append):
+        list(generator.generate(torch.tensor([0, 1]), SamplingOptions(sampler=dopri5(1e-2))))
+    assert given[0] == 0
+    assert given[-1] == 2
+    assert {int(images) for images in given} == {0, 1, 2}

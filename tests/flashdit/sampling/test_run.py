@@ -1,5 +1,8 @@
 """Filling a folder of samples: each process's share, and what the recipe says once all are there."""
 
+import io
+import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +13,7 @@ from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.run import fill, open_folder
+from flashdit.shared import progress
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,17 @@ def test_a_process_makes_its_share_and_nothing_twice(generator, tmp_path):
     assert folder.is_finished
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_the_bar_advances_within_a_batch(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    options = SamplingOptions(steps=3, batch_size=3)
+    folder = open_folder(generator, torch.zeros(6).long(), options, tmp_path / "out")
+    fill(folder, generator, options, process(0, 1))
+    counts = re.findall(r"(\d)/6", sys.stderr.getvalue())
+    assert list(dict.fromkeys(counts)) == list("0123456")
+    assert counts == sorted(counts)
 
 
 def test_the_recipe_has_the_mean_and_the_most_evaluations_of_an_image(generator, tmp_path):

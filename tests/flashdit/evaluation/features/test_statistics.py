@@ -1,3 +1,8 @@
+import io
+import re
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +21,12 @@ from flashdit.evaluation.features.statistics import (
     forward_padded,
     regrouped,
 )
-from flashdit.evaluation.images.sources import open_source
+from flashdit.evaluation.images.sources import GeneratedSource, open_source
 from flashdit.evaluation.metrics.metric import METRICS
 from flashdit.evaluation.metrics.scoring import compute_scores
+from flashdit.sampling.checkpoint import load_generator
+from flashdit.sampling.options import SamplingOptions
+from flashdit.shared import progress
 
 EXTRACTOR = EXTRACTORS.build("digits").eval()
 PARTS = {"moments", "spatial", "pool", "logits"}
@@ -57,6 +65,20 @@ def assert_same(first: ImageStatistics, second: ImageStatistics, **tolerance):
 def test_every_batch_size_gives_the_same_bits(batch_size):
     first, second = (collect(Digits(90), EXTRACTOR, PARTS, size) for size in (batch_size, 40))
     assert_same(first, second, rtol=0, atol=0)
+
+
+def test_the_bar_advances_while_a_batch_is_drawn(tiny_checkpoint, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "tqdm", partial(progress.tqdm, mininterval=0))
+    generator = load_generator(tiny_checkpoint)
+    source = GeneratedSource(generator, torch.zeros(5).long(), SamplingOptions(steps=5))
+    collect(source, PoolOnly(), ["pool"], 100)
+    counts = re.findall(r"(\d)/5", terminal.getvalue())
+    assert list(dict.fromkeys(counts)) == list("012345")
+    assert counts == sorted(counts)
+    assert generator.on_progress is None
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
