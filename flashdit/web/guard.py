@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -13,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 2**18  # bytes: a request names options and classes, and carries no files
 API, FILE = "/gradio_api/", "/gradio_api/file="
+CALL, JOIN = f"{API}call/", f"{API}queue/join"
 READ = ("/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/assets/", "/static/")
 READ += tuple(
     API + name for name in ("info", "queue/data", "heartbeat/", "startup-events", "call/", "theme.css")
@@ -41,7 +45,7 @@ def is_loopback(name: str) -> bool:
 
 
 class Guard:
-    """An ASGI application in front of another one; what it refuses is one sentence with status 403 or 413.
+    """An ASGI application in front of another one; what it refuses is one sentence with a status of 4XX.
 
     A page that was visited elsewhere can make a browser send requests here, under a name of its own that
     leads here, too: so Host and Origin must be loopback names or `hosts`, at any port.
@@ -50,10 +54,17 @@ class Guard:
         app: What is guarded.
         hosts: Names and addresses that pass beside the loopback ones.
         folder: Files are served from here alone.
+        inputs: How many inputs each function of the page takes, by its name and by its number.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], folder: Path):
-        self.app, self.folder = app, folder.resolve()
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Collection[str],
+        folder: Path,
+        inputs: Mapping[Any, int] = MappingProxyType({}),
+    ):
+        self.app, self.folder, self.inputs = app, folder.resolve(), inputs
         self.hosts = {host.strip("[]").lower() for host in hosts} - {""}  # a request may name no host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +82,8 @@ class Guard:
             body = await _read(headers, receive)
             if body is None:
                 status, refusal = 413, f"a request's body must have at most {MAX_BODY:,} bytes"
+            else:
+                status, refusal = 400, self._refused_inputs(scope["path"], body)
         if refusal is not None:
             response = PlainTextResponse(refusal + "\n", status, {"Connection": "close"})
             await response(scope, receive, send)
@@ -101,6 +114,16 @@ class Guard:
         if headers.get("sec-fetch-site") == "cross-site" and not is_link:
             return "requests from another site's page are refused"
         return None
+
+    def _refused_inputs(self, path: str, body: bytes) -> str | None:
+        """Returns what is wrong with the number of a request's inputs, of which gradio logs a traceback."""
+        try:
+            request = json.loads(body)
+            name = request["fn_index"] if path == JOIN else path.removeprefix(CALL).strip("/")
+            given, wanted = len(request["data"]), self.inputs.get(name, 0)
+        except (ValueError, LookupError, TypeError, RecursionError):  # gradio answers what is no request
+            return None
+        return None if given >= wanted else f"data must have {wanted} inputs, got {given}"
 
     def _refused_route(self, scope: Scope) -> str | None:
         """Returns what is wrong with what a request asks for."""

@@ -119,8 +119,10 @@ def launch(studio: Studio, listener: socket.socket, host: str, allowed: Sequence
         mcp_server=False,
         enable_monitoring=False,
     )
+    functions = page.fns.items()
+    inputs = {key: len(made.inputs) for number, made in functions for key in (number, made.api_name)}
     config = uvicorn.Config(
-        Guard(app, [host, *allowed], studio.folder),
+        Guard(app, [host, *allowed], studio.folder, inputs),
         log_level="warning",
         ws="none",
         limit_concurrency=MAX_CONNECTIONS,

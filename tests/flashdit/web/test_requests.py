@@ -61,6 +61,10 @@ class Page:
         name, data = events.decode().strip().split("\n\n")[-1].split("\n")
         return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
+    def inputs(self):
+        """Returns how many inputs each function of the page takes."""
+        return [len(made["inputs"]) for made in json.loads(self.open("/config")[1])["dependencies"]]
+
     def files(self):
         return {path for path in self.folder.rglob("*") if path.is_file()}
 
@@ -159,6 +163,15 @@ def test_a_wrong_value_is_one_sentence(page, wrong, sentence):
     assert said["error"].startswith(sentence)
     assert "\n" not in said["error"]
     assert "Traceback" not in str(said)
+
+
+@pytest.mark.parametrize("data", [[], ["a", "b", "c"], [None] * 15])
+def test_too_few_inputs_are_one_sentence(page, data):
+    numbers = [number for number, wanted in enumerate(page.inputs()) if wanted == 16]
+    body = json.dumps({"data": data, "fn_index": numbers[0], "session_hash": "x"}).encode()
+    for path in ("call/generate", "call/generate/", "queue/join"):
+        status, said = page.open(f"/gradio_api/{path}", body, Content_Type="application/json")
+        assert (status, said.decode()) == (400, f"data must have 16 inputs, got {len(data)}\n")
 
 
 def test_a_request_whose_body_is_no_request_leaves_the_page_alive(page):
