@@ -11,6 +11,7 @@ from PIL import Image
 
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.damage import is_whole_png, is_whole_samples
+from flashdit.sampling.folder import FORMATS, take_room
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.run import fill, open_folder
 from flashdit.shared.locks import only_writer
@@ -202,14 +203,15 @@ def test_a_recipe_that_is_no_mapping_is_refused(generator, tmp_path, content):
         fill_folder(generator, tmp_path / "out")
 
 
-def test_a_folder_is_bound_to_a_recipe_by_its_first_samples(generator, tmp_path):
-    folder = open_folder(generator, LABELS, OPTIONS, tmp_path / "out")
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_folder_is_bound_to_a_recipe_by_its_first_samples(generator, tmp_path, form):
+    folder = open_folder(generator, LABELS, OPTIONS, tmp_path / "out", form=form)
     folder.open()
     other = SamplingOptions(steps=2, batch_size=2)
-    assert open_folder(generator, LABELS, other, tmp_path / "out").missing().tolist() == [0, 1, 2, 3, 4]
+    assert len(open_folder(generator, LABELS, other, tmp_path / "out", form=form).missing()) == 5
     folder.add(next(generator.generate(LABELS, OPTIONS, torch.arange(2))))
     with pytest.raises(ValueError, match=r"samples of another recipe \(sampling, title\)"):
-        open_folder(generator, LABELS, other, tmp_path / "out")
+        open_folder(generator, LABELS, other, tmp_path / "out", form=form)
 
 
 def test_samples_that_cannot_be_written_leave_none_behind(generator, tmp_path, no_room):
@@ -220,6 +222,14 @@ def test_samples_that_cannot_be_written_leave_none_behind(generator, tmp_path, n
         folder.add(batch)
     assert not list(folder.path.glob("*.png"))
     fill(open_folder(generator, LABELS, SamplingOptions(steps=2), folder.path), generator, OPTIONS, ALONE)
+
+
+def test_a_file_that_is_mapped_has_its_room_on_the_disk(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**20)
+    assert (tmp_path / "sparse").stat().st_blocks * 512 < 2**20
+    take_room(tmp_path / "sparse")
+    assert (tmp_path / "sparse").stat().st_blocks * 512 >= 2**20
 
 
 def test_a_folder_that_another_process_filled_meanwhile_is_refused(generator, tmp_path):
