@@ -143,7 +143,12 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
     Raises:
         ValueError: If something of it is missing or does not fit; every process raises where one does.
     """
+    mine = getattr(request.generator, "checkpoint", None)  # that of a training has none
+    first = ranks.broadcast(mine)
     with ranks.agree():
+        if mine != first:  # beside a training each may find another one to be the newest of a run
+            read = f"{first} and {mine}"
+            raise ValueError(f"all processes must read one checkpoint, got {read}: give its folder")
         spec = request.reference_spec
         check_reference(spec)
         extractor = open_extractor(spec, request.extractor, request.extractor_weights).to(request.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
@@ -51,14 +54,27 @@ def open_folder(
     return SampleFolder(path, recipe, labels, generator.class_names)
 
 
+def check_one_recipe(recipe: Mapping[str, Any]) -> None:
+    """Raises ValueError, on every process, unless all sample by one recipe.
+
+    Beside a training that goes on, each could find another checkpoint to be the newest of a run.
+    """
+    first, *others = gather_object([recipe])
+    for other in others:
+        if other != first:
+            read = f"{first['checkpoint']} and {other['checkpoint']}"
+            raise ValueError(f"all processes must read one checkpoint, got {read}: give its folder")
+
+
 def fill(
     folder: SampleFolder, generator: CheckpointGenerator, options: SamplingOptions, state: PartialState
 ) -> None:
     """Makes what is missing of the folder, each process its share, and puts it together.
 
     Raises:
-        ValueError: If another process writes the folder.
+        ValueError: If another process writes the folder, or the processes have different recipes.
     """
+    check_one_recipe(folder.recipe)
     with only_writer(folder.path) if state.is_main_process else nullcontext():
         if state.is_main_process:
             folder.check()  # another process may have written it meanwhile

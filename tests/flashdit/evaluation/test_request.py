@@ -56,6 +56,16 @@ def test_a_request_is_checked_where_it_is_made(changes, message):
         drawn(**changes)
 
 
+def test_processes_that_read_different_checkpoints_are_refused():
+    class SecondOfTwo(Ranks):
+        def broadcast(self, value):
+            return Path("step_1")
+
+    request = drawn(generator=generator(checkpoint=Path("step_2")))
+    with pytest.raises(ValueError, match="must read one checkpoint, got step_1 and step_2: give its folder"):
+        open_plan(request, SecondOfTwo(1, 2))
+
+
 def test_a_data_set_gives_reference_extractor_and_number_of_samples():
     plan = open_plan(drawn(), Ranks())
     assert plan.reference.spec == "digits"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from flashdit.sampling import run
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.options import SamplingOptions
@@ -52,6 +53,14 @@ def test_the_bar_advances_within_a_batch(generator, tmp_path, monkeypatch):
     counts = re.findall(r"(\d)/6", sys.stderr.getvalue())
     assert list(dict.fromkeys(counts)) == list("0123456")
     assert counts == sorted(counts)
+
+
+def test_processes_that_read_different_checkpoints_are_refused(generator, tmp_path, monkeypatch):
+    folder = open_folder(generator, torch.tensor([0]), SamplingOptions(steps=1), tmp_path / "out")
+    monkeypatch.setattr(run, "gather_object", lambda mine: [*mine, mine[0] | {"checkpoint": "step_9"}])
+    with pytest.raises(ValueError, match=r"one checkpoint, got .*step_00000007 and step_9:"):
+        fill(folder, generator, SamplingOptions(steps=1), process(0, 2))
+    assert not folder.path.exists()
 
 
 def test_the_recipe_has_the_mean_and_the_most_evaluations_of_an_image(generator, tmp_path):
