@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-TORCH_WRITER = "inline_container.cc"  # all that torch.save says of a file that cannot be written
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -60,10 +59,8 @@ def _sentence(error: Exception) -> str | None:
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "t allocate memory" in text:
         said = next((part for part in text.split(". ") if "memory" in part), kind)
         return f"out of memory: {said}; use a smaller batch, model or picture"
-    if kind == "SafetensorError":
-        return f"a file of weights must be readable and writable: {text}"
-    if isinstance(error, RuntimeError) and TORCH_WRITER in text:
-        return f"a file could not be written, as on a full disk: {text}"
+    if kind == "SafetensorError":  # of reading; what cannot be written is an OSError of `write_atomically`
+        return f"a file of weights must be readable: {text}"
     return text if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 

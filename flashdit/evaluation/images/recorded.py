@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdit.data.images import READERS
 from flashdit.sampling.folder import ARRAYS, RECIPE
-from flashdit.shared.runs import list_checkpoints
+from flashdit.shared.runs import is_count, list_checkpoints
 
 AGAIN = "the same `flashdit sample` completes it"
 
@@ -31,10 +31,17 @@ def sample_recipe(folder: Path) -> dict[str, Any]:
         return {}
     try:
         recipe = json.loads(path.read_text())
-    except ValueError as error:
+        if not isinstance(recipe, dict) or not {"format", "num_images", "classes"} <= recipe.keys():
+            return {}  # somebody else's
+        names = recipe.get("class_names")
+        lists = [recipe["classes"], *([] if names is None else [names])]
+        if not is_count(recipe["num_images"]) or not all(isinstance(values, list) for values in lists):
+            raise ValueError("num_images must be a whole number, classes and class_names must be lists")
+        if len({*map(len, lists)}) > 1:
+            raise ValueError("classes and class_names must be as many")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be as `flashdit sample` wrote it: {error}") from error
-    ours = isinstance(recipe, dict) and {"format", "num_images", "classes"} <= recipe.keys()
-    return recipe if ours else {}
+    return recipe
 
 
 def check_samples(folder: Path, recipe: dict[str, Any]) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flashdit.shared.command import Command, add_device, need_extra, resolve_device, run_command, run_script
+from flashdit.shared.files import write_atomically
 
 ROOT = Path(__file__).parents[3]
 
@@ -110,11 +111,25 @@ def test_a_table_whose_reader_has_read_enough_ends_with_status_0():
 def test_weights_that_cannot_be_written_are_one_line(writer, no_room, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["folder/bake.py"])
     with no_room(), pytest.raises(SystemExit) as exit_info:
-        run_script(lambda: writer({"a": torch.zeros(9999)}, tmp_path / "weights"))
+        run_script(
+            lambda: write_atomically(
+                tmp_path / "weights", lambda path: writer({"a": torch.zeros(9999)}, path)
+            )
+        )
     assert exit_info.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("bake.py: error: a file ")
+    assert printed.startswith(f"bake.py: error: {tmp_path / 'weights'} could not be written")
     assert printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/bake.py"])
+    (tmp_path / "weights").write_bytes(b"half")
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: load_file(tmp_path / "weights"))
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("bake.py: error: a file of weights must be readable: ")
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,11 @@ def test_a_folder_that_is_not_finished_is_refused(folders, tmp_path):
     (folder / "recipe.json").write_text(json.dumps(recipe | {"finished": False}))
     with pytest.raises(ValueError, match=r"must be finished, .*png is not"):
         open_source(folder)
+    others = [recipe | {"num_images": "3"}, recipe | {"classes": 7}, recipe | {"class_names": ["one"] * 9}]
+    for text in map(json.dumps, others):
+        (folder / "recipe.json").write_text(text)
+        with pytest.raises(ValueError, match=r"recipe\.json must be as `flashdit sample` wrote it: "):
+            open_source(folder)
     (folder / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match=r"recipe\.json must be as `flashdit sample` wrote it"):
         open_source(folder)
