@@ -76,7 +76,13 @@ def newest_run(root: Path = Path("runs"), holding: str = STATE) -> Path:
     ]
     if not runs:
         raise ValueError(f"no run with a checkpoint in {root}: train one first (flashdit train)")
-    return max(runs, key=lambda run: list_checkpoints(run)[-1].stat().st_mtime)
+
+    def age(run: Path) -> float:
+        with suppress(OSError, IndexError):  # training removes old ones meanwhile
+            return list_checkpoints(run)[-1].stat().st_mtime
+        return 0.0
+
+    return max(runs, key=age)
 
 
 def find_checkpoint(path: Path | str | None, called: str = "--checkpoint") -> Path:
