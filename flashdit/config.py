@@ -20,7 +20,7 @@ from flashdit.models.attention import ATTENTIONS
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.settings import Key, describe, read_settings
+from flashdit.shared.settings import REGISTRY, Key, describe, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -80,7 +80,7 @@ class RunConfig:
     seed: int = 0
     """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={REGISTRY: DATASETS})
     """`{name, **options}`."""
     latents: LatentOptions = field(default_factory=LatentOptions)
     model: dict[str, Any] = field(default_factory=dict)

@@ -113,6 +113,11 @@ def check_replaceable(path: Path, mark: str, called: str) -> None:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Returns whether a text can be written as UTF-8; bytes of a path that cannot are surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def printable(text: object) -> str:
     """Returns a text on one line: line breaks, terminal codes and bytes that are no UTF-8 are escaped."""
     shown = CONTROL_CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashdit.shared.settings import read_settings
+from flashdit.shared.settings import REGISTRY, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -27,7 +27,7 @@ class ClassifierConfig:
     seed: int = 0
     """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={REGISTRY: CLASSIFICATION_DATASETS})
     """`{name, **options}`."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     model: dict[str, Any] = field(default_factory=dict)

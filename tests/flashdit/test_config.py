@@ -56,6 +56,12 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training=5", r"training must be a mapping of keys, got 5"),
         ("training.steps", r"an override must be key=value, got 'training.steps'"),
         ("run.dir=", r"^run.dir must be text, got None$"),
+        (
+            "data={name: images, path: 2024}",
+            r"^option 'path' of .* must be text, got 2024: put it between quotes$",
+        ),
+        ("data.name=[1]", r"^unknown data '\[1\]'"),
+        ("data={name: [1]}", r"^the name of a data must be text, got \[1\]$"),
         ("model.depth=two", r"^model.depth must be a whole number, got 'two'$"),
         ("model.mlp_ratio=big", r"^model.mlp_ratio must be a number, got 'big'$"),
         ("flow.times=3", r"^flow.times must be a mapping of keys, got 3$"),
@@ -100,6 +106,54 @@ def test_configurations_that_cannot_be_are_named(override, message):
         config.load(None, [override])
 
 
+HARD_NAMES = [
+    *(
+        "a #b",
+        "017",
+        "2024",
+        " x ",
+        "[x]",
+        "true",
+        "*x",
+        "a: b",
+        "a=b",
+        "it's",
+        "ü",
+        "-x",
+        "1e3",
+        "2024-01-01",
+    ),
+    *("{a}", '"x" y', "&a", "a,b", "...", "!x", "%x", "@x", "`x", "|", "- a", "? a", "a\nb", "1:30", "0x1f"),
+]
+
+
+@pytest.mark.parametrize("name", HARD_NAMES)
+def test_a_path_is_what_stands_after_the_equals_sign_and_comes_back_from_yaml(name, tmp_path):
+    given = [
+        f"run.dir={name}",
+        f"data.path={name}",
+        "data.name=images",
+        f"weights={name}",
+        "latents.vae=null",
+    ]
+    loaded = config.load(None, given)
+    assert (loaded.run.dir, loaded.data["path"], loaded.weights, loaded.latents.vae) == (
+        name,
+        name,
+        name,
+        None,
+    )
+    (tmp_path / "saved.yaml").write_text(to_yaml(loaded))
+    assert config.load(tmp_path / "saved.yaml") == loaded
+    assert yaml.safe_load(to_yaml(loaded))["data"]["path"] == name
+
+
+def test_null_is_null_where_a_key_may_be_and_its_name_elsewhere():
+    loaded = config.load(None, ["weights=null", "run.dir=null", "latents.vae=./null", "tracking.project=3"])
+    assert (loaded.weights, loaded.run.dir, loaded.latents.vae) == (None, "null", "./null")
+    assert loaded.tracking.project == "3"
+
+
 def test_files_that_cannot_be_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"--config: .*absent\.yaml does not exist, and is no shipped configuration"
@@ -109,5 +163,5 @@ def test_files_that_cannot_be_are_named(tmp_path):
     with pytest.raises(ValueError, match="must be a mapping of keys, got list"):
         config.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken.yaml and the overrides must be YAML"):
+    with pytest.raises(ValueError, match=r"broken.yaml must be YAML"):
         config.load(tmp_path / "broken.yaml")
