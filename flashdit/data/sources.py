@@ -84,6 +84,12 @@ class MemoryLatents:
         return latents
 
 
+def check_path(path: str) -> None:
+    """Raises ValueError for an empty path of data, which would be the working directory."""
+    if not path:
+        raise ValueError("data.path must name a folder, got ''")
+
+
 @dataclass(kw_only=True)
 class ShardsOptions:
     """Options of latent shards."""
@@ -92,6 +98,9 @@ class ShardsOptions:
     """Folder of `latents_rankRR_shardSSS.safetensors`."""
     mirrors: bool = True
     """Whether a mirrored latent is taken half the time."""
+
+    def __post_init__(self):
+        check_path(self.path)
 
 
 @DATASETS.register("shards", ShardsOptions)
@@ -117,6 +126,7 @@ class ImagesOptions:
     """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
+        check_path(self.path)
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if self.image_size > MOST_PIXELS:

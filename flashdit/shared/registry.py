@@ -51,6 +51,11 @@ def check_type(key: str, value: Any, expected: Any) -> None:
         raise ValueError(f"{key} must be {type_name(expected)}, got {value!r}{hint}")
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a number; a boolean is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_text(expected: Any) -> bool:
     """Returns whether an annotated type is that of a text, which may be null."""
     return expected in (str, str | None)
@@ -67,7 +72,7 @@ def _is_of(value: Any, expected: Any) -> bool:
         kinds = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
         return len(kinds) in (0, len(value)) and all(map(_is_of, value, kinds))
     if origin in (int, float):
-        return isinstance(value, int | origin) and not isinstance(value, bool)
+        return is_number(value) and isinstance(value, int | origin)
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 

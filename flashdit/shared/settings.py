@@ -17,7 +17,7 @@ from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
 from flashdit.shared.overrides import nested, parse_value, split_override
 from flashdit.shared.paths import expanded, is_utf8, printable
-from flashdit.shared.registry import check_type, is_text, nearest_name, type_name, unknown
+from flashdit.shared.registry import check_type, is_number, is_text, nearest_name, type_name, unknown
 
 Config = TypeVar("Config")
 REGISTRY = "registry"
@@ -226,7 +226,7 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
         prefix: Dotted key of the section, for messages.
 
     Raises:
-        ValueError: If a dataclass refuses a value; the message begins with the key or the section.
+        ValueError: If a dataclass refuses a value; the message names the key or the section.
     """
     parts = sections(config_type)
     built = {
@@ -237,7 +237,7 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
         return config_type(**built)
     except ValueError as error:
         sentence = str(error)
-        if not prefix or sentence.startswith(prefix):
+        if not prefix or prefix in sentence:
             raise
         where = prefix if sentence.partition(" ")[0] in built else f"{prefix[:-1]}: "
         raise ValueError(where + sentence) from error
@@ -246,7 +246,8 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
     """Raises ValueError for a key that no options dataclass has, and for a list or text of a wrong type.
 
-    OmegaConf converts and checks all other values, and names their keys; it would turn numbers into text.
+    OmegaConf converts and checks all other values, and names their keys; it would turn numbers into text,
+    and into true or false.
     """
     known, types = [prefix + field.name for field in fields(options_type)], get_type_hints(options_type)
     for key, value in given.items():
@@ -256,7 +257,9 @@ def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -
             if not isinstance(value, Mapping):
                 raise ValueError(f"{prefix}{key} must be a mapping of keys, got {value!r}")
             check_keys(value, sections(options_type)[key], f"{prefix}{key}.")
-        elif isinstance(value, list) or is_text(types[key]):
+        elif value == "" and types[key] == str | None:
+            raise ValueError(f"{prefix}{key} must not be empty, got '': null leaves it out")
+        elif isinstance(value, list) or is_text(types[key]) or (types[key] is bool and is_number(value)):
             check_type(f"{prefix}{key}", value, types[key])
 
 

@@ -12,6 +12,7 @@ from flashdit.shared.seeds import check_seed
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
+from iwin_core.kernels.cpu_attention import FUSED, read_table
 
 PRECISIONS = ("fp32", "bf16", "fp16", AUTO)
 MOST_IMAGES = 10**9  # of a step, whatever the parts that it is made in
@@ -80,6 +81,10 @@ class TrainingOptions:
             raise ValueError(
                 f"training.global_batch_size must be at most {MOST_IMAGES}, got {self.global_batch_size}"
             )
+        if self.preview_every < 0:
+            raise ValueError(f"training.preview_every must not be negative, got {self.preview_every}")
+        if self.cpu_attention not in (known := (AUTO, FUSED, *read_table())):
+            raise unknown("training.cpu_attention", self.cpu_attention, known)
         check_workers(self.workers, "training.workers")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(

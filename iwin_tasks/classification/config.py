@@ -14,7 +14,7 @@ from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.data import CLASSIFICATION_DATASETS
-from iwin_tasks.classification.model import check_model
+from iwin_tasks.classification.model import check_model, check_takes_pictures
 
 DEFAULT_CLASSIFIER = "iwin/digits_32"
 """The shipped configuration of a run that names none."""
@@ -61,3 +61,4 @@ def check_classifier_config(config: ClassifierConfig) -> None:
     check_run(config)
     CLASSIFICATION_DATASETS.options(config.data)
     check_model(config.model)
+    check_takes_pictures(config.model)
