@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flashdit.commands.arguments import path_text
+from flashdit.shared.command import CommandParser
 
 NAMED = {  # option → the key that it sets
     "images": "data.path",
@@ -25,9 +26,7 @@ NAMED = {  # option → the key that it sets
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--config",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path, path_text
+from flashdit.shared.command import CommandParser
 from flashdit.shared.paths import check_writable, printable
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ MANY_LATENTS_GIB = 1.0  # in memory, above which they are better kept on the dis
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked as far as no image must be read."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=path, required=True, metavar="DIR", help="folder whose sub-folders are the classes")
     add("--out", type=path, required=True, metavar="YAML", help="the configuration to write")

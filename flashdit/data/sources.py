@@ -16,6 +16,7 @@ from torch import Tensor
 from flashdit.data.colours import DecodedImage
 from flashdit.data.images import crop_of_file, decode_image, find_images, parse_background
 from flashdit.data.shards import LatentShards
+from flashdit.shared.paths import check_length
 from flashdit.shared.registry import Buildable, Registry
 
 DATASETS = Registry("data", "flashdit.data")
@@ -85,9 +86,10 @@ class MemoryLatents:
 
 
 def check_path(path: str) -> None:
-    """Raises ValueError for an empty path of data, which would be the working directory."""
+    """Raises ValueError for a path of data that is too long, or empty and so the working directory."""
     if not path:
         raise ValueError("data.path must name a folder, got ''")
+    check_length(path, "data.path")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import features
 
-from flashdit.shared.paths import is_utf8, printable
+from flashdit.shared.paths import is_utf8, printable, resolved
 
 OPTIONAL = {"avif": ("AVIF", ".avif"), "jpg_2000": ("JPEG2000", ".jp2")}  # where Pillow was built with them
 DECODERS = [names for feature, names in OPTIONAL.items() if features.check(feature)]
@@ -34,7 +34,7 @@ class Walk:
         self.root, self.links = root, 0
         self.left_out: Counter[str] = Counter()
         self.unreadable: dict[str, str] = {}
-        whole = root.resolve()
+        whole = resolved(root)
         self.above = frozenset(_identity(folder.stat()) for folder in (whole, *whole.parents))
 
     def name(self, path: str) -> str:
@@ -97,7 +97,7 @@ class Walk:
         files = [item for item in entries if not stat.S_ISDIR(item[1].st_mode)]
         direct = [(path, state.st_size) for path, state in files if self.is_image(path, state)]
         if not folders:
-            return {wanted[0] if len(wanted) == 1 else self.root.resolve().name: direct}
+            return {wanted[0] if len(wanted) == 1 else resolved(self.root).name: direct}
         if direct:
             self.left_out[f"loose beside the class folder{'s' * (len(folders) > 1)}"] += len(direct)
         classes = {}

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import nearest_name, unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+UNKNOWN_WORDS = "unrecognized arguments: "
+"""Beginning of argparse's message."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -35,10 +37,10 @@ def run_script(main: Callable[[], None]) -> None:
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        too_large = _out_of_memory(error)
-        if os.environ.get("FLASHDIT_TRACEBACK") or (isinstance(error, RuntimeError) and not too_large):
+        known = _out_of_memory(error) or _nested_too_deeply(error)
+        if os.environ.get("FLASHDIT_TRACEBACK") or (isinstance(error, RuntimeError) and not known):
             raise
-        sentence = too_large or " ".join(str(error).split())
+        sentence = known or " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
@@ -65,6 +67,30 @@ def _out_of_memory(error: BaseException) -> str:
         return ""
     said = next((part for part in text.split(". ") if "memory" in part), kind)
     return f"out of memory: {said}; use a smaller batch, model or picture"
+
+
+def _nested_too_deeply(error: BaseException) -> str:
+    """Returns a sentence for the error of a parser whose text nests brackets too deeply, or empty."""
+    if not isinstance(error, RecursionError):
+        return ""
+    return "a file that was read nests lists or mappings too deeply; FLASHDIT_TRACEBACK=1 shows which"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names alone, and names the nearest one of an unknown option.
+
+    Args:
+        **options: As argparse's own parser has them.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with usage and message."""
+        unknown_words = message.removeprefix(UNKNOWN_WORDS) if message.startswith(UNKNOWN_WORDS) else ""
+        option = next((word for word in unknown_words.split() if word.startswith("-")), "")
+        super().error(message + nearest_name(option.partition("=")[0], self._option_string_actions))
 
 
 class Command(NamedTuple):

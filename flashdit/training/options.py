@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flashdit.shared.paths import check_length
 from flashdit.shared.process import AUTO
 from flashdit.shared.readers import check_workers
 from flashdit.shared.registry import unknown
@@ -116,6 +117,7 @@ def check_run(config: LoopConfig) -> None:
     """Raises ValueError for options of every run that are invalid together, or missing."""
     if not config.run.dir:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
+    check_length(config.run.dir, "run.dir")
     check_seed(config.seed, "seed")
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if steps * config.training.global_batch_size >= 2**63:
