@@ -13,14 +13,15 @@ from flashdit.data.encode import data_facts
 from flashdit.data.fit import DataFacts
 from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
+from flashdit.evaluation.options import EvaluationOptions
 from flashdit.flow.loss import LossOptions
 from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.flow.times import TIMES
 from flashdit.models.attention import ATTENTIONS
-from flashdit.models.dit import FlashDiT
+from flashdit.models.dit import FlashDiT, check_arguments, default_arguments
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
-from flashdit.shared.settings import Key, describe, read_settings
+from flashdit.shared.settings import REGISTRY, Key, describe, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -49,38 +50,13 @@ class FlowOptions:
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions:
-    """Options of scoring the EMA's samples while training."""
-
-    every: int = 0
-    """Steps between evaluations; 0 makes none."""
-    num_images: int = 5_000
-    """Samples, shared among all processes; a score compares only with others of the same number."""
-    labels: str = "balanced"
-    """Of the samples: `balanced`, `random`, or `reference`, in the shares that the reference has."""
-    reference: str | None = None
-    """An npz of ADM's or of make-reference, a folder, or a data set that brings one; None means what the
-    run's own data set brings."""
-    extractor: str | None = None
-    """As `flashdit eval --extractor` has it; None means the one that the reference's data set brings or its
-    npz names, or else Inception."""
-    weights: str | None = None
-    """The extractor's weights file."""
-    image_size: int | None = None
-    """Side of the square that images of a reference folder are cropped to, in pixels; None means that of the
-    samples."""
-    metrics: list[str] = field(default_factory=lambda: ["fid"])
-    """As `flashdit eval --metrics` has them."""
-
-
-@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run is made from."""
 
     seed: int = 0
     """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={REGISTRY: DATASETS})
     """`{name, **options}`."""
     latents: LatentOptions = field(default_factory=LatentOptions)
     model: dict[str, Any] = field(default_factory=dict)
@@ -135,6 +111,7 @@ def check_run_config(config: RunConfig) -> None:
             raise unknown("configuration key", f"model.{key}", [f"model.{name}" for name in arguments])
         if key != "attention" and not (value is None and key in SIZES_OF_DATA):
             check_type(f"model.{key}", value, arguments[key])
+    check_model(config)
     if "attention" in config.model:
         ATTENTIONS.options(config.model["attention"])
     predicted = config.flow.prediction or VELOCITY
@@ -145,6 +122,17 @@ def check_run_config(config: RunConfig) -> None:
         )
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
+
+
+def check_model(config: RunConfig) -> None:
+    """Raises ValueError for arguments that no model can be made with, whatever the sizes that data have."""
+    arguments = default_arguments() | config.model_arguments
+    any_size = {"in_channels": 1, "num_classes": 1, "sample_size": arguments["patch_size"]}
+    arguments |= {key: any_size[key] for key in open_sizes(config)}
+    try:
+        check_arguments(**arguments)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
 
 
 def open_sizes(config: RunConfig) -> list[str]:

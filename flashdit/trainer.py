@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,7 @@ from flashdit.flow.times import TIMES
 from flashdit.memory import check_step_fits
 from flashdit.models.attention import ATTENTIONS
 from flashdit.models.costs import forward_flops
-from flashdit.models.dit import FlashDiT
+from flashdit.models.dit import FlashDiT, default_arguments
 from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
 from flashdit.sampling.generator import ImageGenerator
@@ -260,9 +259,7 @@ class FlashDiTTask(Task):
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a plain configuration with the defaults of data set, model, attention and times."""
-        arguments = inspect.signature(FlashDiT.__init__).parameters.values()
-        defaults = {item.name: item.default for item in arguments if item.default is not item.empty}
-        model = json.loads(json.dumps(defaults | config.get("model", {})))  # tuples are lists, as in YAML
+        model = json.loads(json.dumps(default_arguments() | config.get("model", {})))  # as YAML has tuples
         model["attention"] = ATTENTIONS.filled(model["attention"])
         flow = {**config.get("flow", {})}
         flow["times"] = TIMES.filled(flow.get("times"))

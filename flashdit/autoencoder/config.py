@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashdit.data.sources import DATASETS
-from flashdit.shared.settings import read_settings
+from flashdit.shared.settings import REGISTRY, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -95,7 +95,7 @@ class AutoencoderConfig:
     seed: int = 0
     """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={REGISTRY: DATASETS})
     """`{name, **options}`, a data set of images."""
     held_out_images: int = 100
     """Images that are not trained on and whose reconstructions are measured; at most a tenth of all."""
@@ -112,7 +112,7 @@ class AutoencoderConfig:
 
 
 def load_autoencoder_config(
-    path: Path | str | None = None, overrides: Sequence[str] = ()
+    path: Path | str | None = None, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> AutoencoderConfig:
     """Returns the checked configuration of a YAML file and what the command line says otherwise.
 
@@ -120,11 +120,12 @@ def load_autoencoder_config(
         path: YAML that states what differs from the defaults, or a shipped one's name; None means
             autoencoder/small.
         overrides: `key=value` texts with dotted keys.
+        options: Values by dotted key, as they are.
 
     Raises:
         ValueError: If the file, a key or a value is invalid; an unknown key names the nearest known one.
     """
-    config = read_settings(path or DEFAULT_AUTOENCODER, overrides, AutoencoderConfig)
+    config = read_settings(path or DEFAULT_AUTOENCODER, overrides, AutoencoderConfig, options)
     check_run(config)
     DATASETS.options(config.data)
     return config

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from flashdit.commands.arguments import add_weights, path_text
-from flashdit.shared.command import add_device, resolve_device
+from flashdit.shared.command import CommandParser, add_device, resolve_device
 
 HOST, PORT = "127.0.0.1", 7860
 MAX_WORK = 400  # of the order of 50 images at 256² by 100 model evaluations
@@ -18,9 +18,7 @@ MAX_WORK = 400  # of the order of 50 images at 256² by 100 model evaluations
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="A web page that samples from trained models."
-    )
+    parser = CommandParser(description="A web page that samples from trained models.")
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdit.shared.paths import expanded
+from flashdit.shared.paths import check_length, expanded
 from flashdit.shared.registry import announced
 
 if TYPE_CHECKING:
@@ -25,9 +25,13 @@ WEIGHTS = "ema (default), model for the raw weights, or another"
 def path_text(text: str) -> str:
     """Returns the text of an option that may be a path, `~` and environment variables expanded."""
     try:
-        return expanded(text)
+        path = expanded(text)
+        check_length(path, "it")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if not path:
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return path
 
 
 def path(text: str) -> Path:

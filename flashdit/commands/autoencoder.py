@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Sequence
+from typing import Any
+
+from flashdit.commands.arguments import path_text
+from flashdit.shared.command import CommandParser
 
 NAMED = {  # option → the key that it sets
+    "images": "data.path",
     "image_size": "data.image_size",
     "factor": "autoencoder.factor",
     "channels": "autoencoder.channels",
@@ -20,30 +26,40 @@ NAMED = {  # option → the key that it sets
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--config",
+        type=path_text,
         metavar="YAML|NAME",
         help="a file or a shipped configuration (default: autoencoder/small)",
     )
-    add("--images", metavar="DIR", help="folder of images, as data.name=images data.path=DIR")
+    add("--images", type=path_text, metavar="DIR", help="folder of images, as data.name=images data.path=DIR")
     add("--image-size", type=int, help="side they are cropped to, in pixels (data.image_size)")
     add("--factor", type=int, help="pixels of a side that one latent stands for (autoencoder.factor)")
     add("--channels", type=int, help="numbers of a latent (autoencoder.channels)")
-    add("--out", metavar="DIR", help="the run's folder; the same folder resumes (run.dir)")
+    add("--out", type=path_text, metavar="DIR", help="the run's folder; the same folder resumes (run.dir)")
     add("overrides", nargs="*", metavar="key=value", help="such as training.steps=5000")
     return parser.parse_intermixed_args(argv)
 
 
-def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """Returns what the options and the overrides change, as `key=value` texts."""
-    given = [] if arguments.images is None else ["data.name=images", f"data.path={arguments.images}"]
-    values = {key: getattr(arguments, name) for name, key in NAMED.items()}
-    given += [f"{key}={value}" for key, value in values.items() if value is not None]
-    return given + arguments.overrides
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the options set, by key.
+
+    Raises:
+        ValueError: If an override sets the same.
+    """
+    given = {name: value for name in NAMED if (value := getattr(arguments, name)) is not None}
+    for name, value in given.items():
+        if f"{NAMED[name]}=" in (f"{text.partition('=')[0]}=" for text in arguments.overrides):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {NAMED[name]}: give one of them, got both")
+        if "${" in str(value):
+            raise ValueError(
+                f"a path with ${{ stands for another key of a configuration: rename it, got {value}"
+            )
+    values = {NAMED[name]: value for name, value in given.items()}
+    return values if arguments.images is None else {"data.name": "images", **values}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,11 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.shared.process import keep_freed_memory
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = load_autoencoder_config(arguments.config, overrides_of(arguments))
+    config = load_autoencoder_config(arguments.config, arguments.overrides, options_of(arguments))
     trainer = AutoencoderTrainer(config)
     if trainer.device.type == "cpu":
         keep_freed_memory()
     run_dir = trainer.fit()
     if trainer.accelerator.is_main_process:
-        print(f"trained to step {trainer.step}: {run_dir}; use it by latents.vae={run_dir}")
+        print(
+            f"trained to step {trainer.step}: {run_dir}; use it by {shlex.join([f'latents.vae={run_dir}'])}"
+        )
     trainer.accelerator.end_training()

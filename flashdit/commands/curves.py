@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from flashdit.shared.files import write_atomically
+from flashdit.shared.paths import resolved
 from flashdit.shared.registry import announced
 from flashdit.shared.runs import METRICS_FILE
 
@@ -78,7 +79,7 @@ def read_run(run: Path) -> RunCurves:
     config = run / "config.yaml"
     stated = yaml.safe_load(config.read_text()) if config.is_file() else {}
     return RunCurves(
-        name=run.resolve().name,
+        name=resolved(run).name,
         task={key: stated[key] for key in TASK_SECTIONS if key in stated},
         curves=curves,
         scores=list_scores(curves, listed),

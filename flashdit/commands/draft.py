@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
+
+import yaml
 
 from flashdit.data.autoencoders import Autoencoder, latent_size
 from flashdit.data.pixels import Pixels
@@ -257,5 +258,5 @@ def round_count(value: float) -> int:
 
 
 def quoted(text: str) -> str:
-    """Returns a text as YAML has it between double quotes."""
-    return json.dumps(text, ensure_ascii=False)
+    """Returns a text as YAML has it between double quotes, on one line."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")

@@ -10,15 +10,14 @@ from dataclasses import fields
 from datetime import timedelta
 
 from flashdit.commands.arguments import path, path_text
-from flashdit.shared.command import add_device, resolve_device
+from flashdit.shared.command import CommandParser, add_device, resolve_device
 
 ENCODE_TIMEOUT = timedelta(days=7)  # between the first process that is done and the last
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked; an option that is not given is None."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Encodes a folder of images (class = sub-folder) and their mirrors into latent shards.",
         epilog="A second run writes only what is missing. Example: accelerate launch -m flashdit encode "
         "--images imagenet/train --vae vavae.pt --out latents",

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path_text
-from flashdit.shared.command import open_console, resolve_device
+from flashdit.shared.command import CommandParser, open_console, resolve_device
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator, path, path_text
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
-from flashdit.shared.command import open_console, resolve_device
-from flashdit.shared.paths import check_outside
+from flashdit.shared.command import CommandParser, open_console, resolve_device
+from flashdit.shared.paths import check_outside, resolved
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan
@@ -27,8 +27,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ValueError: If options do not go together.
     """
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Scores images: Fréchet distances, inception score, precision, recall, accuracy.",
         epilog="Also: flashdit eval make-reference | compare and flashdit sweep, with --help. One or many "
         "processes (accelerate launch, torchrun) give the same numbers.",
@@ -162,8 +161,7 @@ def scores_in(output: Path) -> str:
 
 def make_reference(argv: Sequence[str]) -> None:
     """Writes the reference file of an image set."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Writes mu, sigma, mu_s, sigma_s of all images and some of the images, under ADM's keys.",
     )
     parser.add_argument(
@@ -176,7 +174,7 @@ def make_reference(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.output.suffix != ".npz" or arguments.output.is_dir():
         raise ValueError(f"a reference must be written to an .npz file, got {arguments.output}")
-    if arguments.output.resolve() == Path(arguments.images).resolve():
+    if resolved(arguments.output) == resolved(arguments.images):
         raise ValueError(f"a reference must not replace its images, got {arguments.output} for both")
     if not arguments.output.parent.exists():
         check_outside(arguments.output, arguments.images, "OUT.npz", arguments.images)
@@ -224,8 +222,7 @@ def make_reference(argv: Sequence[str]) -> None:
 
 def compare(argv: Sequence[str]) -> None:
     """Prints results side by side and says which are not comparable."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Puts results side by side; says which are not comparable, and why.",
     )
     parser.add_argument("results", type=path, nargs="+", metavar="METRICS.json")

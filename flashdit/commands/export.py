@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 from flashdit.commands.arguments import add_weights, path, path_text
+from flashdit.shared.command import CommandParser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("run", type=path_text, help="a run, or one of its checkpoint folders")
     add("out", type=path, help="folder of the pipeline: new, or an earlier export, which is replaced")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from flashdit.shared.command import CommandParser
 from flashdit.shared.registry import unknown
 
 LISTED_KINDS = {
@@ -25,7 +26,7 @@ MAKERS = ("integrate", "compute", "build")  # attributes of a registered piece t
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("kind", metavar="KIND", help=", ".join(LISTED_KINDS))
     arguments = parser.parse_args(argv)
     if arguments.kind not in LISTED_KINDS:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashdit.commands.arguments import path, path_text
-from flashdit.shared.paths import check_writable
+from flashdit.shared.command import CommandParser
+from flashdit.shared.paths import check_writable, printable
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -36,9 +37,7 @@ MANY_LATENTS_GIB = 1.0  # in memory, above which they are better kept on the dis
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked as far as no image must be read."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=path, required=True, metavar="DIR", help="folder whose sub-folders are the classes")
     add("--out", type=path, required=True, metavar="YAML", help="the configuration to write")
@@ -231,7 +230,7 @@ def header(draft: Draft, out: Path, costs: Mapping[str, str]) -> str:
     what = f"{draft.num_images:,} images at {draft.image_size}×{draft.image_size}"
     on = "pixels" if draft.latents is None else f"latents of {draft.latents}"
     return "\n".join(
-        line.replace("\n", " ")
+        printable(line)
         for line in (
             f"# {what}, trained on as {on}; written by flashdit new, yours to change.",
             f"#   {train_command(out)}",
@@ -242,7 +241,8 @@ def header(draft: Draft, out: Path, costs: Mapping[str, str]) -> str:
 
 def train_command(out: Path) -> str:
     """Returns the command that trains."""
-    return shlex.join(["flashdit", "train", "--config", str(out)])
+    is_option = str(out).startswith("-")
+    return shlex.join(["flashdit", "train", "--config", f"./{out}" if is_option else str(out)])
 
 
 def next_commands(draft: Draft, out: Path) -> list[tuple[str, str]]:

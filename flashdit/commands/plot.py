@@ -19,6 +19,7 @@ from flashdit.commands.curves import (
     smooth,
     write_reference_curve,
 )
+from flashdit.shared.command import CommandParser
 from flashdit.shared.files import DRAWN
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_outside
@@ -38,8 +39,7 @@ LARGER = 1.4  # than a panel of a sweep
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values, checked."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Draws the losses of runs over the images they have seen, and the scores of evaluations "
         "within training where there are some. Beside a run of a small preset's task stands the curve that "
         "ships with the preset, made by --write-reference from the preset's own run.",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashdit.commands.arguments import path
-from flashdit.shared.command import open_console
+from flashdit.shared.command import CommandParser, open_console
 from flashdit.shared.registry import unknown
 
 COARSE = 0.05  # of the profile; there the weights of a run are off by some 1e-3
@@ -15,8 +15,7 @@ COARSE = 0.05  # of the profile; there the weights of a run are off by some 1e-3
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Makes averages of the weights of any width from the snapshots of a run that was trained "
         "with ema.power_widths=[0.05,0.10]. The profile error is how far the best sum of snapshots is from "
         "the wanted profile; more snapshots (ema.snapshot_every) make it smaller.",

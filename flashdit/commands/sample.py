@@ -18,16 +18,14 @@ from flashdit.commands.arguments import (
     path,
     path_text,
 )
-from flashdit.shared.command import add_device, resolve_device
+from flashdit.shared.command import CommandParser, add_device, resolve_device
 
 SAMPLE_TIMEOUT = timedelta(days=1)  # between the first process that is done and the last
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=path_text, help="checkpoint folder or run (default: the newest run)")
     add_weights(parser)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashdit.commands.arguments import open_generator, path
 from flashdit.commands.scoring import add_evaluation, make_request
-from flashdit.shared.command import open_console, resolve_device
+from flashdit.shared.command import CommandParser, open_console, resolve_device
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Plan
@@ -53,8 +53,7 @@ def parse_scales(text: str) -> list[float]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line; what is not given is None."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = CommandParser(
         description="Scores one checkpoint over guidance scales.",
         epilog="Writes sweep.json, sweep.md and sweep.png; called again, computes only the new scales.",
         conflict_handler="resolve",  # here --cfg-scale takes several

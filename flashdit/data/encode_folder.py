@@ -36,7 +36,7 @@ from flashdit.data.shards import CLASS_NAMES_FILE, shard_name, write_shard, writ
 from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
 from flashdit.shared.files import file_sha256, with_checksum, write_atomically, write_json
 from flashdit.shared.moments import ChannelMoments
-from flashdit.shared.paths import check_outside, printable
+from flashdit.shared.paths import check_outside, printable, resolved
 from flashdit.shared.process import AUTO, AUTOCAST, decided
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import check_workers, read_batches
@@ -268,7 +268,7 @@ class FolderEncoding:
         manifest = self.plan | {
             "vae": self.options.vae,
             "vae_config": self.vae.config,
-            "images": str(Path(self.options.images).resolve()),
+            "images": str(resolved(self.options.images)),
             "listed": len(self.listing) + len(self.source.found.unreadable),
             "encoded": count,
             "unreadable": unreadable,

@@ -16,6 +16,7 @@ from torch import Tensor
 from flashdit.data.colours import DecodedImage
 from flashdit.data.images import crop_of_file, decode_image, find_images, parse_background
 from flashdit.data.shards import LatentShards
+from flashdit.shared.paths import check_length
 from flashdit.shared.registry import Buildable, Registry
 
 DATASETS = Registry("data", "flashdit.data")
@@ -84,6 +85,13 @@ class MemoryLatents:
         return latents
 
 
+def check_path(path: str) -> None:
+    """Raises ValueError for a path of data that is too long, or empty and so the working directory."""
+    if not path:
+        raise ValueError("data.path must name a folder, got ''")
+    check_length(path, "data.path")
+
+
 @dataclass(kw_only=True)
 class ShardsOptions:
     """Options of latent shards."""
@@ -92,6 +100,9 @@ class ShardsOptions:
     """Folder of `latents_rankRR_shardSSS.safetensors`."""
     mirrors: bool = True
     """Whether a mirrored latent is taken half the time."""
+
+    def __post_init__(self):
+        check_path(self.path)
 
 
 @DATASETS.register("shards", ShardsOptions)
@@ -117,6 +128,7 @@ class ImagesOptions:
     """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
+        check_path(self.path)
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if self.image_size > MOST_PIXELS:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import features
 
-from flashdit.shared.paths import printable
+from flashdit.shared.paths import is_utf8, printable, resolved
 
 OPTIONAL = {"avif": ("AVIF", ".avif"), "jpg_2000": ("JPEG2000", ".jp2")}  # where Pillow was built with them
 DECODERS = [names for feature, names in OPTIONAL.items() if features.check(feature)]
@@ -34,7 +34,7 @@ class Walk:
         self.root, self.links = root, 0
         self.left_out: Counter[str] = Counter()
         self.unreadable: dict[str, str] = {}
-        whole = root.resolve()
+        whole = resolved(root)
         self.above = frozenset(_identity(folder.stat()) for folder in (whole, *whole.parents))
 
     def name(self, path: str) -> str:
@@ -70,7 +70,7 @@ class Walk:
             self.left_out[printable(suffix) or "without suffix"] += 1
         elif not stat.S_ISREG(about.st_mode):
             self.unreadable[self.name(path)] = "it is no regular file"
-        elif not _is_utf8(path):
+        elif not is_utf8(path):
             self.unreadable[self.name(path)] = "its name is not UTF-8"
         else:
             return True
@@ -97,14 +97,14 @@ class Walk:
         files = [item for item in entries if not stat.S_ISDIR(item[1].st_mode)]
         direct = [(path, state.st_size) for path, state in files if self.is_image(path, state)]
         if not folders:
-            return {wanted[0] if len(wanted) == 1 else self.root.resolve().name: direct}
+            return {wanted[0] if len(wanted) == 1 else resolved(self.root).name: direct}
         if direct:
             self.left_out[f"loose beside the class folder{'s' * (len(folders) > 1)}"] += len(direct)
         classes = {}
         for path, state in sorted(folders, key=lambda item: natural_key(os.path.basename(item[0]))):
             if _identity(state) in self.above:
                 self.unreadable[self.name(path)] = "a link to a folder that it lies in"
-            elif not _is_utf8(path):
+            elif not is_utf8(path):
                 raise ValueError(f"the name of a class folder must be UTF-8, got {printable(path)}")
             else:
                 classes[os.path.basename(path)] = self.images(path, state)
@@ -115,11 +115,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     """Returns a sort key that has 2 before 10, and upper and lower case side by side."""
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def _is_utf8(path: str) -> bool:
-    """Returns whether a path can be written as UTF-8; bytes that cannot are surrogates in it."""
-    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _identity(about: os.stat_result) -> tuple[int, int]:

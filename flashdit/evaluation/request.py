@@ -17,6 +17,7 @@ from flashdit.evaluation.features.extractors import build_extractor
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.images.sources import GeneratedSource, Source, check_reference, open_source
 from flashdit.evaluation.metrics.scoring import check_classes, default_metrics, in_order
+from flashdit.evaluation.options import LABEL_MODES
 from flashdit.evaluation.reference import Reference
 from flashdit.evaluation.stored import extractor_of
 from flashdit.sampling.classes import (
@@ -29,8 +30,6 @@ from flashdit.sampling.classes import (
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import unknown
-
-LABEL_MODES = ("balanced", "random", "reference")
 
 
 def check_bounds(batch_size: int, image_size: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,14 @@ from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.models.attention import AttentionShape
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
-from flashdit.models.layers import RMSNorm
+from flashdit.models.layers import RMSNorm, mlp_width
 from flashdit.models.lightningdit import load_lightningdit
 from flashdit.models.sizes import IWIN, SIZES
 from flashdit.shared.registry import unknown
+
+MOST_TIME_SCALE = 1_000_000
+"""Above which float32 has no phase left of the sinusoids."""
+MOST_LABEL_STD = 100
 
 
 class FlashDiT(ModelMixin, ConfigMixin):
@@ -80,8 +85,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         prediction: str = VELOCITY,
     ):
         super().__init__()
-        _check(sample_size, patch_size, hidden_size, depth, num_heads, num_classes, class_dropout_prob)
-        _check_numbers(mlp_ratio=mlp_ratio, time_scale=time_scale, label_init_std=label_init_std)
+        check_arguments(**self.config)
         self.velocity_from = PREDICTIONS[prediction]
         grid = (sample_size // patch_size, sample_size // patch_size)
         qk_norm_type = None if not qk_norm else RMSNorm if norm == "rmsnorm" else nn.LayerNorm
@@ -206,32 +210,43 @@ class FlashDiT(ModelMixin, ConfigMixin):
                 nn.init.normal_(parameter, std=0.02)
 
 
-def _check(
+def default_arguments() -> dict[str, Any]:
+    """Returns the arguments of FlashDiT and their defaults."""
+    parameters = inspect.signature(FlashDiT.__init__).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
+
+
+def check_arguments(
+    *,
     sample_size: int,
+    in_channels: int,
     patch_size: int,
     hidden_size: int,
     depth: int,
     num_heads: int,
     num_classes: int,
     class_dropout_prob: float,
+    mlp_ratio: float,
+    mlp: str,
+    time_scale: float,
+    label_init_std: float,
+    **_others: Any,
 ) -> None:
-    """Raises ValueError for invalid sizes."""
+    """Raises ValueError for arguments of FlashDiT that no model can be made with; parts check the others."""
     if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
         raise ValueError(f"patch_size must divide sample_size, got {patch_size=} for {sample_size=}")
-    if hidden_size < 1:
-        raise ValueError(f"hidden_size must be at least 1, got {hidden_size=}")
+    for name, value in {"in_channels": in_channels, "hidden_size": hidden_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {name}={value}")
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"num_heads must divide hidden_size, got {num_heads=} for {hidden_size=}")
     if depth < 1 or num_classes < 0:
         raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth=}, {num_classes=}")
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob=}")
-
-
-def _check_numbers(mlp_ratio: float, time_scale: float, label_init_std: float) -> None:
-    """Raises ValueError for a number that no model can be made with."""
-    if not 0 < mlp_ratio < math.inf:
-        raise ValueError(f"mlp_ratio must be positive and finite, got {mlp_ratio=}")
-    if not (math.isfinite(time_scale) and 0 <= label_init_std < math.inf):
-        rule = "time_scale must be finite and label_init_std finite and at least 0"
-        raise ValueError(f"{rule}, got {time_scale=}, {label_init_std=}")
+    if not math.isfinite(mlp_ratio) or mlp_width(hidden_size, mlp_ratio, mlp == "swiglu") < 1:
+        rule = "mlp_ratio must be finite and leave the MLP one hidden channel or more"
+        raise ValueError(f"{rule}, got {mlp_ratio=} for {hidden_size=} and {mlp=}")
+    if not (0 < time_scale <= MOST_TIME_SCALE and 0 <= label_init_std <= MOST_LABEL_STD):
+        rule = f"time_scale must be above 0 and at most {MOST_TIME_SCALE:,} and label_init_std from 0 to "
+        raise ValueError(f"{rule}{MOST_LABEL_STD}, got {time_scale=}, {label_init_std=}")

@@ -18,7 +18,7 @@ from flashdit.sampling.pipeline import FlashDiTPipeline
 from flashdit.sampling.records import current_sampling
 from flashdit.shared.files import write_atomically
 from flashdit.shared.locks import only_writer
-from flashdit.shared.paths import check_outside
+from flashdit.shared.paths import check_outside, resolved
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -139,7 +139,7 @@ def export_run(
     generator = load_generator(run, "cpu", vae, weights, called="RUN")
     check_outside(out, generator.images_path, "OUT", f"the run {generator.run_dir}")
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
-    target = out.resolve()
+    target = resolved(out)
     # Its lock lies beside it, since the folder itself is replaced.
     with only_writer(target, is_file=True, called="OUT"):
         before = read_export(out)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from flashdit.shared.overrides import parse_value, split_override
 from flashdit.shared.settings import merge_settings
 
 RENAMED = {"dtype": "precision"}
@@ -46,12 +45,10 @@ def change_sampler(
         texts: Its options as `key=value`.
 
     Raises:
-        ValueError: If a text is no `key=value`, or names another sampler.
+        ValueError: If a text is no `key=value`, a value no YAML, or it names another sampler.
     """
-    for text in texts:
-        if "=" not in text:
-            raise ValueError(f"--sampler-option must be key=value, got '{text}'")
-    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    pairs = [split_override(text, "--sampler-option") for text in texts]
+    options = {key: parse_value(f"--sampler-option {key}", text, Any) for key, text in pairs}
     if "name" in options:
         raise ValueError(
             f"--sampler-option must be an option, --sampler names it, got name={options['name']}"

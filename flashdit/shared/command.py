@@ -10,14 +10,16 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import nearest_name, unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+UNKNOWN_WORDS = "unrecognized arguments: "
+"""Beginning of argparse's message."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -59,6 +61,8 @@ def _sentence(error: Exception) -> str | None:
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "t allocate memory" in text:
         said = next((part for part in text.split(". ") if "memory" in part), kind)
         return f"out of memory: {said}; use a smaller batch, model or picture"
+    if isinstance(error, RecursionError):
+        return "a file that was read nests lists or mappings too deeply; FLASHDIT_TRACEBACK=1 shows which"
     if kind == "SafetensorError":  # of reading; what cannot be written is an OSError of `write_atomically`
         return f"a file of weights must be readable: {text}"
     return text if isinstance(error, ValueError | OSError | FloatingPointError) else None
@@ -76,6 +80,23 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free place, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(place, "w" if place else "r", closefd=False))
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names alone, and names the nearest one of an unknown option.
+
+    Args:
+        **options: As argparse's own parser has them.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with usage and message."""
+        unknown_words = message.removeprefix(UNKNOWN_WORDS) if message.startswith(UNKNOWN_WORDS) else ""
+        option = next((word for word in unknown_words.split() if word.startswith("-")), "")
+        super().error(message + nearest_name(option.partition("=")[0], self._option_string_actions))
 
 
 class Command(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -36,6 +37,20 @@ def expanded(text: str) -> str:
     return os.path.expanduser(os.sep.join(parts))
 
 
+def resolved(path: Path | str) -> Path:
+    """Returns an absolute path with its links followed; unlike `Path.resolve`, a link to itself as it is."""
+    return Path(os.path.realpath(path))
+
+
+def check_length(path: Path | str, called: str) -> None:
+    """Raises ValueError for a name that is longer than its file system takes; `called` names the path."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{called} must be a shorter path, got {path}: {error.strerror}") from error
+
+
 def check_writable(path: Path, called: str) -> None:
     """Raises ValueError unless a file can be made where a path will lie; nothing stays of the attempt.
 
@@ -43,13 +58,15 @@ def check_writable(path: Path, called: str) -> None:
         path: A folder, or one that will be made, as those above it.
         called: What names it, for the message.
     """
+    rule = f"{called} must be where files can be written, got {path}"
     try:
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                raise ValueError(f"{rule}: {place} is a link to nothing")
         with tempfile.TemporaryFile(dir=nearest(path)):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{called} must be where files can be written, got {path}: {error.strerror}"
-        ) from error
+        raise ValueError(f"{rule}: {error.strerror}") from error
 
 
 def check_disk(path: Path, needed: float, called: str, what: str) -> None:
@@ -84,7 +101,7 @@ def check_outside(path: Path, images: Path | str | None, called: str, owner: str
     Raises:
         ValueError: If the path lies in the folder.
     """
-    if images is not None and path.resolve().is_relative_to(Path(images).resolve()):
+    if images is not None and resolved(path).is_relative_to(resolved(images)):
         raise ValueError(f"{called} must not lie in the images of {owner}, {images}, got {path}")
 
 
@@ -111,6 +128,11 @@ def check_replaceable(path: Path, mark: str, called: str) -> None:
         f"{called} must be a new file or an earlier one of the same kind, which is replaced, got {path}: "
         "give another name, or remove it"
     )
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text can be written as UTF-8; bytes of a path that cannot are surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def printable(text: object) -> str:

@@ -7,12 +7,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from iwin_core.kernels.cpu_attention import BF16_INSTRUCTIONS, FUSED, read_table, this_processor
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 """Tensors below this size are taken from the heap, and as much may lie free at its end."""
@@ -94,6 +96,19 @@ def check_memory(needed: float, device: torch.device, what: str) -> None:
         raise ValueError(f"{what} must fit into the memory of {device}, {given}, got {wanted}")
 
 
+def without_memory(make: Callable[[], AnyModule]) -> AnyModule:
+    """Returns the model that a function makes, on torch's meta device.
+
+    Raises:
+        ValueError: If a tensor of it is larger than any machine could address.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"a model's tensors must be of sizes that a machine can address: {error}") from error
+
+
 def check_model_fits(make: Callable[[], nn.Module], batch: Sequence[int], device: torch.device) -> None:
     """Refuses a model or a batch that a device's memory cannot hold in training, before they are made.
 
@@ -106,11 +121,7 @@ def check_model_fits(make: Callable[[], nn.Module], batch: Sequence[int], device
         ValueError: If its weights, average, gradients and AdamW's two moments, 20 bytes a parameter, and the
             images do not fit, or a tensor is larger than any machine could address.
     """
-    try:
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in make().parameters())
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"a model's tensors must be of sizes that a machine can address: {error}") from error
+    count = sum(parameter.numel() for parameter in without_memory(make).parameters())
     what = f"training {count:,} parameters on {batch[0]:,} images at once"
     check_memory(20.0 * count + 4.0 * math.prod(batch), device, what)
 

@@ -46,7 +46,19 @@ LISTS = (list, tuple, Sequence)
 def check_type(key: str, value: Any, expected: Any) -> None:
     """Raises ValueError unless a value from YAML or the command line is of the annotated type."""
     if not _is_of(value, expected):
-        raise ValueError(f"{key} must be {type_name(expected)}, got {value!r}")
+        is_scalar = isinstance(value, int | float) and _is_of("", expected)
+        hint = ": put it between quotes" if is_scalar else ""
+        raise ValueError(f"{key} must be {type_name(expected)}, got {value!r}{hint}")
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a number; a boolean is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_text(expected: Any) -> bool:
+    """Returns whether an annotated type is that of a text, which may be null."""
+    return expected in (str, str | None)
 
 
 def _is_of(value: Any, expected: Any) -> bool:
@@ -60,7 +72,7 @@ def _is_of(value: Any, expected: Any) -> bool:
         kinds = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
         return len(kinds) in (0, len(value)) and all(map(_is_of, value, kinds))
     if origin in (int, float):
-        return isinstance(value, int | origin) and not isinstance(value, bool)
+        return is_number(value) and isinstance(value, int | origin)
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
@@ -187,6 +199,7 @@ class Registry(Generic[Piece]):
         if "name" not in given:
             raise ValueError(f"a {self.kind} needs a 'name' (known: {', '.join(self.names())}), got {given}")
         name = given.pop("name")
+        check_type(f"the name of a {self.kind}", name, str)
         options_type = cast(Any, self[name]).options_type
         for key in given.keys() - {field.name for field in fields(options_type)}:
             if owners := self._with_option(key):

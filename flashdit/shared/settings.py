@@ -6,19 +6,24 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
-from flashdit.shared.paths import expanded
-from flashdit.shared.registry import check_type, nearest_name, type_name, unknown
+from flashdit.shared.overrides import nested, parse_value, split_override
+from flashdit.shared.paths import expanded, is_utf8, printable
+from flashdit.shared.registry import check_type, is_number, is_text, nearest_name, type_name, unknown
 
 Config = TypeVar("Config")
+REGISTRY = "registry"
+"""Key of a field's metadata."""
+MISSING_MARK = "???"
+"""What OmegaConf has where a value is still to be given."""
 CHECKOUT, PACKAGE = (Path(__file__).parents[up] / "configs" for up in (2, 1))
 SHIPPED_CONFIGS = CHECKOUT if CHECKOUT.is_dir() else PACKAGE
 """Folder of the shipped configurations: the checkout's, or the installed package's."""
@@ -42,12 +47,13 @@ def find_config(name: Path | str) -> Path:
     Raises:
         ValueError: If it is neither; the nearest shipped name is given.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name)
+    if path.exists() and not path.is_dir():  # a pipe too, as of a shell's <(...)
+        return path
     shipped = str(name).removesuffix(".yaml")
     known = shipped_configs()
     if shipped not in known:
-        lacks = "is a folder" if Path(name).is_dir() else "does not exist"
+        lacks = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(
             f"--config: {name} {lacks}, and is no shipped configuration{nearest_name(shipped, known)} "
             f"(shipped: {', '.join(known)})"
@@ -55,33 +61,93 @@ def find_config(name: Path | str) -> Path:
     return SHIPPED_CONFIGS / f"{shipped}.yaml"
 
 
-def read_settings(path: Path | str, overrides: Sequence[str], config_type: type[Config]) -> Config:
+def read_settings(
+    path: Path | str,
+    overrides: Sequence[str],
+    config_type: type[Config],
+    options: Mapping[str, Any] | None = None,
+) -> Config:
     """Returns a configuration of any type from a YAML file and `key=value` texts, its keys and types checked.
 
     Args:
         path: YAML that states what differs from the defaults: a file or the name of a shipped one.
-        overrides: `key=value` texts with dotted keys.
-        config_type: A dataclass of options, which may be dataclasses themselves.
+        overrides: `key=value` texts with dotted keys, as `parse_value` reads them.
+        config_type: A dataclass of options, which may be dataclasses themselves. A field that is
+            `{name, **options}` names its registry in its metadata, under `REGISTRY`.
+        options: Values by dotted key that options of a command gave, before the overrides.
 
     Raises:
         ValueError: If the file, a key or a value is invalid.
     """
     path = find_config(path)
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"an override must be key=value, got '{override}'")
     merged: dict[str, Any] = {}
     try:
-        stated = _plain(OmegaConf.load(path))
-        merged = merge_settings(stated, _plain(OmegaConf.from_dotlist(list(overrides))))
-        merged = current(_expanded(merged), config_type)
+        stated = merge_settings(_stated(path), nested((options or {}).items()))
+        changed = merge_settings(stated, _parsed(overrides, stated, config_type))
+        _check_not_empty(changed)
+        defaults = _plain(OmegaConf.structured(config_type))
+        merged = _expanded(_resolved(merge_settings(defaults, current(changed, config_type))))
         check_keys(merged, config_type)
         values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} and the overrides must be YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ValueError(_type_sentence(error, merged, config_type)) from error
+    except RecursionError as error:
+        raise ValueError(f"{path} and the overrides must be nested less deeply") from error
     return build(values, config_type)
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """Returns what a YAML file states; raises ValueError if it is none, or no mapping of keys."""
+    try:
+        return _plain(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML: {error}") from error
+    except KeyValidationError as error:
+        where = f" of {error.full_key}" if error.full_key else ""
+        raise ValueError(f"every key{where} in {path} must be text, got null") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} must be a mapping of keys: {error}") from error  # a number alone
+
+
+def _parsed(overrides: Sequence[str], stated: Mapping[str, Any], config_type: type) -> dict[str, Any]:
+    """Returns overrides as nested mappings; names of parts are read first, for the types of their options."""
+
+    def values(pairs: Iterable[tuple[str, str]], given: Mapping[str, Any]) -> dict[str, Any]:
+        return nested((key, parse_value(key, text, _type_of(key, given, config_type))) for key, text in pairs)
+
+    pairs = [split_override(override) for override in overrides]
+    names = [(key, text) for key, text in pairs if "." not in key or key.endswith(".name")]
+    return values(pairs, merge_settings(stated, values(names, stated)))
+
+
+def _type_of(key: str, given: Mapping[str, Any], options_type: type) -> Any:
+    """Returns the annotated type of a dotted key; Any where only the part that reads it knows."""
+    first, _, rest = key.partition(".")
+    part = given.get(first)
+    part = part if isinstance(part, Mapping) else {}
+    if not rest:
+        return get_type_hints(options_type).get(first, Any)
+    if first in sections(options_type):
+        return _type_of(rest, part, sections(options_type)[first])
+    registry = next(
+        (field.metadata.get(REGISTRY) for field in fields(options_type) if field.name == first), None
+    )
+    if registry is None or not isinstance(part.get("name"), str):
+        return Any
+    if rest == "name":
+        return str
+    return get_type_hints(registry[part["name"]].options_type).get(rest, Any)
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration in which `${key}` and `${oc.env:NAME}` are what they stand for."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
+    except OmegaConfBaseException as error:
+        said = str(error.msg or error).partition("\n")[0]
+        raise ValueError(f"{error.full_key}: {said}" if error.full_key else said) from error
 
 
 def _type_sentence(error: OmegaConfBaseException, given: Mapping[str, Any], config_type: type) -> str:
@@ -96,27 +162,40 @@ def _type_sentence(error: OmegaConfBaseException, given: Mapping[str, Any], conf
         return f"{error.full_key}: {str(error.msg or error).partition(chr(10))[0]}"
 
 
+def _check_not_empty(value: Any, key: str = "") -> None:
+    """Raises ValueError for an empty text, which would mean the default; names its key."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_not_empty(part, f"{key}.{name}")
+    elif value == "":
+        raise ValueError(f"{key[1:]} must not be empty, got '': null means none")
+
+
 def _expanded(value: Any, key: str = "") -> Any:
     """Returns a configuration whose texts have `~` and environment variables expanded, as paths have them.
 
     Raises:
-        ValueError: If a text is empty, or a variable is not set.
+        ValueError: If a text is no UTF-8 or still to be given, or a variable is not set.
     """
     if isinstance(value, dict):
         return {name: _expanded(part, f"{key}.{name}") for name, part in value.items()}
     if isinstance(value, list):
         return [_expanded(part, key) for part in value]
-    if value == "":
-        raise ValueError(f"{key[1:]} must not be empty, got '': null means none")
+    if value == MISSING_MARK:
+        raise ValueError(f"{key[1:]} must be given a value, got {value}")
+    if not isinstance(value, str):
+        return value
+    if "\0" in value or not is_utf8(value):
+        raise ValueError(f"{key[1:]} must be UTF-8 without NUL, got {printable(value)}")
     try:
-        return expanded(value) if isinstance(value, str) else value
+        return expanded(value)
     except ValueError as error:
         raise ValueError(f"{key[1:]}: {error}") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Returns an OmegaConf mapping as plain dictionaries and lists."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    """Returns an OmegaConf mapping as plain dictionaries and lists, in which `${…}` stays as it is."""
+    plain = OmegaConf.to_container(config)
     if not isinstance(plain, dict):
         raise ValueError(f"a configuration must be a mapping of keys, got {type(plain).__name__}")
     return cast(dict[str, Any], plain)
@@ -161,7 +240,7 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
         prefix: Dotted key of the section, for messages.
 
     Raises:
-        ValueError: If a dataclass refuses a value; the message begins with the key or the section.
+        ValueError: If a dataclass refuses a value; the message names the key or the section.
     """
     parts = sections(config_type)
     built = {
@@ -172,16 +251,17 @@ def build(values: Mapping[str, Any], config_type: type[Config], prefix: str = ""
         return config_type(**built)
     except ValueError as error:
         sentence = str(error)
-        if not prefix or sentence.startswith(prefix):
+        if not prefix or prefix in sentence:
             raise
         where = prefix if sentence.partition(" ")[0] in built else f"{prefix[:-1]}: "
         raise ValueError(where + sentence) from error
 
 
 def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -> None:
-    """Raises ValueError for a key that no options dataclass has, or a list that its type does not allow.
+    """Raises ValueError for a key that no options dataclass has, and for a list or text of a wrong type.
 
-    OmegaConf converts and checks all other values, and names their keys.
+    OmegaConf converts and checks all other values, and names their keys; it would turn numbers into text,
+    and into true or false.
     """
     known, types = [prefix + field.name for field in fields(options_type)], get_type_hints(options_type)
     for key, value in given.items():
@@ -191,7 +271,9 @@ def check_keys(given: Mapping[str, Any], options_type: type, prefix: str = "") -
             if not isinstance(value, Mapping):
                 raise ValueError(f"{prefix}{key} must be a mapping of keys, got {value!r}")
             check_keys(value, sections(options_type)[key], f"{prefix}{key}.")
-        elif isinstance(value, list):
+        elif value == "" and types[key] == str | None:
+            raise ValueError(f"{prefix}{key} must not be empty, got '': null leaves it out")
+        elif isinstance(value, list) or is_text(types[key]) or (types[key] is bool and is_number(value)):
             check_type(f"{prefix}{key}", value, types[key])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from flashdit.shared.files import write_atomically
-from flashdit.shared.paths import printable
+from flashdit.shared.paths import printable, resolved
 from flashdit.training.checkpoint import stored_config
 from flashdit.training.task import Task
 
@@ -139,5 +139,5 @@ def value_at(config: Mapping[str, Any], key: str) -> Any:
 def same_path(one: Any, other: Any) -> bool:
     """Returns whether two texts are equal or name one file or folder."""
     return one == other or (
-        isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+        isinstance(one, str) and isinstance(other, str) and resolved(one) == resolved(other)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flashdit.shared.paths import check_length
 from flashdit.shared.process import AUTO
 from flashdit.shared.readers import check_workers
 from flashdit.shared.registry import unknown
@@ -12,6 +13,7 @@ from flashdit.shared.seeds import check_seed
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.tracking import TrackingOptions
+from iwin_core.kernels.cpu_attention import FUSED, read_table
 
 PRECISIONS = ("fp32", "bf16", "fp16", AUTO)
 MOST_IMAGES = 10**9  # of a step, whatever the parts that it is made in
@@ -80,6 +82,10 @@ class TrainingOptions:
             raise ValueError(
                 f"training.global_batch_size must be at most {MOST_IMAGES}, got {self.global_batch_size}"
             )
+        if self.preview_every < 0:
+            raise ValueError(f"training.preview_every must not be negative, got {self.preview_every}")
+        if self.cpu_attention not in (known := (AUTO, FUSED, *read_table())):
+            raise unknown("training.cpu_attention", self.cpu_attention, known)
         check_workers(self.workers, "training.workers")
         if self.keep_matmuls and (not self.gradient_checkpointing or self.compile != "none"):
             raise ValueError(
@@ -111,6 +117,7 @@ def check_run(config: LoopConfig) -> None:
     """Raises ValueError for options of every run that are invalid together, or missing."""
     if not config.run.dir:
         raise ValueError("run.dir must name the run's folder: give run.dir=runs/NAME")
+    check_length(config.run.dir, "run.dir")
     check_seed(config.seed, "seed")
     decay_steps, steps = config.optimizer.decay_steps, config.training.steps
     if steps * config.training.global_batch_size >= 2**63:

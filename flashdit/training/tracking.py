@@ -27,6 +27,11 @@ class TrackingOptions:
     project: str = "flashdit"
     """The project in wandb."""
 
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if not self.project:
+            raise ValueError("project must not be empty, got ''")
+
 
 class Tracker:
     """Appends records to metrics.jsonl, and to the run's one wandb run.

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flashdit.shared.paths import resolved
+
 MAX_BODY = 2**18  # bytes: a request names options and classes, and carries no files
 API, FILE = "/gradio_api/", "/gradio_api/file="
 CALL, JOIN = f"{API}call/", f"{API}queue/join"
@@ -64,7 +66,7 @@ class Guard:
         folder: Path,
         inputs: Mapping[Any, int] = MappingProxyType({}),
     ):
-        self.app, self.folder, self.inputs = app, folder.resolve(), inputs
+        self.app, self.folder, self.inputs = app, resolved(folder), inputs
         self.hosts = {host.strip("[]").lower() for host in hosts} - {""}  # a request may name no host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +132,7 @@ class Guard:
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD") and path.startswith(FILE):
             wanted = path.removeprefix(FILE)
-            inside = "\0" not in wanted and self.folder in Path(wanted).resolve().parents
+            inside = "\0" not in wanted and self.folder in resolved(wanted).parents
             return None if inside else "only pictures that this page has made are served"
         routes = {"GET": READ, "HEAD": READ, "POST": SENT}.get(method, ())
         if ".." not in path.split("/") and (path.startswith(routes) or (path == "/" and routes is READ)):

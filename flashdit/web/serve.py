@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flashdit.shared.command import need_extra
 from flashdit.shared.locks import held
+from flashdit.shared.paths import resolved
 from flashdit.web.studio import Studio, load_generators
 
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read when gradio is imported
@@ -50,7 +51,7 @@ def own_folder() -> Iterator[Path]:
         owner = Path(folder, OWNER)
         owner.touch()
         with held(owner):
-            yield Path(folder).resolve()
+            yield resolved(folder)
 
 
 def serve(

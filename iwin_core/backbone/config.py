@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,17 @@ def check_backbone(config: IwinConfig) -> None:
             raise ValueError(
                 f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(config, name)!r}"
             )
+    for name in ("patch_size", "in_chans", "embed_dim"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, got {config.num_classes}")
+    if not (math.isfinite(config.mlp_ratio) and int(config.mlp_ratio * config.embed_dim) >= 1):
+        rule = "mlp_ratio must be finite and leave the MLPs one hidden channel or more"
+        raise ValueError(f"{rule}, got {config.mlp_ratio} for embed_dim={config.embed_dim}")
+    for name in ("drop_rate", "drop_path_rate"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(config, name)}")
     stages = len(config.depths)
     if len(config.num_heads) != stages or len(per_stage(config.kernel_sizes, config)) != stages:
         raise ValueError(

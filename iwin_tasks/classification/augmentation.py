@@ -22,6 +22,8 @@ from flashdit.shared.seeds import generator_for
 from iwin_tasks.classification.model import InputFormat
 
 INTERPOLATIONS = ("bilinear", "bicubic")
+LEAST_CROP = 0.1
+"""Of `crop_pct`: what is resized is so many times as large as what is seen."""
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -67,8 +69,8 @@ class AugmentationOptions:
         for name in ("hflip", "shift", "random_erasing", "mix_prob", "cutmix_prob", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augmentation.{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name in ("mixup", "cutmix", "rotation"):
-            if getattr(self, name) < 0:
+        for name in ("mixup", "cutmix", "rotation", "color_jitter"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"augmentation.{name} must not be negative, got {getattr(self, name)}")
         for name in ("crop_scale", "crop_ratio", "zoom"):
             low, high = getattr(self, name)
@@ -79,8 +81,8 @@ class AugmentationOptions:
                 "augmentation.crop_scale must be shares of the image, at most 1, "
                 f"got {self.crop_scale[0]} and {self.crop_scale[1]}"
             )
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"augmentation.crop_pct must be above 0 and at most 1, got {self.crop_pct}")
+        if self.crop_pct is not None and not LEAST_CROP <= self.crop_pct <= 1:
+            raise ValueError(f"augmentation.crop_pct must be from {LEAST_CROP} to 1, got {self.crop_pct}")
         if self.interpolation is not None and self.interpolation not in INTERPOLATIONS:
             raise unknown("augmentation.interpolation", self.interpolation, INTERPOLATIONS)
         if self.rand_augment is not None:

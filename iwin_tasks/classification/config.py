@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashdit.shared.settings import read_settings
+from flashdit.shared.settings import REGISTRY, read_settings
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.data import CLASSIFICATION_DATASETS
-from iwin_tasks.classification.model import check_model
+from iwin_tasks.classification.model import check_model, check_takes_pictures
 
 DEFAULT_CLASSIFIER = "iwin/digits_32"
 """The shipped configuration of a run that names none."""
@@ -27,7 +27,7 @@ class ClassifierConfig:
     seed: int = 0
     """Of everything random in training."""
     run: RunOptions = field(default_factory=RunOptions)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict, metadata={REGISTRY: CLASSIFICATION_DATASETS})
     """`{name, **options}`."""
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     model: dict[str, Any] = field(default_factory=dict)
@@ -61,3 +61,4 @@ def check_classifier_config(config: ClassifierConfig) -> None:
     check_run(config)
     CLASSIFICATION_DATASETS.options(config.data)
     check_model(config.model)
+    check_takes_pictures(config.model)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from flashdit.data.images import parse_background
 from flashdit.data.inspection import RECORD, Inspection, leave_out_unreadable, with_classes_of_run
-from flashdit.data.sources import ImageFolder, ImagesOptions
+from flashdit.data.sources import ImageFolder, ImagesOptions, check_path
 from flashdit.digits.images import DIGIT_NAMES, digits
 from flashdit.shared.registry import Registry, unknown
 from flashdit.shared.seeds import EpochOrder
@@ -60,6 +60,7 @@ class FolderOptions:
     """What transparent pixels show: a colour's name or `#rrggbb`."""
 
     def __post_init__(self):
+        check_path(self.path)
         if self.held_out is not None and not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must be between 0 and 1, got {self.held_out}")
         parse_background(self.background)

@@ -22,17 +22,20 @@ class Accuracy(NamedTuple):
 
     top1: float
     """Share of images whose largest logit is their label's."""
-    top5: float
-    """Share of images whose label is among the five largest logits, or among all where there are fewer."""
+    top5: float | None
+    """Share of images whose label is among the five largest logits; None where no more classes are."""
     images_per_s: float
     """Images of all processes by the time that reading and the forward pass took."""
     num_images: int
 
     def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  "
-            f"{self.num_images:,} images  {self.images_per_s:,.0f} images/s"
-        )
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.2%}  "
+        return f"top-1 {self.top1:.2%}  {top5}{self.num_images:,} images  {self.images_per_s:,.0f} images/s"
+
+    def scores(self) -> dict[str, float]:
+        """Returns what a run records."""
+        found = {"ema_top1": self.top1, "ema_top5": self.top5}
+        return {name: share for name, share in found.items() if share is not None}
 
 
 @torch.inference_mode()
@@ -113,7 +116,7 @@ def evaluate_classifier(
     model.train(was_training)
     return Accuracy(
         top1=top1 / num_images,
-        top5=top5 / num_images,
+        top5=top5 / num_images if len(data.images.class_names) > TOP else None,
         images_per_s=num_images / elapsed_s,
         num_images=int(num_images),
     )

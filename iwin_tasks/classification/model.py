@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
+from flashdit.data.sources import MOST_PIXELS
 from flashdit.shared.registry import check_type, unknown
 from flashdit.shared.runs import find_average, find_checkpoint
 from flashdit.shared.weights import read_model_config, read_tensors
@@ -51,6 +52,18 @@ def check_model(spec: Mapping[str, Any]) -> None:
             check_type(f"model.{key}", value, types[key])
     if sum(spec.get("depths") or ()) > MOST_BLOCKS:
         raise ValueError(f"model.depths must be {MOST_BLOCKS} blocks at most, got {spec['depths']}")
+
+
+def check_takes_pictures(spec: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a checked spec is that of a classifier of pictures."""
+    if spec.get("in_chans", 3) != 3:
+        raise ValueError(f"model.in_chans must be 3, as pictures are RGB, got {spec['in_chans']}")
+    if spec.get("num_classes", 1) < 1:
+        raise ValueError(f"model.num_classes must be at least 1, got {spec['num_classes']}")
+    if spec.get("global_pool", "avg") != "avg":
+        raise ValueError(f"model.global_pool must be avg for classes, got {spec['global_pool']!r}")
+    if max(per_axis(spec.get("img_size", 1), 2, "model.img_size")) > MOST_PIXELS:
+        raise ValueError(f"model.img_size must be at most {MOST_PIXELS}, got {spec['img_size']}")
 
 
 def make_model(spec: Mapping[str, Any]) -> IwinTransformer:

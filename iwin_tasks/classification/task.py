@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from flashdit.evaluation.features.extractor import colours_of
 from flashdit.shared.command import resolve_device
-from flashdit.shared.process import check_model_fits, float32_products
+from flashdit.shared.process import check_model_fits, float32_products, without_memory
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
 from flashdit.training.loop import TrainingLoop
@@ -83,8 +83,7 @@ class ClassifierTask(Task):
 
     def __init__(self, config: ClassifierConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
-        with torch.device("meta"):
-            self.form = form_of(config, make_model(config.model))
+        self.form = form_of(config, without_memory(lambda: make_model(config.model)))
         images = share_of_batch(config.training, accelerator.num_processes), 3, *self.form.image_size
         check_model_fits(lambda: make_model(config.model), images, accelerator.device)
         self.model = make_model(config.model)
@@ -144,7 +143,7 @@ class ClassifierTask(Task):
             self.accelerator,
             self.config.training.workers,
         )
-        return {"ema_top1": self.accuracy.top1, "ema_top5": self.accuracy.top5}
+        return self.accuracy.scores()
 
     def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
         """Writes the weights and their average under the authors' names, which timm's models load."""

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Sequence
 
 from flashdit.commands.arguments import path_text
+from flashdit.shared.command import CommandParser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line's values."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add(
         "--config",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flashdit.commands.arguments import png_path
+from flashdit.shared.command import CommandParser
 from flashdit.shared.files import DRAWN
 from flashdit.shared.locks import only_writer
 
@@ -16,7 +17,7 @@ MAX_BLOCKS = 100  # each is a column of the table
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the command line."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--size", type=int, nargs="+", default=[56], metavar="TOKENS", help="H and W, or one side"
     )

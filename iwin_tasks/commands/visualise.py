@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashdit.commands.arguments import path, png_path
+from flashdit.shared.command import CommandParser
 from flashdit.shared.files import DRAWN
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_outside
@@ -112,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def path_or_none(text: str) -> Path | None:
         return None if text == "none" else path(text)
 
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", help="timm name; Iwin's are registered too (a run knows its own)")
     parser.add_argument(
         "--checkpoint",

@@ -56,6 +56,12 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("training=5", r"training must be a mapping of keys, got 5"),
         ("training.steps", r"an override must be key=value, got 'training.steps'"),
         ("run.dir=", r"^run.dir must be text, got None$"),
+        (
+            "data={name: images, path: 2024}",
+            r"^option 'path' of .* must be text, got 2024: put it between quotes$",
+        ),
+        ("data.name=[1]", r"^unknown data '\[1\]'"),
+        ("data={name: [1]}", r"^the name of a data must be text, got \[1\]$"),
         ("model.depth=two", r"^model.depth must be a whole number, got 'two'$"),
         ("model.mlp_ratio=big", r"^model.mlp_ratio must be a number, got 'big'$"),
         ("flow.times=3", r"^flow.times must be a mapping of keys, got 3$"),
@@ -81,6 +87,38 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
             r"^model.prediction must be what flow.prediction says, .* data and velocity",
         ),
         ("run.dir=''", r"run.dir must name the run's folder"),
+        ("evaluation.every=-1", r"^evaluation.every must not be negative, got -1$"),
+        ("training.preview_every=-1", r"^training.preview_every must not be negative, got -1$"),
+        ("evaluation.num_images=0", r"^evaluation.num_images must be at least 1, got 0$"),
+        ("evaluation.num_images=99999999999999999", r"^evaluation: the labels of num_images=9+ "),
+        ("evaluation.metrics=[foo]", r"^evaluation: unknown metric 'foo'"),
+        ("evaluation.metrics=[]", r"^evaluation.metrics must name one or more of .*fid.*, got \[\]$"),
+        ("evaluation.image_size=0", r"^evaluation.image_size must be from 1 to 8192, got 0$"),
+        ("evaluation.image_size=99999", r"^evaluation.image_size must be from 1 to 8192, got 99999$"),
+        ("evaluation.labels=even", r"^evaluation: unknown labels 'even'"),
+        ("evaluation.reference=''", r"^evaluation.reference must not be empty, got '': null leaves it out$"),
+        ("latents.vae=''", r"^latents.vae must not be empty"),
+        ("data={name: images, path: ''}", r"^data.path must name a folder, got ''$"),
+        ("data={name: shards, path: ''}", r"^data.path must name a folder, got ''$"),
+        ("tracking.project=''", r"^tracking.project must not be empty"),
+        ("training.tf32=2", r"^training.tf32 must be true or false, got 2$"),
+        (
+            "training.cpu_attention=fast",
+            r"^unknown training.cpu_attention 'fast' \(known: .*auto.*, fused\)$",
+        ),
+        ("model.mlp_ratio=0.001", r"^model.mlp_ratio must be finite and leave the MLP one hidden channel"),
+        ("model.mlp_ratio=.nan", r"^model.mlp_ratio must be finite and leave the MLP one hidden channel"),
+        ("model.in_channels=0", r"^model.in_channels must be at least 1, got in_channels=0$"),
+        ("model.depth=0", r"^model.depth must be at least 1 "),
+        (
+            "model.num_classes=-1",
+            r"^model.depth must be .* and num_classes at least 0, got .*num_classes=-1$",
+        ),
+        ("model.patch_size=0", r"^model.patch_size must divide sample_size, got patch_size=0 "),
+        ("model.time_scale=0", r"^model.time_scale must be above 0 and at most 1,000,000 "),
+        ("model.label_init_std=1e30", r"^model.time_scale must be .* label_init_std from 0 to 100, got "),
+        ("model.class_dropout_prob=1.5", r"^model.class_dropout_prob must be between 0 and 1, got "),
+        ("model.num_heads=-1", r"^model.num_heads must divide hidden_size, got num_heads=-1"),
         ("training.steps=9000", r"must not pass optimizer.decay_steps, .* got 9000 and 4200"),
         ("seed=-1", r"seed must be from 0 to below 2\^63, got -1"),
         ("model.depth=two", r"model.depth must be a whole number, got 'two'"),
@@ -100,6 +138,61 @@ def test_configurations_that_cannot_be_are_named(override, message):
         config.load(None, [override])
 
 
+HARD_NAMES = [
+    *(
+        "a #b",
+        "017",
+        "2024",
+        " x ",
+        "[x]",
+        "true",
+        "*x",
+        "a: b",
+        "a=b",
+        "it's",
+        "ü",
+        "-x",
+        "1e3",
+        "2024-01-01",
+    ),
+    *("{a}", '"x" y', "&a", "a,b", "...", "!x", "%x", "@x", "`x", "|", "- a", "? a", "a\nb", "1:30", "0x1f"),
+]
+
+
+@pytest.mark.parametrize("name", HARD_NAMES)
+def test_a_path_is_what_stands_after_the_equals_sign_and_comes_back_from_yaml(name, tmp_path):
+    given = [
+        f"run.dir={name}",
+        f"data.path={name}",
+        "data.name=images",
+        f"weights={name}",
+        "latents.vae=null",
+    ]
+    loaded = config.load(None, given)
+    assert (loaded.run.dir, loaded.data["path"], loaded.weights, loaded.latents.vae) == (
+        name,
+        name,
+        name,
+        None,
+    )
+    (tmp_path / "saved.yaml").write_text(to_yaml(loaded))
+    assert config.load(tmp_path / "saved.yaml") == loaded
+    assert yaml.safe_load(to_yaml(loaded))["data"]["path"] == name
+
+
+@pytest.mark.parametrize("size", ["in_channels", "sample_size", "num_classes"])
+def test_what_no_data_can_mend_is_refused_before_they_are_read(size):
+    assert config.load(None, [f"model.{size}=null"]).model[size] is None
+    with pytest.raises(ValueError, match=r"^model.num_heads must divide hidden_size"):
+        config.load(None, [f"model.{size}=null", "model.num_heads=7"])
+
+
+def test_null_is_null_where_a_key_may_be_and_its_name_elsewhere():
+    loaded = config.load(None, ["weights=null", "run.dir=null", "latents.vae=./null", "tracking.project=3"])
+    assert (loaded.weights, loaded.run.dir, loaded.latents.vae) == (None, "null", "./null")
+    assert loaded.tracking.project == "3"
+
+
 def test_files_that_cannot_be_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"--config: .*absent\.yaml does not exist, and is no shipped configuration"
@@ -109,5 +202,5 @@ def test_files_that_cannot_be_are_named(tmp_path):
     with pytest.raises(ValueError, match="must be a mapping of keys, got list"):
         config.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken.yaml and the overrides must be YAML"):
+    with pytest.raises(ValueError, match=r"broken.yaml must be YAML"):
         config.load(tmp_path / "broken.yaml")

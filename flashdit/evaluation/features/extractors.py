@@ -13,6 +13,7 @@ from torch import Tensor
 from flashdit.evaluation.features.extractor import EXTRACTORS, FORWARD_ROWS, Extractor
 from flashdit.evaluation.features.timm_models import TIMM_PREFIX, timm_extractor
 from flashdit.shared.files import file_sha256
+from flashdit.shared.paths import resolved
 from flashdit.shared.registry import unknown
 from flashdit.shared.weights import read_content
 
@@ -231,7 +232,7 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
     extractor = completed(extractor, name)
     is_run = name not in EXTRACTORS.names() and Path(name).is_dir()
     extractor.built_as = (
-        str(Path(name).resolve()) if is_run else name,
-        str(Path(weights).resolve()) if weights else None,
+        str(resolved(name)) if is_run else name,
+        str(resolved(weights)) if weights else None,
     )
     return extractor

@@ -10,8 +10,8 @@ from PIL import Image
 
 from flashdit.autoencoder.config import AutoencoderOptions, load_autoencoder_config
 from flashdit.autoencoder.task import AutoencoderTrainer
-from flashdit.commands import train
-from flashdit.commands.autoencoder import main, overrides_of, parse
+from flashdit.commands import autoencoder, train
+from flashdit.commands.autoencoder import main, options_of, parse
 from flashdit.data.autoencoders import load_vae
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.weights import read_tensors
@@ -208,16 +208,22 @@ def test_the_psnr_grows_with_training(overrides):
     assert measured[-1] > measured[0] + 1
 
 
-def test_options_are_overrides():
-    arguments = parse(["--images", "pics", "--image-size", "64", "--factor", "8", "training.steps=7"])
-    assert overrides_of(arguments) == [
-        "data.name=images",
-        "data.path=pics",
-        "data.image_size=64",
-        "autoencoder.factor=8",
-        "training.steps=7",
-    ]
-    assert overrides_of(parse(["--factor", "0"])) == ["autoencoder.factor=0"]  # which is refused there
+def test_options_are_keys_and_their_paths_no_yaml(monkeypatch, exit_message):
+    monkeypatch.setenv("PICS", "my pics #2")
+    arguments = parse(["--images", "$PICS", "--image-size", "64", "--factor", "8", "--out", "[x", "seed=7"])
+    assert options_of(arguments) == {
+        "data.name": "images",
+        "data.path": "my pics #2",
+        "data.image_size": 64,
+        "autoencoder.factor": 8,
+        "run.dir": "[x",
+    }
+    config = load_autoencoder_config(None, arguments.overrides, options_of(arguments))
+    assert (config.data["path"], config.run.dir, config.seed) == ("my pics #2", "[x", 7)
+    assert options_of(parse(["--factor", "0"])) == {"autoencoder.factor": 0}  # which is refused there
+    both = exit_message(autoencoder, "--out", "x", "run.dir=y")
+    assert "--out is run.dir: give one of them, got both" in both
+    assert "a path with ${ stands for another key" in exit_message(autoencoder, "--out", "a${b")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import shlex
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from flashdit.evaluation.features import inception
 from flashdit.models.costs import forward_flops
 from flashdit.models.sizes import SIZES
 from flashdit.shared import process
+from iwin_tasks.classification.config import load_classifier_config
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +112,26 @@ def test_the_next_commands_are_what_a_shell_takes(tmp_path, capsys):
         *reference,
         *("--extractor", f"{run}_classifier"),
     ]
+
+
+def test_an_out_that_begins_with_a_dash_is_no_option_of_the_printed_command(tmp_path):
+    assert new.train_command(Path("-x.yaml")) == "flashdit train --config ./-x.yaml"
+
+
+@pytest.mark.parametrize(
+    "name", ["a #b", "017", " x ", "[x]", "it's: *", "$HOME-like", "ü\t\x7f", 'a"b', "-x"]
+)
+def test_a_hard_name_comes_out_of_the_yaml_and_of_the_command_that_bash_reads(tmp_path, capsys, name):
+    folder = folder_of(tmp_path / name, *[(40, 40)] * 4)
+    _, printed = written(capsys, "--images", folder, "--latents", "digits", f"--name={name.replace('$', '')}")
+    assert config.load("mine.yaml").data["path"] == str(folder)
+    assert config.load("mine.yaml").run.dir == f"runs/{name.replace('$', '')}"
+    (command,) = [line for line in printed.splitlines() if line.startswith("  iwin classify")]
+    shell = "iwin() { shift; printf '%s\\0' \"$@\"; }\n" + command
+    words = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    made = load_classifier_config(None, [word for word in words.split("\0") if "=" in word])
+    assert made.data["path"] == str(folder)
+    assert made.run.dir == f"runs/{name.replace('$', '')}_classifier"
 
 
 def test_inception_is_the_extractor_where_its_weights_are(tmp_path, capsys, monkeypatch):

@@ -218,6 +218,7 @@ def foreign(tiny_checkpoint, tmp_path):
         (["--sampler", "dopri5", "--sampler-option", "atol=0"], "atol and rtol must be positive, got 0 and"),
         (["--sampler-option", "order=2"], "unknown option of sampler 'euler' 'order'"),
         (["--sampler-option", "order"], "--sampler-option must be key=value, got 'order'"),
+        (["--sampler-option", "order=["], "--sampler-option order must be YAML, got '['"),
         (["--ema", "emma"], "'emma'; did you mean 'ema'? (known: ema, model)"),
         (["--ema", "/tmp"], "unknown weights of"),
         (["--ema", ".."], "'..' (known: ema, model)"),

@@ -235,9 +235,9 @@ def test_compiled_block_fuses_all_between_its_matrix_products():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive and finite, got mlp_ratio=inf"),
-        ({"time_scale": float("nan")}, "time_scale must be finite .* got time_scale=nan"),
-        ({"label_init_std": -1.0}, "label_init_std finite and at least 0, got .*label_init_std=-1.0"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be finite and leave .* got mlp_ratio=inf"),
+        ({"time_scale": float("nan")}, "time_scale must be above 0 .* got time_scale=nan"),
+        ({"label_init_std": -1.0}, "label_init_std from 0 to 100, got .*label_init_std=-1.0"),
         ({"prediction": "noise"}, r"unknown prediction 'noise' \(known: data, velocity\)"),
     ],
 )

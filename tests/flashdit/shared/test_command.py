@@ -1,5 +1,7 @@
 import argparse
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,7 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashdit.shared.command import Command, add_device, need_extra, resolve_device, run_command, run_script
+import flashdit.__main__
+import iwin_tasks.__main__
+from flashdit.shared.command import (
+    Command,
+    CommandParser,
+    add_device,
+    need_extra,
+    resolve_device,
+    run_command,
+    run_script,
+)
 from flashdit.shared.files import write_atomically
 
 ROOT = Path(__file__).parents[3]
@@ -53,6 +65,48 @@ def test_an_unknown_command_names_the_nearest(kitchen, capsys):
     assert exit_info.value.code == 2
     expected = "kitchen: error: unknown command 'bak'; did you mean 'bake'? (known: bake, burn)\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--cfg-scle", "3"], "--cfg-scle 3; did you mean '--cfg-scale'?"),
+        (["--cfg-scle=3"], "--cfg-scle=3; did you mean '--cfg-scale'?"),
+        (["more", "--seeed"], "more --seeed; did you mean '--seed'?"),
+        (["more"], "more"),
+        (["--zzz"], "--zzz"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(capsys, words, hint):
+    parser = CommandParser(prog="bake")
+    parser.add_argument("--cfg-scale")
+    parser.add_argument("--seed")
+    with pytest.raises(SystemExit) as exit_info:
+        parser.parse_args(words)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith(f"bake: error: unrecognized arguments: {hint}\n")
+
+
+@pytest.mark.parametrize("entry", [flashdit.__main__, iwin_tasks.__main__], ids=["flashdit", "iwin"])
+def test_every_command_names_the_nearest_option(entry, capsys):
+    for name, command in entry.COMMANDS.items():
+        with pytest.raises(SystemExit):
+            run_command("entry", {name: command}, [name, "--help"])
+        options = re.findall(r"^  (--[\w-]{4,})", capsys.readouterr().out, re.MULTILINE)
+        for option in options[:1]:
+            with pytest.raises(SystemExit):
+                run_command("entry", {name: command}, [name, f"{option}x"])
+            printed = capsys.readouterr().err
+            assert f"did you mean '{option}'" in printed or "are required" in printed, name
+
+
+def test_json_that_nests_too_deeply_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: json.loads("[" * 100_000))
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "a file that was read nests lists or mappings too deeply; FLASHDIT_TRACEBACK=1 shows which\n"
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

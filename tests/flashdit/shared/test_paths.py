@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from flashdit import config
 from flashdit.commands.arguments import path
-from flashdit.shared.paths import check_outside, check_replaceable, check_writable, expanded
+from flashdit.shared.paths import (
+    check_length,
+    check_outside,
+    check_replaceable,
+    check_writable,
+    expanded,
+    resolved,
+)
 from flashdit.shared.settings import read_settings
 
 
@@ -122,3 +130,33 @@ def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left_of_the_atte
     for place, why in ((tmp_path / "file" / "x", "Not a directory"), (Path("/proc/x/y"), "No such file")):
         with pytest.raises(ValueError, match=rf"^run\.dir must be where files can be written, got .*: {why}"):
             check_writable(place, "run.dir")
+
+
+def test_a_link_to_itself_or_to_nothing_is_no_place_to_write(tmp_path):
+    loop, dangling = tmp_path / "loop", tmp_path / "dangling"
+    loop.symlink_to(loop)
+    dangling.symlink_to("nowhere")
+    for place, link in ((loop, loop), (loop / "a" / "b", loop), (dangling, dangling)):
+        message = f"^run.dir must be where files can be written, got {place}: {link} is a link to nothing$"
+        with pytest.raises(ValueError, match=message):
+            check_writable(place, "run.dir")
+        assert resolved(place).name == (place.name if link == loop else "nowhere")
+        check_outside(place, tmp_path / "pics", "OUT", "the run")
+    check_writable(tmp_path / "new" / "folder", "run.dir")
+
+
+def test_a_name_that_no_file_system_takes_is_named_by_its_option(tmp_path, capsys):
+    long = tmp_path / ("x" * 300) / "y"
+    for check in (check_writable, check_length):
+        with pytest.raises(ValueError, match=r"^OUT .*/y: File name too long$"):
+            check(long, "OUT")
+    with pytest.raises(ValueError, match=r"^run.dir must be a shorter path, got .*: File name too long$"):
+        config.load(None, [f"run.dir={long}"])
+    with pytest.raises(ValueError, match=r"^data.path must be a shorter path, got .*: File name too long$"):
+        config.load(None, ["data.name=images", f"data.path={long}"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=path)
+    for given, message in ((str(long), "it must be a shorter path"), ("", "it must not be empty")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--out", given])
+        assert f"argument --out: {message}" in capsys.readouterr().err

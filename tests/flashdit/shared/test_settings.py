@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -60,6 +61,29 @@ def test_a_file_and_overrides_become_the_dataclass(recipe):
     assert isinstance(made.oven, HotOvenOptions)
 
 
+def test_a_value_may_stand_for_that_of_another_key_also_where_that_is_a_default(recipe):
+    assert recipe("name: a${oven.degrees}", "oven.degrees=7").name == "a7"
+    assert recipe("name: ${oven.degrees}b").name == "180b"
+    assert recipe("name: a\nlayers: {b: '${layers.c}', c: 3}").layers == {"b": 3, "c": 3}
+
+
+def test_a_pipe_is_read_and_nothing_in_a_file_states_nothing():
+    reader, writer = os.pipe()
+    os.write(writer, b"name: sponge")
+    os.close(writer)
+    assert read_settings(f"/dev/fd/{reader}", [], Recipe).name == "sponge"
+    os.close(reader)
+    assert read_settings(os.devnull, ["name=b"], Recipe) == Recipe(name="b")
+
+
+def test_what_options_give_comes_before_overrides_and_is_no_yaml(recipe, tmp_path):
+    (tmp_path / "empty.yaml").write_text("oven: {degrees: 3, fan: false}")
+    made = read_settings(
+        tmp_path / "empty.yaml", ["oven.degrees=5"], Recipe, {"name": "[a #b", "oven.degrees": 4}
+    )
+    assert made == Recipe(name="[a #b", oven=HotOvenOptions(degrees=5, fan=False))
+
+
 def test_an_override_wins_over_the_file(recipe):
     assert recipe("{name: sponge, oven: {degrees: 200}}", "oven.degrees=150").oven.degrees == 150
 
@@ -86,11 +110,42 @@ def test_a_saved_configuration_reads_back(recipe):
         ("name: a", "oven=hot", r"^oven must be a mapping of keys, got 'hot'"),
         ("name: a", "oven", r"^an override must be key=value, got 'oven'"),
         ("- a", "name=b", r"a configuration must be a mapping of keys, got list"),
-        ("name: [a", "seed=1", r"cake.yaml and the overrides must be YAML"),
+        ("name: [a", "name=b", r"cake.yaml must be YAML: while parsing"),
+        ("3", "name=b", r"cake.yaml must be a mapping of keys: Invalid loaded object type: int$"),
+        ("name: 017", "oven.degrees=1", r"^name must be text, got 15: put it between quotes$"),
+        ("name: a", "oven.degrees=???", r"^oven.degrees must be given a value, got \?\?\?$"),
+        ("oven: {degrees: 1}", "oven.fan=true", r"^name must be given a value, got \?\?\?$"),
+        ("null: 3", "name=b", r"^every key in .*cake.yaml must be text, got null$"),
+        ("oven: {~: 3}", "name=b", r"^every key of oven in .*cake.yaml must be text, got null$"),
+        ("3: 4", "name=b", r"^unknown configuration key '3' "),
+        ("name: a\nname: b", "oven.fan=true", "(?s)cake.yaml must be YAML: .*found duplicate key name"),
+        ('name: "a\\0b"', "oven.fan=true", r"^name must be UTF-8 without NUL, got a\\x00b$"),
+        ("name: a", "name=\udc80", r"^name must be UTF-8 without NUL, got \\x80$"),
+        (
+            "name: a",
+            "oven.degrees=${oven.degres}",
+            "^oven.degrees: Interpolation key 'oven.degres' not found$",
+        ),
+        ("name: a", "oven.degrees=${oven.degrees}", "^oven.degrees: Recursive interpolation detected$"),
     ],
 )
 def test_an_invalid_value_is_named_by_its_key(recipe, text, override, message):
     with pytest.raises(ValueError, match=message):
+        recipe(text, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        ("[" * 5000 + "]" * 5000, "name=b"),
+        ("a: " + "{a: " * 5000 + "}" * 5000, "name=b"),
+        ("name: a", "oven=" + "[" * 5000 + "]" * 5000),
+        ("name: a", "oven" + ".a" * 5000 + "=1"),
+    ],
+    ids=["list", "mapping", "value", "key"],
+)
+def test_what_is_nested_too_deeply_is_one_sentence(recipe, text, override):
+    with pytest.raises(ValueError, match=r"cake.yaml and the overrides must be nested less deeply$"):
         recipe(text, override)
 
 

@@ -69,6 +69,14 @@ def test_fewer_than_five_classes_are_all_among_the_top(data):
     assert counts[1] == sum(label < 3 for _, label in (data[row] for row in range(40)))
 
 
+@pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
+def test_top_five_of_five_classes_is_no_score(model, data, monkeypatch, classes, told):
+    monkeypatch.setattr(data.images, "class_names", data.images.class_names[:classes])
+    accuracy = evaluate_classifier(model, data, 360)
+    assert ("top-5 " in str(accuracy)) == told
+    assert list(accuracy.scores()) == ["ema_top1", "ema_top5"][: 1 + told]
+
+
 def test_accuracy_reads_as_a_line(model, data):
     line = str(evaluate_classifier(model, data, 360))
     assert line.startswith("top-1 ")
