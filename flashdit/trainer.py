@@ -180,7 +180,7 @@ class FlashDiTTask(Task):
             raise ValueError(f"{self.run_dir} holds a run with latents.space={before.space}, got {now.space}")
         if before.vae is not None and now.vae is None:
             raise ValueError(f"{self.run_dir} holds a run with latents.vae={before.vae}, got null")
-        self.space.check_made_by(begun.identity, f"the run in {self.run_dir}")
+        self.space.check_made_by(begun, f"the run in {self.run_dir}")
 
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""

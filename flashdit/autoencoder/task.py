@@ -88,6 +88,7 @@ class AutoencoderTask(Task):
 
     fixed_on_resume = ("seed", "data.", "held_out_images", "autoencoder.", "loss.")
     by_content = ("data.path",)
+    ends_are_kept = True  # a model that was trained on its latents needs it
     model: Reconstructor
     examples: ImageExamples
 

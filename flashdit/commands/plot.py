@@ -200,6 +200,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = arguments.output or arguments.runs[0] / "curves.png"
     for run in runs:
         check_outside(output, images_of(run.task), "--output", f"the run {run.name}")
-    with only_writer(output, is_file=True, mark=DRAWN if arguments.output else None):
+    with only_writer(output, is_file=True, mark=DRAWN):
         draw_runs(runs, references, metrics, arguments.smoothing, output)
     print(f"wrote {output}")

@@ -23,7 +23,7 @@ from flashdit.data.ldm import load_ldm_vae
 from flashdit.data.pixels import Pixels
 from flashdit.data.sources import companions_of
 from flashdit.shared.paths import expanded
-from flashdit.shared.runs import find_average, list_checkpoints
+from flashdit.shared.runs import find_average, find_checkpoint, list_checkpoints, step_of
 
 logger = logging.getLogger(__name__)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -221,12 +221,19 @@ def _without_variant(name: str) -> tuple[str, str | None]:
 
 
 def lasting_name(name: str | None) -> str | None:
-    """Returns the name of an autoencoder as it is found from any folder: an existing path made absolute."""
+    """Returns the name of an autoencoder as it is found from anywhere and at any time.
+
+    An existing path is made absolute, and of a run of `flashdit autoencoder` the checkpoint that is meant now
+    is named, since the run may be trained on.
+    """
     if name is None or companions_of(name).autoencoder:
         return name
     bare, variant = _without_variant(name)
     path = _path(bare)
-    return name if not path.exists() else f"{path.absolute()}{f':{variant}' if variant else ''}"
+    if not path.exists():
+        return name
+    path = find_checkpoint(path, "the autoencoder") if list_checkpoints(path) else path
+    return f"{path.absolute()}{f':{variant}' if variant else ''}"
 
 
 def _find(name: str, path: Path) -> Place:
@@ -240,7 +247,8 @@ def _find(name: str, path: Path) -> Place:
         name, variant = _without_variant(name)
         path = _path(name)
     if path.is_dir():
-        averages = [find_average(path, "the autoencoder")] if list_checkpoints(path) else []  # a run of ours
+        is_ours = bool(list_checkpoints(path)) or step_of(path) >= 0
+        averages = [find_average(path, "the autoencoder")] if is_ours else []
         found = [folder for folder in (path, path / "vae", *averages) if (folder / "config.json").is_file()]
         if not found:
             raise ValueError(
@@ -261,8 +269,12 @@ def _is_in_root(name: str) -> bool:
     try:
         AutoModel.load_config(name)
     except OSError as error:
-        unreachable = isinstance(error.__context__, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
-        if unreachable or "file named" not in str(error):
+        if isinstance(error.__context__, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"the autoencoder '{name}' is no folder here, and the hub cannot be reached: download it "
+                "where there is a network, and give its folder"
+            ) from error
+        if "file named" not in str(error):
             raise
         return False
     return True

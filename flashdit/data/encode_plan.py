@@ -15,7 +15,7 @@ from flashdit.shared.locks import LOCK
 
 logger = logging.getLogger(__name__)
 PLAN = f"{RECORDS}/plan.json"
-RECORD = ("file", "rows", "bytes", "sha256", "unreadable", "moments")
+RECORD_KEYS = ("file", "rows", "bytes", "sha256", "unreadable", "moments")
 """What the record of a shard says, since the first version."""
 Listing = Mapping[str, int]
 """Bytes of each image by its path below the folder, in the order of its rows."""
@@ -26,19 +26,31 @@ def record_file(out: Path, shard: int) -> Path:
     return out / RECORDS / f"shard{shard:03d}.json"
 
 
+def record_files(out: Path) -> list[Path]:
+    """Returns the files of a folder that have a record's name."""
+    return sorted(path for path in (out / RECORDS).glob("shard*.json") if path.stem[5:].isdecimal())
+
+
+def shard_of(path: Path) -> int:
+    """Returns the number of the shard of a record's file."""
+    return int(path.stem.removeprefix("shard"))
+
+
 def read_records(out: Path) -> dict[int, dict[str, Any]]:
     """Returns the records of the shards that were written, by shard; a damaged one is named and is none."""
     records = {}
-    for path in sorted((out / RECORDS).glob("shard*.json")):
+    for path in record_files(out):
         try:
             record = read_json(path)
-            missing = [key for key in RECORD if key not in record]
+            missing = [key for key in RECORD_KEYS if key not in record]
             if missing:
                 raise ValueError(f"a record of a shard must have {', '.join(missing)}, {path} has not")
+            if record["file"] != shard_name(0, shard_of(path)):
+                raise ValueError(f"a record must be of the shard of its name, {path} is of {record['file']}")
         except ValueError as error:
             logger.warning("%s: its images are encoded again", error)
             continue
-        records[int(path.stem.removeprefix("shard"))] = record
+        records[shard_of(path)] = record
     return dict(sorted(records.items()))
 
 
@@ -196,8 +208,8 @@ def tidy_records(
         shards: Images of each shard, and
         kept: those that stay, as `assign` returns them.
     """
-    for path in (out / RECORDS).glob("shard*.json"):
-        shard = int(path.stem.removeprefix("shard"))
+    for path in record_files(out):
+        shard = shard_of(path)
         if shard not in shards:  # its images are gone, or its record was damaged
             (out / shard_name(0, shard)).unlink(missing_ok=True)
             path.unlink()

@@ -21,7 +21,7 @@ from flashdit.data.images import (
     transparent_images,
 )
 from flashdit.data.sources import CroppedImage, ImageFolder
-from flashdit.shared.files import write_atomically
+from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.paths import check_outside, printable
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.runs import list_checkpoints, newest_readable, read_state
@@ -217,7 +217,7 @@ def _check_classes(source: ImageFolder, readable: Sequence[int]) -> None:
 def _read_record(record: Path) -> dict[str, Seen]:
     """Returns what an earlier pass saw, by name; nothing where there is no record of this format."""
     try:
-        content = json.loads(record.read_text())
+        content = read_checked_json(record)
         if content.get("format") != RECORD_FORMAT:
             return {}
         seen = {

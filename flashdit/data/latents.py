@@ -207,18 +207,20 @@ class LatentSpace:
             if vae is not None:
                 raise
             raise ValueError(f"{error}; where it is elsewhere now, give it by --vae") from error
-        space.check_made_by(saved.identity, "the training latents")
+        space.check_made_by(saved, "the training latents")
         return space
 
-    def check_made_by(self, identity: str | None, whose: str) -> None:
-        """Raises ValueError unless the autoencoder is the one of an identity, where both are known.
+    def check_made_by(self, begun: LatentSpace, whose: str) -> None:
+        """Raises ValueError unless the autoencoder is the one of another space, where both are known.
 
         Args:
-            identity: Of the autoencoder that it must be; None where that is unknown.
+            begun: The space whose autoencoder it must be.
             whose: What that one made or makes, for the message.
         """
+        identity = begun.identity
         if identity and self.vae is not None and self.identity != identity:
+            was = f"{begun.options.vae}, " if begun.options.vae else ""
             raise ValueError(
-                f"the VAE must be the one of {whose} ({identity[:12]}), "
+                f"the VAE must be the one of {whose} ({was}{identity[:12]}), "
                 f"got {self.options.vae} ({str(self.identity)[:12]})"
             )

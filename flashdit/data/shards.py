@@ -87,6 +87,11 @@ class LatentShards:
         names = folder / CLASS_NAMES_FILE
         known = (self.manifest or {}).get("class_names")
         self.class_names: list[str] | None = read_class_names(names) if names.exists() else known
+        if known and len({*(self.class_names or ())}) != len(known):
+            raise ValueError(
+                f"{names} must have a name for each of the {len(known)} classes of {MANIFEST}, got "
+                f"{len({*(self.class_names or ())})}"
+            )
         self.num_classes = len(self.class_names) if self.class_names else int(self.labels.max()) + 1
 
     def _index(self, shard: int) -> Tensor:

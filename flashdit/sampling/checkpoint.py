@@ -107,7 +107,9 @@ class CheckpointGenerator(ImageGenerator):
             self.data_name: str = state["data_name"]
             self.step: int = state["step"]
             self.sampling = SamplingOptions(**current_sampling(state["sampling"]))
-            class_names = list(state["class_names"])
+            class_names = state["class_names"]
+            if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+                raise TypeError("class_names must be a list of texts")
             space = LatentSpace.load(checkpoint / LATENTS, vae)
         except (KeyError, TypeError, AttributeError, JSONDecodeError, OSError, SafetensorError) as error:
             raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-BROKEN = (  # RuntimeError: a damaged header may ask for a password, or an unknown method of packing
+UNREADABLE = (  # RuntimeError: a damaged header may ask for a password, or an unknown method of packing
     *(OSError, EOFError, ValueError, RuntimeError, SyntaxError),
     *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
 )
@@ -24,7 +24,7 @@ def is_whole_png(path: Path) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.verify()
-    except BROKEN:
+    except UNREADABLE:
         return False
     return True
 
@@ -34,7 +34,7 @@ def is_whole_npz(path: Path, names: Collection[str]) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return {f"{name}.npy" for name in names} <= {*archive.namelist()} and archive.testzip() is None
-    except BROKEN:
+    except UNREADABLE:
         return False
 
 
@@ -45,5 +45,5 @@ def is_whole_samples(path: Path, labels: np.ndarray) -> bool:
     try:
         with np.load(path) as arrays:
             return np.array_equal(arrays["arr_1"], labels)
-    except BROKEN:
+    except UNREADABLE:
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, fields
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.pipeline import FlashDiTPipeline
 from flashdit.sampling.records import current_sampling
-from flashdit.shared.files import write_atomically
+from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_outside, resolved
+from flashdit.shared.registry import check_type
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -70,13 +70,11 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
     files = sorted(run_dir.glob("eval/**/metrics.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(files):
         try:
-            content = json.loads(path.read_text())
-        except JSONDecodeError as error:
-            logger.warning("scores must be readable as JSON, %s is left out: %s", path, error)
-            continue
-        samples = content.get("samples", {})
-        if samples.get("weights_sha256") == weights_sha256:
-            labels = content.get("labels", {})
+            content = read_checked_json(path)
+            samples, labels = content.get("samples", {}), content.get("labels", {})
+            if samples.get("weights_sha256") != weights_sha256:
+                continue
+            check_type("num_images", content["num_images"], int)
             return {
                 "values": {labels.get(key, key): value for key, value in content["metrics"].items()},
                 "types": {labels.get(key, key): key for key in content["metrics"]},
@@ -84,6 +82,8 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
                 "reference": content["reference"]["name"],
                 "sampling": samples.get("summary") or _summary(samples["sampling"]),
             }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("scores must be readable as JSON, %s is left out: %s", path, error)
     return None
 
 

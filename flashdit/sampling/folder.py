@@ -155,7 +155,7 @@ class SampleFolder:
             is_missing[ids] = False
         if self.has_png and self.path.is_dir():
             with os.scandir(self.path) as files:
-                there = {file.name for file in files if file.name.endswith(".png")}
+                there = {file.name for file in files if file.name.endswith(".png") and file.is_file()}
             is_missing |= torch.tensor([self._png(i).name not in there for i in range(len(is_missing))])
         return is_missing.nonzero()[:, 0]
 

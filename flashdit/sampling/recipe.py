@@ -14,6 +14,7 @@ from torch import Tensor
 from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import current_sampling
+from flashdit.shared.files import read_checked_json
 from flashdit.shared.registry import check_type
 
 MEASURED = ("nfe", "nfe_max")
@@ -74,7 +75,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: If it is not one of ours.
     """
     try:
-        recipe = {"finished": False, "sampling": {}} | json.loads(path.read_text())
+        recipe = {"finished": False, "sampling": {}} | read_checked_json(path)
         check_type("finished", recipe["finished"], bool)
         check_type("sampling", recipe["sampling"], Mapping)
         if recipe["finished"]:

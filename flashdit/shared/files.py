@@ -56,6 +56,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with locked_folder(path.parent):
             old = path.with_name(f".{path.name}{REPLACED}")
             is_folder = path.is_dir()
+            if is_folder and not content.is_dir():
+                raise IsADirectoryError(f"{path} must be a file, and there is a folder of that name")
             if is_folder:
                 os.replace(path, old)
                 try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -37,6 +38,17 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
         options = dict.fromkeys(("mininterval", "maxinterval", "delay"), LOG_INTERVAL_S) | options
         options["file"] = _Lines(sys.stderr)
     return tqdm(iterable, **options)
+
+
+@contextmanager
+def busy_with(bar: tqdm, what: str) -> Iterator[None]:
+    """Says beside a bar in a terminal what keeps it from moving."""
+    before, refresh = bar.desc, sys.stderr.isatty()
+    bar.set_description(f"{before.removesuffix(': ')}, {what}", refresh)
+    try:
+        yield
+    finally:
+        bar.set_description(before.removesuffix(": "), refresh)
 
 
 def move_to(bar: tqdm, count: float) -> None:

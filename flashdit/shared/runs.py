@@ -130,7 +130,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} is damaged: step must be a whole number, 0 or more, got {step!r}")
     if not isinstance(known, dict):
         raise DamagedCheckpoint(f"{path} is damaged: {CHECKSUMS} must be checksums by name, got {known!r}")
-    if state.get("format") != CHECKPOINT_FORMAT:
+    if "format" not in state:
+        raise DamagedCheckpoint(f"{path} is damaged: it has no format")
+    if state["format"] != CHECKPOINT_FORMAT:
         raise unknown(f"checkpoint format of {checkpoint}", state.get("format"), [CHECKPOINT_FORMAT])
     return state
 
@@ -171,7 +173,10 @@ def checksums(checkpoint: Path) -> dict[str, str]:
 def _posthoc_checksums(about: Path) -> dict[str, str]:
     """Returns the checksums that an average made after training keeps of its files."""
     try:
-        return read_checked_json(about).get(CHECKSUMS, {})
+        known = read_checked_json(about).get(CHECKSUMS)
+        if known is not None and (not isinstance(known, dict) or not known):
+            raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
+        return known or {}  # an average of before there were checksums
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{about} is damaged: {error}") from error
 

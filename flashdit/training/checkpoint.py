@@ -128,12 +128,22 @@ def read_checkpoint(folder: Path) -> Saved:
         raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
 
 
-def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> None:
-    """Removes checkpoints but the last few and those at multiples of `keep_every`; None keeps all."""
+def prune(run_dir: Path, keep_last: int | None, keep_every: int | None, *, ends: bool = False) -> None:
+    """Removes checkpoints but the last few and those at multiples of `keep_every`; None keeps all.
+
+    Args:
+        run_dir: The run's folder.
+        keep_last: How many of the last stay.
+        keep_every: Steps whose multiples stay.
+        ends: Whether those stay too at which a training came to its `training.steps`.
+    """
     if keep_last is None:
         return
     for folder in list_checkpoints(run_dir)[:-keep_last]:
-        if keep_every is None or step_of(folder) % keep_every:
+        step = step_of(folder)
+        training = stored_config(folder).get("training")
+        is_end = ends and isinstance(training, dict) and training.get("steps") == step
+        if not is_end and (keep_every is None or step % keep_every):
             discard(folder)
 
 
@@ -156,6 +166,6 @@ def stored_config(checkpoint: Path) -> dict[str, Any]:
             stored = yaml.safe_load(path.read_text())
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
-        if isinstance(stored, dict):
+        if isinstance(stored, dict) and stored:
             return stored
     return {}

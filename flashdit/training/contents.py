@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def read_contents(run_dir: Path) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError(f"it must hold a mapping, got {type(stored).__name__}")
         return stored
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, RecursionError) as error:
         logger.warning(
             "%s is damaged, so the data are compared by what the checkpoint tells: %s", path, error
         )

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flashdit.shared.files import write_atomically
 from flashdit.shared.locks import only_writer
 from flashdit.shared.process import AUTO, AUTOCAST, float32_products
-from flashdit.shared.progress import progress_bar
+from flashdit.shared.progress import busy_with, progress_bar
 from flashdit.shared.readers import read_batches
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.seeds import generator_for
@@ -38,7 +38,7 @@ from flashdit.training.resume import main_first, newest_whole, open_run_folder
 from flashdit.training.snapshots import SNAPSHOTS, drop_later, write_snapshots
 from flashdit.training.state import local
 from flashdit.training.task import PeriodicAction, Task, Tensors
-from flashdit.training.tracking import Tracker
+from flashdit.training.tracking import Tracker, check_tracking
 from iwin_core.kernels import kernels_wait
 from iwin_core.kernels.cpu_attention import attention_of
 
@@ -71,6 +71,7 @@ class TrainingLoop(Generic[AnyTask]):
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.run_dir, self.config_text = Path(config.run.dir), to_yaml(config)
         check_room(self.run_dir, self.model, len(config.ema.power_widths))
+        main_first(accelerator, lambda: check_tracking(config.tracking))
         self.step = self.images_seen = 0
         self.stopped_by: str | None = None
         self.known = list_checkpoints(self.run_dir)
@@ -271,7 +272,8 @@ class TrainingLoop(Generic[AnyTask]):
         actions = [] if ended else [action for action in self.task.actions if self._due(action.every)]
         snapshot = self.step % self.config.ema.snapshot_every == 0
         average = self.ema.state() if actions else {}
-        numbers, ended = self._act(actions, average, stop, ended)
+        with busy_with(bar, "previews and scores") if actions else nullcontext():
+            numbers, ended = self._act(actions, average, stop, ended)
         save = ended or self._due(training.save_every)
         average = self.ema.state() if save and not actions else average
         tracks = self.ema.tracks_state() if save or snapshot else {}
@@ -280,7 +282,8 @@ class TrainingLoop(Generic[AnyTask]):
         if numbers or self._due(training.log_every):
             bar.set_postfix(self._log(numbers), refresh=False)
         if save:
-            save_checkpoint(self, average, tracks)
+            with busy_with(bar, "saving"):
+                save_checkpoint(self, average, tracks)
         return ended
 
     def _act(

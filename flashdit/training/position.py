@@ -84,5 +84,6 @@ def save_checkpoint(loop: TrainingLoop, average: Tensors, tracks: dict[Profile, 
         state = position | loop.task.state()
         folder = step_folder(loop.run_dir, loop.step)
         write_checkpoint(folder, write_models, optimizer, processes, loop.config_text, state)
-        prune(loop.run_dir, loop.config.training.keep_last, loop.config.training.keep_every)
+        training = loop.config.training
+        prune(loop.run_dir, training.keep_last, training.keep_every, ends=loop.task.ends_are_kept)
     loop.accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flashdit.shared.files import with_checksum, write_atomically, write_json
+from flashdit.shared.files import read_checked_json, with_checksum, write_atomically, write_json
 from flashdit.shared.runs import CHECKSUMS, POSTHOC_FILE, check_whole, checksums, read_state
 from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
@@ -44,6 +44,12 @@ def check_average(folder: Path) -> None:
             f"--output must be a folder in which {folder.name} is new or an earlier average, {folder} is "
             "something else"
         )
+    if not folder.exists():
+        return
+    known = read_checked_json(folder / POSTHOC_FILE).get(CHECKSUMS)
+    others = {path.name for path in folder.iterdir()} - {POSTHOC_FILE, *(known or ())}
+    if known and others:
+        raise ValueError(f"{folder} is replaced as a whole, and holds {', '.join(sorted(others))} besides")
 
 
 def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, folder: Path) -> float:

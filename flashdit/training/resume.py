@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from flashdit.shared.files import discard, mend
+from flashdit.shared.files import mend
 from flashdit.shared.locks import check_no_writer
 from flashdit.shared.paths import check_replaceable, check_writable
 from flashdit.shared.process import AUTO
-from flashdit.shared.runs import DamagedCheckpoint, check_whole, list_checkpoints, step_of
+from flashdit.shared.runs import METRICS_FILE, DamagedCheckpoint, check_whole, list_checkpoints, step_of
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
-from flashdit.training.contents import value_at
+from flashdit.training.contents import CONTENTS, value_at
+from flashdit.training.snapshots import SNAPSHOTS
 from flashdit.training.task import Task
 from iwin_core.kernels.cpu_attention import FUSED
 
@@ -88,6 +90,13 @@ def check_run_folder(run_dir: Path) -> None:
         ValueError: Likewise.
     """
     check_writable(run_dir, "run.dir")
+    for names, is_kind, kind in (
+        (("checkpoints", "samples", SNAPSHOTS), Path.is_dir, "a folder"),
+        ((METRICS_FILE, "config.yaml", CONTENTS), Path.is_file, "a file"),
+    ):
+        for path in (run_dir / name for name in names):
+            if path.exists() and not is_kind(path):
+                raise ValueError(f"training must find {kind} or nothing at {path}, there is something else")
     check_replaceable(run_dir / "config.yaml", CONFIG_MARK, "the config.yaml in run.dir")
     check_no_writer(run_dir)
 
@@ -98,8 +107,8 @@ def open_run_folder(run_dir: Path, step: int) -> None:
         mend(folder)
     for folder in list_checkpoints(run_dir):
         if step_of(folder) > step:
-            aside = folder.with_name(DAMAGED + folder.name)
-            discard(aside)
+            names = (f"{DAMAGED}{folder.name}{f'_{n}' if n else ''}" for n in count())
+            aside = next(path for path in map(folder.with_name, names) if not path.exists())
             folder.rename(aside)
             logger.warning("%s is now called %s; remove it when it is of no use", folder, aside.name)
 

@@ -9,6 +9,7 @@ distance to the average, and bfloat16 to eight times that; the reconstruction is
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from flashdit.training.profiles import Profile
 
 SNAPSHOTS = "ema_snapshots"
 TRACKS = "ema_tracks"
+SNAPSHOT_NAME = re.compile(r"step_(\d{8,})_std\d\.\d{3}\.safetensors")
 SNAPSHOT_KEY = (
     "profile"  # the one key of the files' metadata: several would be written in an order that varies
 )
@@ -93,5 +95,6 @@ def read_tracks(folder: Path) -> dict[Profile, dict[str, Tensor]]:
 def drop_later(folder: Path, step: int) -> None:
     """Removes the snapshots after a step: an earlier attempt's, which the run is about to make again."""
     for path in folder.glob("step_*.safetensors"):
-        if int(path.name.removeprefix("step_").partition("_")[0]) > step:
+        found = SNAPSHOT_NAME.fullmatch(path.name)
+        if found is not None and int(found[1]) > step:
             path.unlink()

@@ -38,6 +38,8 @@ class Task(ABC):
         examples: Data set by position in the endless stream of images.
         images_per_epoch: Images of an epoch.
         actions: What is done with the averaged weights, and when.
+        ends_are_kept: Whether the checkpoints at which a training ended stay, whatever `training.keep_last`
+            says, since others may need them.
         at_start: What is called once the run may begin, to write what it keeps beside checkpoints.
     """
 
@@ -47,6 +49,7 @@ class Task(ABC):
         "training.precision": precision_here,
         "training.cpu_attention": attention_here,
     }
+    ends_are_kept: ClassVar[bool] = False
     model: nn.Module
     examples: Dataset
     images_per_epoch: int

@@ -16,6 +16,7 @@ from flashdit.shared.runs import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 WANDB_ID = "wandb_id.txt"
+ACCOUNT = "`wandb login` first, or WANDB_MODE=offline, whose records `wandb sync` sends later"
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,15 @@ class Tracker:
             self.wandb_run.finish()
 
 
+def check_tracking(options: TrackingOptions) -> None:
+    """Raises ValueError where wandb is asked for and is not installed, or has no account here."""
+    if not options.wandb:
+        return
+    wandb: Any = need_extra("wandb", "wandb")
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise ValueError(f"tracking.wandb needs an account on this machine: {ACCOUNT}")
+
+
 def _start_wandb(run_dir: Path, options: TrackingOptions, config: dict[str, Any]) -> Any:
     """Returns the wandb run of this run folder: the same one after a resume."""
     wandb: Any = need_extra("wandb", "wandb")
@@ -84,11 +94,14 @@ def _start_wandb(run_dir: Path, options: TrackingOptions, config: dict[str, Any]
     stored = run_dir / WANDB_ID
     if not stored.exists():
         write_atomically(stored, lambda path: path.write_text(uuid.uuid4().hex[:8]))
-    return wandb.init(
-        project=options.project,
-        name=run_dir.name,
-        id=stored.read_text(),
-        resume="allow",
-        dir=run_dir,
-        config=config,
-    )
+    try:
+        return wandb.init(
+            project=options.project,
+            name=run_dir.name,
+            id=stored.read_text(),
+            resume="allow",
+            dir=run_dir,
+            config=config,
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"tracking.wandb could not begin, {error}: {ACCOUNT}") from error

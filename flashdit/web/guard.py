@@ -122,7 +122,10 @@ class Guard:
         try:
             request = json.loads(body)
             name = request["fn_index"] if path == JOIN else path.removeprefix(CALL).strip("/")
-            given, wanted = len(request["data"]), self.inputs.get(name, 0)
+            given = len(request["data"])
+            if self.inputs and name not in self.inputs:
+                return f"the page has no function {name!r}"
+            wanted = self.inputs.get(name, 0)
         except (ValueError, LookupError, TypeError, RecursionError):  # gradio answers what is no request
             return None
         return None if given >= wanted else f"data must have {wanted} inputs, got {given}"

@@ -14,7 +14,7 @@ from flashdit.training.options import RunOptions, TrainingOptions, check_run
 from flashdit.training.tracking import TrackingOptions
 from iwin_tasks.classification.augmentation import AugmentationOptions
 from iwin_tasks.classification.data import CLASSIFICATION_DATASETS
-from iwin_tasks.classification.model import check_model, check_takes_pictures
+from iwin_tasks.classification.model import check_classifier_model, check_takes_pictures
 
 DEFAULT_CLASSIFIER = "iwin/digits_32"
 """The shipped configuration of a run that names none."""
@@ -60,5 +60,5 @@ def check_classifier_config(config: ClassifierConfig) -> None:
     """Raises ValueError for options that are invalid or do not fit each other, before anything is built."""
     check_run(config)
     CLASSIFICATION_DATASETS.options(config.data)
-    check_model(config.model)
+    check_classifier_model(config.model)
     check_takes_pictures(config.model)

@@ -38,7 +38,7 @@ class InputFormat:
     """Side of the evaluated centre crop by that of the resized image."""
 
 
-def check_model(spec: Mapping[str, Any]) -> None:
+def check_classifier_model(spec: Mapping[str, Any]) -> None:
     """Raises ValueError unless a spec is a registered name and fields of IwinConfig."""
     types = get_type_hints(IwinConfig)
     if "name" not in spec:
@@ -75,7 +75,7 @@ def make_model(spec: Mapping[str, Any]) -> IwinTransformer:
     Raises:
         ValueError: If the name or an option is invalid.
     """
-    check_model(spec)
+    check_classifier_model(spec)
     options = {key: value for key, value in spec.items() if key != "name"}
     return cast(IwinTransformer, timm.create_model(spec["name"], **options))
 

@@ -86,7 +86,7 @@ def test_a_run_that_began_without_an_autoencoder_takes_one_that_fits(tiny_overri
     assert load_generator(tmp_path / "run").space.options.vae == str(moved)
     other = make_vae(tmp_path / "other", seed=1)
     with pytest.raises(
-        ValueError, match=r"the VAE must be the one of the run in .*run \([0-9a-f]{12}\), got .*other"
+        ValueError, match=r"the VAE must be the one of the run in .*run \(.*, [0-9a-f]{12}\), got .*other"
     ):
         train(*tiny_overrides, "training.steps=6", f"latents.vae={other}")
 
@@ -102,7 +102,7 @@ def test_an_autoencoder_that_does_not_fit_the_shards_is_refused(tiny_overrides, 
         "image_size": 16,
         "mean": [2.0] * 3,
         "std": [3.0] * 3,
-        "shards": [{"file": path.name, "bytes": path.stat().st_size} for path in shards],
+        "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": "0"} for path in shards],
     }
     (tiny_shards / MANIFEST).write_text(json.dumps(about))
     vae = make_vae(tmp_path / "fitting")

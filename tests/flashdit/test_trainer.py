@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import zlib
 from dataclasses import asdict
 from typing import Any
@@ -142,6 +145,20 @@ def test_activation_checkpointing_changes_no_result(tiny_overrides, tmp_path, ke
     saving = ("training.gradient_checkpointing=true", f"training.keep_matmuls={keep}")
     train(tiny_overrides, f"run.dir={tmp_path / 'saving'}", *saving)
     assert_same_runs(tmp_path / "run", tmp_path / "saving", 6)
+
+
+def test_wandb_without_an_account_is_refused_before_anything_is_written(tiny_overrides, tmp_path):
+    command = [sys.executable, "-m", "flashdit", "train", *tiny_overrides, "tracking.wandb=true"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "flashdit train: error: tracking.wandb needs an account on this machine: `wandb login` first, or"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_gets_the_same_run_after_a_resume(tiny_overrides, tmp_path, monkeypatch):

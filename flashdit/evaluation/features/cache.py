@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from flashdit.shared.weights import tensors_crc32
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 2
+KEY = re.compile("[0-9a-f]{64}")
 CHECKSUM = "crc32"
 """Key of a file's metadata: of its tensors."""
 CACHE_VARIABLE, SIZE_VARIABLE = "FLASHDIT_CACHE", "FLASHDIT_CACHE_GB"
@@ -50,6 +52,12 @@ def cache_limit() -> float:
     if not limit >= 0:
         raise ValueError(f"{SIZE_VARIABLE} must be a number of gigabytes, 0 or more, got '{given}'")
     return limit * 1e9
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether a file has a name that the cache gives: KE/KEY/PART.safetensors."""
+    key = path.parent.name
+    return KEY.fullmatch(key) is not None and path.parent.parent.name == key[:2]
 
 
 class FeatureCache:
@@ -113,6 +121,8 @@ class FeatureCache:
         """Removes the files that were used longest ago until the rest is within the limit."""
         found = []
         for path in self.folder.glob("*/*/*.safetensors"):
+            if not _is_ours(path):
+                continue
             with suppress(FileNotFoundError):  # another process shrinks the cache too
                 about = path.stat()
                 found.append((about.st_mtime_ns, about.st_size, path))

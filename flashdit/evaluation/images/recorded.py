@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.images import READERS
-from flashdit.sampling.folder import ARRAYS, RECIPE
+from flashdit.sampling.folder import ARRAYS, GRID, RECIPE
 from flashdit.shared.runs import is_count, list_checkpoints
 
 AGAIN = "the same `flashdit sample` completes it"
@@ -28,10 +28,12 @@ def sample_recipe(folder: Path) -> dict[str, Any]:
     """
     path = folder / RECIPE
     if not path.is_file():
+        _check_not_ours(folder)
         return {}
     try:
         recipe = json.loads(path.read_text())
         if not isinstance(recipe, dict) or not {"format", "num_images", "classes"} <= recipe.keys():
+            _check_not_ours(folder)
             return {}  # somebody else's
         names = recipe.get("class_names")
         lists = [recipe["classes"], *([] if names is None else [names])]
@@ -42,6 +44,15 @@ def sample_recipe(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be as `flashdit sample` wrote it: {error}") from error
     return recipe
+
+
+def _check_not_ours(folder: Path) -> None:
+    """Raises ValueError for what `flashdit sample` wrote without its recipe: the grid would be a sample."""
+    if all((folder / name).is_file() for name in (GRID, "000000.png")):
+        raise ValueError(
+            f"a folder of samples must have the {RECIPE} that `flashdit sample` wrote, {folder} has none: "
+            f"bring it back, or take {GRID} out"
+        )
 
 
 def check_samples(folder: Path, recipe: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from flashdit.autoencoder.config import AutoencoderOptions, load_autoencoder_con
 from flashdit.autoencoder.task import AutoencoderTrainer
 from flashdit.commands import autoencoder, train
 from flashdit.commands.autoencoder import main, options_of, parse
-from flashdit.data.autoencoders import load_vae
+from flashdit.data.autoencoders import lasting_name, load_vae
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.weights import read_tensors
 
@@ -240,3 +240,15 @@ def test_options_are_keys_and_their_paths_no_yaml(monkeypatch, exit_message):
 def test_what_cannot_be_trained_is_one_sentence(overrides, change, message):
     with pytest.raises(ValueError, match=message):
         AutoencoderTrainer(load_autoencoder_config(None, [*overrides, change]))
+
+
+def test_the_end_of_a_training_is_kept_as_models_may_need_it(overrides, tmp_path):
+    last = ["training.keep_last=1", "training.save_every=1"]
+    AutoencoderTrainer(load_autoencoder_config(None, [*overrides, *last])).fit()
+    named = lasting_name(str(tmp_path / "run"))
+    assert named == str(tmp_path / "run" / "checkpoints" / "step_00000004")
+    before = load_vae(named).identity
+    AutoencoderTrainer(load_autoencoder_config(None, [*overrides, *last, "training.steps=6"])).fit()
+    kept = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert kept == ["step_00000004", "step_00000006"]
+    assert load_vae(named).identity == before != load_vae(str(tmp_path / "run")).identity

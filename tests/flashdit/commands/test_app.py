@@ -21,6 +21,7 @@ from PIL import Image
 from flashdit.commands import app, sample, train
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.recipe import identity
+from flashdit.shared.files import read_checked_json
 from flashdit.web import serve
 from flashdit.web.studio import FRAMES, Studio, load_generators
 
@@ -53,7 +54,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     train.main([f"run.dir={folder / 'runs' / 'nano'}", *NANO])
     for state in folder.glob("runs/nano/checkpoints/*/state.json"):
-        about = json.loads(state.read_text())
+        about = read_checked_json(state)
         about["class_names"][9] = HTML
         state.write_text(json.dumps(about))
     return folder

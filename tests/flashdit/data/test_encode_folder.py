@@ -309,6 +309,16 @@ def test_a_damaged_record_of_images_that_are_gone_is_removed(copied):
     assert not record.exists()
 
 
+def test_a_copied_record_is_no_second_shard(copied, caplog):
+    records = Path(copied.out, "records")
+    before = encode(copied)
+    for name in ("shard007.json", "shard001 (copy).json"):
+        shutil.copy(records / "shard001.json", records / name)
+    assert encode(copied) == before
+    assert "a record must be of the shard of its name" in caplog.text
+    assert not (records / "shard007.json").exists()
+
+
 def test_a_plan_that_is_none_is_refused(copied):
     for text in ("[]", "{"):
         Path(copied.out, "records", "plan.json").write_text(text)

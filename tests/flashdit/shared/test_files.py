@@ -111,7 +111,7 @@ def test_the_next_write_mends_what_a_kill_left(tmp_path):
     with pytest.raises(OSError, match="no space"):
         write_atomically(tmp_path / "target", fail_for_want_of_space)
     assert content(tmp_path / "target") == "old"
-    write_atomically(tmp_path / "target", lambda path: path.write_text("new"))
+    write_atomically(tmp_path / "target", lambda path: (path.mkdir(), (path / "content").write_text("new")))
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert content(tmp_path / "target") == "new"
 
@@ -242,3 +242,10 @@ def test_writers_of_one_path_have_names_of_their_own(tmp_path):
 def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 100_000)
     assert file_sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "f" / "kept").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"f must be a file, and there is a folder of that name"):
+        write_atomically(tmp_path / "f", lambda path: path.write_text("new"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["f", "kept"]

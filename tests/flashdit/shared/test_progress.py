@@ -5,7 +5,7 @@ import sys
 import time
 
 from flashdit.shared import progress
-from flashdit.shared.progress import progress_bar
+from flashdit.shared.progress import busy_with, progress_bar
 
 
 def log_file(monkeypatch, interval_s):
@@ -44,3 +44,19 @@ def test_in_a_terminal_a_bar_is_tqdms_own(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     assert progress_bar(range(2)).mininterval == 0.1
     assert "\r" in terminal.getvalue()
+
+
+def test_a_bar_in_a_terminal_says_what_keeps_it_from_moving(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar(total=1, desc="train", file=written) as bar:
+        bar.update()
+        with busy_with(bar, "saving"):
+            assert "train, saving: 100%" in written.getvalue()
+        assert written.getvalue().rpartition("\r")[2].startswith("train: 100%")
+
+
+def test_a_bar_in_a_log_writes_no_line_for_what_it_waits_for(capsys):
+    with progress_bar(total=1, desc="train", mininterval=99) as bar, busy_with(bar, "saving"):
+        pass
+    assert "saving" not in capsys.readouterr().err

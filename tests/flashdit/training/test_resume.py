@@ -76,19 +76,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
     assert names == ["damaged_step_00000004", "step_00000004", "step_00000006"]
 
 
-def test_a_step_that_is_damaged_twice_takes_the_place_of_the_first(tiny_overrides, tmp_path):
-    trainer(tiny_overrides, "training.steps=4").fit()
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    earlier = newest.with_name("damaged_step_00000004")
-    shutil.copytree(newest, earlier)
-    (newest / "optimizer.pt").write_bytes(b"second")
-    trainer(tiny_overrides).fit()
-    assert (earlier / "optimizer.pt").read_bytes() == b"second"
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [
-        f"step_{step:08d}" for step in (2, 4, 6)
-    ]
-
-
 def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_lost(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     folder = tmp_path / "run/checkpoints/step_00000002"
@@ -213,6 +200,7 @@ def test_a_moved_folder_of_a_run_that_kept_no_contents_is_known_by_its_classes(i
     for damaged, reason in (
         (b"no gzip", "Not a gzipped file"),
         (gzip.compress(b"[]"), "must hold a mapping"),
+        (gzip.compress(b"{}")[:10] + b"\xff" + gzip.compress(b"{}")[11:], "invalid block type"),
     ):
         kept.write_bytes(damaged)
         assert trainer(image_run, f"data.path={moved}", "training.steps=3").step == 2
@@ -394,6 +382,45 @@ def test_a_run_that_lost_its_configuration_does_not_go_on(tiny_overrides, tmp_pa
     configs[1].unlink()
     with pytest.raises(ValueError, match=r"^a run must have its configuration to go on"):
         trainer(tiny_overrides, "seed=3")
+
+
+def test_damaged_checkpoints_are_moved_aside_and_none_takes_another_ones_place(tiny_overrides, tmp_path):
+    trainer(tiny_overrides, "training.steps=4").fit()
+    folder = tmp_path / "run" / "checkpoints"
+    for _ in range(2):
+        (folder / "step_00000004" / "optimizer.pt").write_bytes(b"")
+        trainer(tiny_overrides, "training.steps=4").fit()
+    assert {path.name for path in folder.glob("damaged_*")} == {
+        "damaged_step_00000004",
+        "damaged_step_00000004_1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints", "training must find a folder or nothing at "),
+        ("samples", "training must find a folder or nothing at "),
+        ("metrics.jsonl/", "training must find a file or nothing at "),
+    ],
+)
+def test_a_file_for_a_folder_or_a_folder_for_a_file_is_refused_before_anything_is_written(
+    tiny_overrides, tmp_path, name, message
+):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if name.endswith("/") else path.touch()
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_overrides)
+    assert list((tmp_path / "run").iterdir()) == [path]
+
+
+def test_a_snapshot_of_ones_own_is_left_alone(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "ema_snapshots" / "step_best.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    trainer(tiny_overrides, "training.steps=2").fit()
+    assert mine.read_bytes() == b"mine"
 
 
 def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):

@@ -103,7 +103,7 @@ def test_digits_at_64_change_the_input_size_and_the_window_alone():
         ("data.name=digit", r"unknown data 'digit'; did you mean 'digits'\? \(known: digits, images\)"),
         ("data.name=images", r"data 'images' needs the option 'path'"),
         ("latents.vae=x", r"unknown configuration key 'latents'"),
-        ("run.dir=''", r"run.dir must name the run's folder"),
+        ("run.dir=''", r"run.dir must not be empty, got ''"),
         ("training.steps=0", r"training.steps must be at least 1, got 0"),
         ("training.steps=99999", r"must not pass optimizer.decay_steps"),
         ("seed=-1", r"seed must be from 0 to below 2\^63, got -1"),

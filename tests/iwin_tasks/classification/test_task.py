@@ -157,7 +157,7 @@ def test_bfloat16_and_activation_checkpointing_train(tmp_path, more):
         (["model.embed_dm=9"], "unknown configuration key 'model.embed_dm'; did you mean 'model.embed_dim'"),
         (["model.num_classes=0"], "model.num_classes must be at least 1, got 0"),
         (["model.in_chans=1"], "model.in_chans must be 3, as pictures are RGB, got 1"),
-        (["model.global_pool=''"], "model.global_pool must be avg for classes, got ''"),
+        (["model.global_pool=max"], "model.global_pool must be avg for classes, got 'max'"),
         (["model.img_size=9999"], "model.img_size must be at most 8192, got 9999"),
         (["model.embed_dim=99999999999999"], "a model's tensors must be of sizes that a machine can address"),
         (["training.preview_every=-1"], "training.preview_every must not be negative, got -1"),

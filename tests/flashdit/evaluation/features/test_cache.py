@@ -157,3 +157,15 @@ def test_a_size_that_is_none_is_named(monkeypatch, given):
     monkeypatch.setenv("FLASHDIT_CACHE_GB", given)
     with pytest.raises(ValueError, match=f"FLASHDIT_CACHE_GB must be a number of gigabytes.* got '{given}'"):
         FeatureCache()
+
+
+def test_what_others_keep_in_the_folder_is_never_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHDIT_CACHE_GB", "0")
+    for name in ("run/ema_snapshots/step_00000001_std0.050", "ab/models/w", f"ab/{'c' * 64}/w"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(b"of the user's")
+    before = sorted(tmp_path.rglob("*"))
+    cache = FeatureCache(tmp_path)
+    cache.write("a" * 64, "pool", {"pool": torch.zeros(3)})
+    assert cache.read("a" * 64, "pool") is None
+    assert [path for path in before if not path.exists()] == []

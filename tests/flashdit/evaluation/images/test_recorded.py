@@ -93,6 +93,10 @@ def test_a_folder_that_is_not_finished_is_refused(folders, tmp_path):
         (folder / "recipe.json").write_text(text)
         with pytest.raises(ValueError, match=r"recipe\.json must be as `flashdit sample` wrote it: "):
             open_source(folder)
+    for damaged in ("[]", "{}", None):
+        (folder / "recipe.json").write_text(damaged) if damaged else (folder / "recipe.json").unlink()
+        with pytest.raises(ValueError, match=r"must have the recipe\.json that `flashdit sample` wrote"):
+            open_source(folder)
     (folder / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match=r"recipe\.json must be as `flashdit sample` wrote it"):
         open_source(folder)
