@@ -15,8 +15,8 @@ import torch
 from diffusers.models.auto_model import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.import_utils import is_transformers_available
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from flashdit.data.ldm import load_ldm_vae
@@ -26,6 +26,8 @@ from flashdit.shared.paths import expanded
 from flashdit.shared.runs import find_average, find_checkpoint, list_checkpoints, step_of
 
 logger = logging.getLogger(__name__)
+CONFIGS = ("config.json", "vae/config.json")
+"""Of an autoencoder's and of a pipeline's repository."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 VARIANT = re.compile(r"diffusion_pytorch_model\.(?:safetensors\.index\.)?(\w+)(?:-\d+-of-\d+)?\.\w+")
 PLAIN_WEIGHTS = [
@@ -261,7 +263,27 @@ def _find(name: str, path: Path) -> Place:
             "latents.vae and --vae must be a data set that brings an autoencoder, a folder or a hub name "
             f"OWNER/NAME of one, or a file in LDM's layout, got '{name}', and there is no such path"
         )
+    _check_within_reach(name)
     return Place(name, None if _is_in_root(name) else "vae", variant)
+
+
+def _check_within_reach(name: str) -> None:
+    """Raises ValueError at once where a hub repository is not kept here and the hub gives no answer.
+
+    Its own client tries six times before it says that a file is missing.
+    """
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in CONFIGS):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIGS[0]))
+    except HfHubHTTPError:  # an answer, such as that there is no such file or repository
+        return
+    except Exception as error:  # whatever its client of HTTP raises
+        raise ValueError(
+            f"the autoencoder '{name}' must be a path or a hub name in reach: there is no such path, none in "
+            f"the hub's cache, and the hub does not answer ({first_line(error)}); download it where there "
+            "is a network, and give its folder"
+        ) from error
 
 
 def _is_in_root(name: str) -> bool:
@@ -269,12 +291,8 @@ def _is_in_root(name: str) -> bool:
     try:
         AutoModel.load_config(name)
     except OSError as error:
-        if isinstance(error.__context__, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
-            raise ValueError(
-                f"the autoencoder '{name}' is no folder here, and the hub cannot be reached: download it "
-                "where there is a network, and give its folder"
-            ) from error
-        if "file named" not in str(error):
+        unreachable = isinstance(error.__context__, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if unreachable or "file named" not in str(error):
             raise
         return False
     return True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flashdit.data.autoencoders import load_vae
+from flashdit.data.autoencoders import lasting_name, load_vae
 from flashdit.data.encode import STORED_DTYPES, MirrorEncoder
 from flashdit.data.encode_plan import (
     PLAN,
@@ -266,7 +266,7 @@ class FolderEncoding:
             unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
         transparent = [record["transparent"] for record in records if "transparent" in record]
         manifest = self.plan | {
-            "vae": self.options.vae,
+            "vae": lasting_name(self.options.vae),
             "vae_config": self.vae.config,
             "images": str(resolved(self.options.images)),
             "listed": len(self.listing) + len(self.source.found.unreadable),

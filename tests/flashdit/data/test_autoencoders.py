@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -170,6 +171,7 @@ def test_a_hub_name_is_an_autoencoder_or_a_pipeline(layout, tmp_path, monkeypatc
             raise EntryNotFoundError("404")
         return str(path)
 
+    monkeypatch.setattr(autoencoders, "get_hf_file_metadata", lambda url: None)
     for place in ("configuration_utils", "utils.hub_utils"):
         monkeypatch.setattr(f"diffusers.{place}.hf_hub_download", download)
     monkeypatch.setattr("diffusers.models.modeling_utils._get_checkpoint_shard_files", None)
@@ -178,6 +180,14 @@ def test_a_hub_name_is_an_autoencoder_or_a_pipeline(layout, tmp_path, monkeypatc
     assert ("owner/name has no plain weights: its variant fp16 is used" in caplog.text) == (
         layout == "variant"
     )
+
+
+def test_a_hub_that_gives_no_answer_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # its client asks nobody then
+    monkeypatch.setattr(AutoModel, "load_config", None)
+    message = r"^the autoencoder 'owner/name' must be a path .* the hub does not answer \(.*\); download it "
+    with pytest.raises(ValueError, match=message):
+        load_vae("owner/name")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/such/folder", "/no/such", "a b/c", "nowhere:fp16"])
