@@ -8,6 +8,7 @@ from typing import Any
 
 from flashdit.evaluation.reports.report import RESULT_SCHEMA, shown
 from flashdit.shared.files import read_checked_json
+from flashdit.shared.registry import check_type
 
 Result = dict[str, Any]
 COMPARISON_MARK = "\n| samples | "
@@ -38,7 +39,9 @@ def read_result(path: Path) -> Result:
             raise ValueError(f"schema {schema} and not {RESULT_SCHEMA}")
         for read in CONDITIONS.values():
             read(content)
-        for key in content["labels"]:
+        check_type("num_images", content["num_images"], int)
+        for key, label in content["labels"].items():
+            check_type(f"labels.{key}", label, str)
             shown(content["metrics"][key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else error

@@ -102,6 +102,8 @@ def test_the_command_prints_and_writes_the_table_and_the_verdict(tmp_path, capsy
         ("[" * 9999, r"got .*r\.json: its parts lie too deep in one another"),
         (json.dumps({name: value for name, value in RESULT.items() if name != "settings"}), "no 'settings'"),
         (json.dumps(changed("reference", "adm.npz")), r"got .*r\.json: "),
+        (json.dumps(changed("num_images", None)), r"got .*r\.json: num_images must be a whole number"),
+        (json.dumps(changed("labels", [])), r"got .*r\.json: "),
         (json.dumps(changed("metrics", {})), r"got .*r\.json: no 'fid_50k'"),
         (json.dumps(changed("metrics", {"fid_50k": "good", "precision": None})), r"got .*r\.json: "),
     ],
