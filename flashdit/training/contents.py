@@ -108,7 +108,9 @@ def equality_in_words(before: Any, now: Any) -> str:
         return "its configuration and weights are the same"
     if "files" in before and "files" in now:
         known = all(isinstance(value, str) for value in now["files"].values())
-        return f"its files have the same names and {'checksums in the manifest' if known else 'sizes'}"
+        if known:
+            return "its manifest has the same checksums (encode --verify compares the files by them)"
+        return "its files have the same names and sizes"
     if before.get("classes") and now.get("classes"):
         return "its classes have the same names, of its files nothing is known"
     return "what it was is not known"

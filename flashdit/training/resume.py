@@ -84,7 +84,7 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
 
 
 def check_run_folder(run_dir: Path) -> None:
-    """Refuses a folder that cannot be written, that is being written, or whose config.yaml is no run's.
+    """Refuses a folder that cannot be written, that is being written, or holds another's config or metrics.
 
     Raises:
         ValueError: Likewise.
@@ -98,6 +98,7 @@ def check_run_folder(run_dir: Path) -> None:
             if path.exists() and not is_kind(path):
                 raise ValueError(f"training must find {kind} or nothing at {path}, there is something else")
     check_replaceable(run_dir / "config.yaml", CONFIG_MARK, "the config.yaml in run.dir")
+    check_replaceable(run_dir / METRICS_FILE, '"step": ', f"the {METRICS_FILE} in run.dir")
     check_no_writer(run_dir)
 
 

@@ -16,6 +16,7 @@ from flashdit.sampling.records import current_sampling
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import DRAWN, read_checked_json, write_atomically, write_json
 from flashdit.shared.paths import check_replaceable
+from flashdit.shared.registry import is_number
 
 SWEEP_SCHEMA = 1
 SWEEP_MARK = "| guidance | NFE |"
@@ -102,6 +103,12 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
             | {"recipe": _current_recipe(sweep["recipe"])}
             for sweep in (content, *content["others"])
         ]
+        for sweep in known:
+            tables = [sweep["floor"] or {}, *(point["metrics"] for point in sweep["points"])]
+            if not all(isinstance(table, Mapping) for table in tables):
+                raise TypeError("scores that are no mapping")
+            if not all(is_number(point["cfg_scale"]) for point in sweep["points"]):
+                raise TypeError("guidance scales that are no numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if str(error).startswith(rule):
             raise

@@ -230,7 +230,10 @@ def test_differences_are_told_in_words(before, now, words):
     ("contents", "words"),
     [
         ({"classes": ["a"], "files": {"a/0.png": 7}}, "its files have the same names and sizes"),
-        ({"files": {"x.safetensors": "5ca1"}}, "its files have the same names and checksums in the manifest"),
+        (
+            {"files": {"x.safetensors": "5ca1"}},
+            "its manifest has the same checksums (encode --verify compares the files by them)",
+        ),
         ({"classes": ["a"]}, "its classes have the same names, of its files nothing is known"),
         ({"classes": None}, "what it was is not known"),
         ("5ca1", "its configuration and weights are the same"),
@@ -437,6 +440,17 @@ def test_a_configuration_of_ones_own_in_the_run_folder_is_not_replaced(tiny_over
     ):
         trainer(tiny_overrides)
     assert mine.read_text().startswith("# mine")
+
+
+def test_metrics_of_somebody_else_are_not_replaced(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "metrics.jsonl"
+    mine.parent.mkdir()
+    mine.write_text('{"accuracy": 3}\n')
+    with pytest.raises(
+        ValueError, match=r"^the metrics\.jsonl in run\.dir must be a new file or an earlier one"
+    ):
+        trainer(tiny_overrides)
+    assert mine.read_text() == '{"accuracy": 3}\n'
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """sweep.json, its table and its plot: pure content, no model."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
@@ -76,6 +77,9 @@ def test_what_is_written_comes_back_and_other_recipes_are_kept(sweep, tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["best"] == {"fid": 1.0}
 
 
+WHOLE = {"schema": 1, "others": [], **asdict(Sweep(recipe=RECIPE))}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -84,6 +88,9 @@ def test_what_is_written_comes_back_and_other_recipes_are_kept(sweep, tmp_path):
         ('{"schema": 0, "others": []}', "of schema 1"),
         ('{"schema": 1, "others": [3]}', "of schema 1, got"),
         ('{"schema": 1, "others": 3}', "of schema 1, got"),
+        (json.dumps(WHOLE | {"floor": "x"}), "of schema 1, got scores that are no mapping"),
+        (json.dumps(WHOLE | {"points": [None]}), "of schema 1, got"),
+        (json.dumps(WHOLE | {"points": [{"cfg_scale": "1", "metrics": {}}]}), "of schema 1, got"),
     ],
 )
 def test_a_file_that_no_sweep_wrote_is_refused(tmp_path, text, message):
