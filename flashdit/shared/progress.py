@@ -43,12 +43,13 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
 @contextmanager
 def busy_with(bar: tqdm, what: str) -> Iterator[None]:
     """Says beside a bar in a terminal what keeps it from moving."""
-    before, refresh = bar.desc, sys.stderr.isatty()
-    bar.set_description(f"{before.removesuffix(': ')}, {what}", refresh)
+    before = getattr(bar, "desc", "").removesuffix(": ")  # a hidden bar has none
+    refresh = sys.stderr.isatty()
+    bar.set_description(f"{before}, {what}", refresh)
     try:
         yield
     finally:
-        bar.set_description(before.removesuffix(": "), refresh)
+        bar.set_description(before, refresh)
 
 
 def move_to(bar: tqdm, count: float) -> None:

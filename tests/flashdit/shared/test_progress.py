@@ -57,6 +57,8 @@ def test_a_bar_in_a_terminal_says_what_keeps_it_from_moving(monkeypatch):
 
 
 def test_a_bar_in_a_log_writes_no_line_for_what_it_waits_for(capsys):
-    with progress_bar(total=1, desc="train", mininterval=99) as bar, busy_with(bar, "saving"):
-        pass
+    for hidden in (False, True):
+        bar = progress_bar(total=1, desc="train", mininterval=99, disable=hidden)
+        with bar, busy_with(bar, "saving"):
+            pass
     assert "saving" not in capsys.readouterr().err
