@@ -34,7 +34,7 @@ from flashdit.data.inspection import ReadableImages, ReadBatch
 from flashdit.data.manifest import MANIFEST, MANIFEST_FORMAT, RECORDS
 from flashdit.data.shards import CLASS_NAMES_FILE, shard_name, write_shard, write_statistics
 from flashdit.data.sources import MOST_PIXELS, ImageFolder, ImagesOptions
-from flashdit.shared.files import file_sha256, with_checksum, write_atomically, write_json
+from flashdit.shared.files import file_sha256, write_atomically, write_checked_json
 from flashdit.shared.moments import ChannelMoments
 from flashdit.shared.paths import check_outside, printable, resolved
 from flashdit.shared.process import AUTO, AUTOCAST, decided
@@ -144,7 +144,7 @@ class FolderEncoding:
             logger.info("%s", update)
         if self.before != self.plan:
             (self.out / MANIFEST).unlink(missing_ok=True)  # an encoding that is cut off is not complete
-            write_json(self.out / PLAN, with_checksum(self.plan))
+            write_checked_json(self.out / PLAN, self.plan)
         tidy_records(self.out, self.records, self.listing, self.shards, self.kept)
 
     def write(self, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
@@ -220,7 +220,7 @@ class FolderEncoding:
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
-        write_json(record_file(self.out, shard), with_checksum(record))
+        write_checked_json(record_file(self.out, shard), record)
 
     def _small(self, short_sides: dict[str, int]) -> dict[str, int]:
         """Returns the short sides of the images that are enlarged; the first much enlarged one is named."""
@@ -289,7 +289,7 @@ class FolderEncoding:
         )
         channels = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (moments.mean, std))
         write_statistics(self.out, *channels)
-        write_json(self.out / MANIFEST, with_checksum(manifest))
+        write_checked_json(self.out / MANIFEST, manifest)
         return manifest
 
 

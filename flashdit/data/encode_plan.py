@@ -10,7 +10,7 @@ from typing import Any
 
 from flashdit.data.manifest import MANIFEST, RECORDS, read_class_names, read_json, read_manifest
 from flashdit.data.shards import CLASS_NAMES_FILE, shard_name
-from flashdit.shared.files import with_checksum, write_json
+from flashdit.shared.files import write_checked_json
 from flashdit.shared.locks import LOCK
 
 logger = logging.getLogger(__name__)
@@ -214,10 +214,8 @@ def tidy_records(
             (out / shard_name(0, shard)).unlink(missing_ok=True)
             path.unlink()
     for shard, record in records.items():
-        if shard not in shards:
-            continue
-        if shard in kept:
+        if shard in shards and shard in kept:
             images = {name: size for name, size in record["images"].items() if listing.get(name) == size}
             unreadable = {name: why for name, why in record["unreadable"].items() if name in images}
             changed = {**record, "images": images, "unreadable": unreadable}
-            write_json(record_file(out, shard), with_checksum(changed))
+            write_checked_json(record_file(out, shard), changed)

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-UNREADABLE = (  # RuntimeError: a damaged header may ask for a password, or an unknown method of packing
-    *(OSError, EOFError, ValueError, RuntimeError, SyntaxError),
-    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+BROKEN = (  # RuntimeError: an encrypted member, or an unknown method of packing
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, OSError, RuntimeError),
 )
-"""What readers raise of damaged files."""
+"""What readers raise of a damaged archive."""
+UNREADABLE = (*BROKEN, ValueError, SyntaxError)
+"""What they raise of any damaged file."""
 
 
 def is_whole_png(path: Path) -> bool:

@@ -115,9 +115,9 @@ OWN_CHECKSUM = "crc32_of_the_rest"
 """Key of a JSON file that tells whether the rest is as it was written; without it nothing is compared."""
 
 
-def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a mapping for `write_json` with the checksum that `read_checked_json` compares."""
-    return {**content, OWN_CHECKSUM: _json_crc32(content)}
+def write_checked_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a mapping as `write_json` does, with the checksum that `read_checked_json` compares."""
+    write_json(path, {**content, OWN_CHECKSUM: _json_crc32(content)})
 
 
 def read_checked_json(path: Path) -> dict[str, Any]:

@@ -110,19 +110,19 @@ def only_writer(
     if mark is not None:
         check_replaceable(target, mark, called)
     made = [folder for folder in path.parents if not folder.exists()]
-    descriptor = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, target)
-        yield
-    finally:
-        if descriptor is None or descriptor.number is not None:  # not in a forked process
-            if descriptor is not None:
+        try:
+            yield
+        finally:
+            if descriptor.number is not None:  # not in a forked process
                 path.unlink(missing_ok=True)
                 descriptor.close()
-            with suppress(OSError):  # something was written
-                for folder in made:
-                    folder.rmdir()
+    finally:
+        with suppress(OSError):  # something was written, or in a forked process the lock is still there
+            for folder in made:
+                folder.rmdir()
 
 
 def check_no_writer(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from flashdit.shared.files import file_crc32, read_checked_json
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import is_number, unknown
 
 Content = TypeVar("Content")
 CHECKPOINT_FORMAT = 1
@@ -139,7 +139,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def is_count(value: Any) -> bool:
     """Returns whether a value is a whole number, 0 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_number(value) and isinstance(value, int) and value >= 0
 
 
 def find_average(path: Path | str, called: str) -> Path:
@@ -170,13 +170,17 @@ def checksums(checkpoint: Path) -> dict[str, str]:
     return {name: file_crc32(path) for name, path in names.items() if name not in EDITABLE}
 
 
-def _posthoc_checksums(about: Path) -> dict[str, str]:
-    """Returns the checksums that an average made after training keeps of its files."""
+def posthoc_checksums(about: Path) -> dict[str, str]:
+    """Returns the checksums that an average made after training keeps of its files, none in an early one.
+
+    Raises:
+        DamagedCheckpoint: If its `POSTHOC_FILE` is damaged.
+    """
     try:
         known = read_checked_json(about).get(CHECKSUMS)
         if known is not None and (not isinstance(known, dict) or not known):
             raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
-        return known or {}  # an average of before there were checksums
+        return known or {}
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{about} is damaged: {error}") from error
 
@@ -196,7 +200,7 @@ def check_whole(checkpoint: Path, part: str = "") -> None:
     known = read_state(checkpoint).get(CHECKSUMS, {})
     about = checkpoint / part / POSTHOC_FILE
     if part and about.is_file():
-        known = {f"{part}/{name}": checksum for name, checksum in _posthoc_checksums(about).items()}
+        known = {f"{part}/{name}": checksum for name, checksum in posthoc_checksums(about).items()}
     for name, written in known.items():
         path = checkpoint / name
         if not PurePosixPath(name).is_relative_to(part):

@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from flashdit.shared.files import discard, with_checksum, write_atomically, write_json
+from flashdit.shared.files import discard, write_atomically, write_checked_json
 from flashdit.shared.paths import check_disk
 from flashdit.shared.runs import (
     CHECKPOINT_FORMAT,
@@ -72,7 +72,7 @@ def write_checkpoint(
         torch.save(processes, temporary / PROCESSES)
         (temporary / "config.yaml").write_text(config_text)
         whole = {"format": CHECKPOINT_FORMAT, **state, CHECKSUMS: checksums(temporary)}
-        write_json(temporary / STATE, with_checksum(whole))
+        write_checked_json(temporary / STATE, whole)
 
     try:
         write_atomically(folder, write)

@@ -14,8 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flashdit.shared.files import read_checked_json, with_checksum, write_atomically, write_json
-from flashdit.shared.runs import CHECKSUMS, POSTHOC_FILE, check_whole, checksums, read_state
+from flashdit.shared.files import write_atomically, write_checked_json
+from flashdit.shared.runs import (
+    CHECKSUMS,
+    POSTHOC_FILE,
+    check_whole,
+    checksums,
+    posthoc_checksums,
+    read_state,
+)
 from flashdit.training.profiles import Profile, solve
 from flashdit.training.snapshots import SNAPSHOTS, TRACKS, Snapshot, list_snapshots
 
@@ -44,11 +51,9 @@ def check_average(folder: Path) -> None:
             f"--output must be a folder in which {folder.name} is new or an earlier average, {folder} is "
             "something else"
         )
-    if not folder.exists():
-        return
-    known = read_checked_json(folder / POSTHOC_FILE).get(CHECKSUMS)
-    others = {path.name for path in folder.iterdir()} - {POSTHOC_FILE, *(known or ())}
-    if known and others:
+    known = posthoc_checksums(folder / POSTHOC_FILE) if folder.exists() else {}
+    others = {path.name for path in folder.iterdir()} - {POSTHOC_FILE, *known} if known else ()
+    if others:
         raise ValueError(f"{folder} is replaced as a whole, and holds {', '.join(sorted(others))} besides")
 
 
@@ -83,7 +88,7 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
                 _write_sum(path, snapshots, coefficients.tolist(), temporary / path.name)
             else:
                 shutil.copyfile(path, temporary / path.name)
-        write_json(temporary / POSTHOC_FILE, with_checksum({**about, CHECKSUMS: checksums(temporary)}))
+        write_checked_json(temporary / POSTHOC_FILE, {**about, CHECKSUMS: checksums(temporary)})
 
     write_atomically(folder, write)
     return missed

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import lzma
 import math
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from flashdit.evaluation.images.reading import Batches, label_mode, limited, prefetched
 from flashdit.evaluation.images.recorded import names_in_recipe, sample_recipe
+from flashdit.sampling.damage import BROKEN
 from flashdit.sampling.folder import ARRAYS
 from flashdit.shared.files import file_sha256
 
@@ -28,11 +26,6 @@ SAMPLES_RULE = "samples must be an npz with images in arr_0"
 READ_AT_MOST = 2**28  # bytes of images at a time
 LOADED_AT_MOST = 2**32
 """Bytes of an array that is read whole; a few bytes in a file may claim, and unpack to, any number."""
-
-BROKEN = (  # RuntimeError: an encrypted member, or an unknown method of packing
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(EOFError, OSError, RuntimeError),
-)
 
 
 class NpzSource:

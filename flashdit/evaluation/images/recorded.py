@@ -27,22 +27,21 @@ def sample_recipe(folder: Path) -> dict[str, Any]:
         ValueError: If there is one that cannot be read.
     """
     path = folder / RECIPE
-    if not path.is_file():
+    rule = f"{path} must be as `flashdit sample` wrote it"
+    try:
+        recipe = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    if not isinstance(recipe, dict) or not {"format", "num_images", "classes"} <= recipe.keys():
         _check_not_ours(folder)
         return {}
-    try:
-        recipe = json.loads(path.read_text())
-        if not isinstance(recipe, dict) or not {"format", "num_images", "classes"} <= recipe.keys():
-            _check_not_ours(folder)
-            return {}  # somebody else's
-        names = recipe.get("class_names")
-        lists = [recipe["classes"], *([] if names is None else [names])]
-        if not is_count(recipe["num_images"]) or not all(isinstance(values, list) for values in lists):
-            raise ValueError("num_images must be a whole number, classes and class_names must be lists")
-        if len({*map(len, lists)}) > 1:
-            raise ValueError("classes and class_names must be as many")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be as `flashdit sample` wrote it: {error}") from error
+    classes, names = recipe["classes"], recipe.get("class_names")
+    if not is_count(recipe["num_images"]):
+        raise ValueError(f"{rule}: num_images must be a whole number")
+    if not isinstance(classes, list) or not isinstance(names, list | None):
+        raise ValueError(f"{rule}: classes and class_names must be lists")
+    if names is not None and len(names) != len(classes):
+        raise ValueError(f"{rule}: classes and class_names must be as many")
     return recipe
 
 

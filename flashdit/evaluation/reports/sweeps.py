@@ -93,11 +93,10 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
     plain = json.loads(json.dumps(recipe))  # tuples as lists, as they come back
     if not path.is_file():
         return Sweep(recipe=plain), []
-    rule = f"{path} must be a sweep's JSON of schema {SWEEP_SCHEMA}"
     try:
         content = read_checked_json(path)
         if content.get("schema") != SWEEP_SCHEMA:
-            raise ValueError(f"{rule}: give another --output")
+            raise ValueError(f"schema {content.get('schema')}")
         known: list[dict[str, Any]] = [
             {name: sweep[name] for name in Sweep.__dataclass_fields__}
             | {"recipe": _current_recipe(sweep["recipe"])}
@@ -110,8 +109,7 @@ def read_sweeps(path: Path, recipe: Mapping[str, Any]) -> tuple[Sweep, list[dict
             if not all(is_number(point["cfg_scale"]) for point in sweep["points"]):
                 raise TypeError("guidance scales that are no numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if str(error).startswith(rule):
-            raise
+        rule = f"{path} must be a sweep's JSON of schema {SWEEP_SCHEMA}"
         raise ValueError(f"{rule}, got {error}: give another --output") from error
     mine = [sweep for sweep in known if sweep["recipe"] == plain]
     return Sweep(**mine[0]) if mine else Sweep(recipe=plain), [other for other in known if other not in mine]

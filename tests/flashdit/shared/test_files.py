@@ -14,8 +14,8 @@ from flashdit.shared.files import (
     file_sha256,
     mend,
     read_checked_json,
-    with_checksum,
     write_atomically,
+    write_checked_json,
     write_json,
 )
 from flashdit.shared.locks import only_writer
@@ -163,7 +163,7 @@ def test_json_is_checked_before_it_is_used(tmp_path, text, reason):
 
 def test_a_mapping_with_a_checksum_is_what_was_written_however_it_is_laid_out(tmp_path):
     path, content = tmp_path / "f.json", {"a": (1, 2), "b": {3: 0.1}}
-    write_json(path, with_checksum(content))
+    write_checked_json(path, content)
     assert read_checked_json(path) == {"a": [1, 2], "b": {"3": 0.1}}
     path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
     assert read_checked_json(path) == {"a": [1, 2], "b": {"3": 0.1}}

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
@@ -14,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from flashdit import config
-from flashdit.shared.files import TEMPORARY, read_checked_json, with_checksum, write_json
+from flashdit.shared.files import TEMPORARY, read_checked_json, write_checked_json
 from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
 from flashdit.shared.runs import list_checkpoints
@@ -103,7 +104,7 @@ def test_skipped_steps_go_on_being_counted(tiny_overrides, tmp_path):
     trainer(tiny_overrides, "training.steps=2").fit()
     path = list_checkpoints(tmp_path / "run")[-1] / "state.json"
     changed = read_checked_json(path) | {"skipped": 5, "skipped_in_a_row": 2}
-    write_json(path, with_checksum(changed))
+    write_checked_json(path, changed)
     run = trainer(tiny_overrides)
     assert (run.step, run.images_seen, run.guard.skipped, run.guard.in_a_row) == (2, 16, 5, 2)
     run.fit()
@@ -431,26 +432,19 @@ def test_a_prediction_that_is_written_out_is_no_change(tiny_overrides):
     assert trainer(tiny_overrides, "flow.prediction=velocity").step == 2
 
 
-def test_a_configuration_of_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_path):
-    mine = tmp_path / "run" / "config.yaml"
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.yaml", "# mine\ntraining: {steps: 2}\n"), ("metrics.jsonl", '{"accuracy": 3}\n')],
+)
+def test_what_is_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_path, name, text):
+    mine = tmp_path / "run" / name
     mine.parent.mkdir()
-    mine.write_text("# mine\ntraining: {steps: 2}\n")
+    mine.write_text(text)
     with pytest.raises(
-        ValueError, match=r"^the config\.yaml in run\.dir must be a new file or an earlier one"
+        ValueError, match=rf"^the {re.escape(name)} in run\.dir must be a new file or an earlier one"
     ):
         trainer(tiny_overrides)
-    assert mine.read_text().startswith("# mine")
-
-
-def test_metrics_of_somebody_else_are_not_replaced(tiny_overrides, tmp_path):
-    mine = tmp_path / "run" / "metrics.jsonl"
-    mine.parent.mkdir()
-    mine.write_text('{"accuracy": 3}\n')
-    with pytest.raises(
-        ValueError, match=r"^the metrics\.jsonl in run\.dir must be a new file or an earlier one"
-    ):
-        trainer(tiny_overrides)
-    assert mine.read_text() == '{"accuracy": 3}\n'
+    assert mine.read_text() == text
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):
