@@ -20,6 +20,7 @@ from flashdit.data.encode import open_latents
 from flashdit.data.fit import check_fit
 from flashdit.data.inspection import RECORD, Inspection
 from flashdit.data.latents import LatentOptions, LatentSpace
+from flashdit.data.shards import LatentShards
 from flashdit.data.sources import DATASETS
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
@@ -39,7 +40,14 @@ from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
 from flashdit.shared.process import float32_products, precision_here
-from flashdit.shared.runs import LATENTS, check_whole, list_checkpoints, newest_readable, read_state
+from flashdit.shared.runs import (
+    LATENTS,
+    PREVIEWS,
+    check_whole,
+    list_checkpoints,
+    newest_readable,
+    read_state,
+)
 from flashdit.training.accelerator import start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
@@ -139,6 +147,8 @@ class FlashDiTTask(Task):
         self._check_same_space()
         self.class_names = self.data.class_names or [str(i) for i in range(self.model.num_classes)]
         check_fit(self.model.config, self.data, self.space.vae)
+        if self.main and isinstance(self.data, LatentShards):
+            logger.info("the shards of %s were compared %s", self.data.folder, self.data.compared)
         if not self.model.num_classes:
             self.class_names = []
             if self.main:
@@ -235,7 +245,7 @@ class FlashDiTTask(Task):
         grid = labelled_grid(
             rows_by_class(images, labels, shown_names(self.class_names) or [""], PREVIEW_PER_CLASS), title
         )
-        path = self.run_dir / "samples" / f"step_{step:08d}.png"
+        path = self.run_dir / PREVIEWS / f"step_{step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
         return {}
 

@@ -125,6 +125,13 @@ class LatentShards:
         """The identity of the VAE that made the latents; None where no manifest tells."""
         return self.manifest["vae_identity"] if self.manifest else None
 
+    @property
+    def compared(self) -> str:
+        """What was compared of the files with what they should be, in words: reading all bytes takes long."""
+        if self.manifest is None:
+            return f"by their tensors' shapes, as there is no {MANIFEST}"
+        return f"by name and size with {MANIFEST} (flashdit encode --verify compares their bytes)"
+
     def identity(self) -> dict[str, Any]:
         """Returns what the shards are known by: classes, names, and checksums or else sizes."""
         listed = {shard["file"]: shard["sha256"] for shard in (self.manifest or {}).get("shards", ())}

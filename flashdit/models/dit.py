@@ -23,6 +23,7 @@ from flashdit.models.layers import RMSNorm, mlp_width
 from flashdit.models.lightningdit import load_lightningdit
 from flashdit.models.sizes import IWIN, SIZES
 from flashdit.shared.registry import unknown
+from flashdit.shared.runs import EXPORT_FILE, export_changes
 
 MOST_TIME_SCALE = 1_000_000
 """Above which float32 has no phase left of the sinusoids."""
@@ -121,6 +122,24 @@ class FlashDiT(ModelMixin, ConfigMixin):
             raise unknown("size", size, SIZES)
         arguments: dict[str, Any] = SIZES[size] | options
         return cls(**arguments)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *arguments: Any, **options: Any
+    ) -> FlashDiT:
+        """Returns the model of a folder or a repository; arguments are those of diffusers.
+
+        Raises:
+            ValueError: If a file of it, as a part of an exported pipeline, is not as it was written.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        changed = export_changes(folder.parent, folder.name) if folder.is_dir() else []
+        if changed:
+            raise ValueError(
+                f"an exported model must be as it was written, {folder.parent} has another "
+                f"{', '.join(changed)}: damaged, or edited (without {EXPORT_FILE} it is taken as it is)"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
 
     @classmethod
     def from_lightningdit(cls, source: str | Path | Mapping[str, Tensor], **overrides: Any) -> FlashDiT:

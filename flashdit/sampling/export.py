@@ -19,10 +19,17 @@ from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_outside, resolved
 from flashdit.shared.registry import check_type
+from flashdit.shared.runs import (
+    EXPORT_FILE,
+    checksums,
+    export_changes,
+    read_export_checksums,
+    write_export_checksums,
+)
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
-PARTS = (INDEX, "README.md", CODE, "scheduler", "transformer", "vae")
+PARTS = (INDEX, "README.md", CODE, EXPORT_FILE, "scheduler", "transformer", "vae")
 """All that an export holds."""
 
 
@@ -98,7 +105,7 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     """Returns the index of an earlier export; None where there is nothing of this name.
 
     Raises:
-        ValueError: If there is something else, or something beside the export.
+        ValueError: If there is something else, something beside the export, or a file of it was changed.
     """
     if not folder.exists():
         return None
@@ -109,11 +116,24 @@ def read_export(folder: Path) -> dict[str, Any] | None:
         index = {}
     if not isinstance(index, dict) or index.get("_class_name") != FlashDiTPipeline.__name__:
         raise ValueError(f"OUT must be a new folder or an earlier export, got {folder}")
-    others = sorted({entry.name for entry in folder.iterdir()} - {*PARTS})
-    if others:
-        held = f"it holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''} too"
-        raise ValueError(f"OUT must be a new folder or an earlier export alone, which is replaced, {held}")
+    others = {entry.name for entry in folder.iterdir()} - {*PARTS}
+    known = read_export_checksums(folder)
+    if known:
+        others |= checksums(folder).keys() - known.keys() - {EXPORT_FILE}
+    for found, what in ((sorted(others), "holds {} too"), (export_changes(folder), "has another {} since")):
+        if found:
+            names = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
+            raise ValueError(
+                "OUT must be a new folder or an earlier export alone, which is replaced, "
+                f"{folder} {what.format(names)}"
+            )
     return index
+
+
+def _write(pipeline: FlashDiTPipeline, folder: Path) -> None:
+    """Writes a pipeline, and the checksums of its files."""
+    pipeline.save_pretrained(folder)
+    write_export_checksums(folder)
 
 
 def export_run(
@@ -143,7 +163,7 @@ def export_run(
     # Its lock lies beside it, since the folder itself is replaced.
     with only_writer(target, is_file=True, called="OUT"):
         before = read_export(out)
-        write_atomically(target, pipeline.save_pretrained)
+        write_atomically(target, lambda folder: _write(pipeline, folder))
     if before is None:
         return None
     recipe = before.get("recipe") or {}

@@ -16,6 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from flashdit.shared.registry import unknown
 logger = logging.getLogger(__name__)
 FORMATS = ("png", "npz", "both")
 RECIPE, ARRAYS, GRID, PARTS_FOLDER = "recipe.json", "samples.npz", "grid.png", ".parts"
+PIXELS = "pixels.npy"
+"""In the parts' folder, while samples.npz is put together."""
 PNG_LEAST = 70
 """Bytes of the smallest PNG."""
 NAMED_FILES = 3  # damaged ones that a message names
@@ -200,7 +203,10 @@ class SampleFolder:
             if pixels is not None and not (self.was_finished and (self.path / ARRAYS).is_file()):
                 write_atomically(self.path / ARRAYS, self._write_arrays)
             write_json(self.path / RECIPE, self.recipe | self._measured() | {"finished": True})
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for path in (*self._part_files(), self.parts / PIXELS):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds a file of somebody else's
+            self.parts.rmdir()
 
     def _measured(self) -> dict[str, Any]:
         """Returns the model evaluations that the samples took, on average and at most."""
@@ -231,8 +237,8 @@ class SampleFolder:
         for ids, images in self._images():
             if pixels is None:
                 shape = (len(self.labels), *images.shape[1:])
-                pixels = np.lib.format.open_memmap(self.parts / "pixels.npy", "w+", np.uint8, shape)
-                take_room(self.parts / "pixels.npy")
+                pixels = np.lib.format.open_memmap(self.parts / PIXELS, "w+", np.uint8, shape)
+                take_room(self.parts / PIXELS)
             pixels[ids] = images
         assert pixels is not None  # there is at least one sample
         pixels.flush()
@@ -255,7 +261,7 @@ class SampleFolder:
         """Writes samples.npz from the assembled pixels, file to file; it holds no time, so bytes repeat."""
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with (
-                (self.parts / "pixels.npy").open("rb") as pixels,
+                (self.parts / PIXELS).open("rb") as pixels,
                 archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
             ):
                 shutil.copyfileobj(pixels, member, 2**24)

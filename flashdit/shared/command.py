@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 UNKNOWN_WORDS = "unrecognized arguments: "
 """Beginning of argparse's message."""
+FILE_RULES = {
+    errno.EISDIR: "{} must be a file, and is a folder",
+    errno.ENOTDIR: "{} must lie in folders, and something above it is a file",
+    errno.ENAMETOOLONG: "a path must be one that its file system takes, {} is too long",
+}
+"""What the user has to know of errors of the system whose own words leave it open."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -65,6 +72,8 @@ def _sentence(error: Exception) -> str | None:
         return "a file that was read nests lists or mappings too deeply; FLASHDIT_TRACEBACK=1 shows which"
     if kind == "SafetensorError":  # of reading; what cannot be written is an OSError of `write_atomically`
         return f"a file of weights must be readable: {text}"
+    if isinstance(error, OSError) and error.errno in FILE_RULES and error.filename is not None:
+        return FILE_RULES[error.errno].format(error.filename)
     return text if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 

@@ -33,8 +33,9 @@ DRAWN = "drawn by flashdit"
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path (for a file or a folder), then renames; data is on the disk before.
 
-    A kill or a loss of power leaves what was there before; an existing target is replaced. Several processes
-    may write one path: what is there is one's whole content.
+    A kill or a loss of power leaves what was there before; an existing target is replaced. Where the path is
+    a link, what it leads to is replaced. Several processes may write one path: what is there is one's whole
+    content.
 
     Args:
         path: The file or folder to make; the folders above it are made if need be.
@@ -43,6 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: If it cannot be written, as on a full disk.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path.parent, path.name)
     with _temporary_folder(path) as folder:

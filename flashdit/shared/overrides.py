@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,6 +13,22 @@ from omegaconf.errors import OmegaConfBaseException
 from flashdit.shared.registry import is_text
 
 QUOTES = "'\""
+GUESSED = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)")
+"""Numbers that YAML 1.1 reads in base 8 and 60."""
+
+
+def check_numbers(text: str, called: str) -> None:
+    """Refuses YAML with numbers in base 8 or 60, such as `017`: who writes them means others.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for event in yaml.parse(text):
+        is_plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+        if is_plain and GUESSED.fullmatch(event.value):
+            raise ValueError(
+                f"{called}: a number must be decimal, and a text of digits in quotes, got {event.value}"
+            )
 
 
 def split_override(text: str, called: str = "an override") -> tuple[str, str]:
@@ -59,4 +76,5 @@ def parse_value(key: str, text: str, expected: Any) -> Any:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         said = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ValueError(f"{key} must be YAML, got '{text}': {said}") from error
+    check_numbers(text, key)
     return cast(dict[str, Any], plain)["value"]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from flashdit.shared.files import file_crc32, read_checked_json
+from flashdit.shared.files import file_crc32, read_checked_json, write_checked_json
 from flashdit.shared.registry import is_number, unknown
 
 Content = TypeVar("Content")
@@ -17,9 +17,12 @@ PREFIX = "step_"
 STATE = "state.json"
 LATENTS = "latents.safetensors"
 METRICS_FILE = "metrics.jsonl"
+PREVIEWS = "samples"
 CHECKSUMS = "crc32"
 """Key of a checkpoint's state.json: the CRC-32 of its files by name, but of those that people may edit."""
 EDITABLE = ("config.yaml", STATE)
+EXPORT_FILE = "checksums.json"
+"""In an exported pipeline: the checksums of its other files."""
 POSTHOC_FILE = "posthoc.json"
 """In an average made after training: how, and the checksums of its files."""
 
@@ -170,6 +173,18 @@ def checksums(checkpoint: Path) -> dict[str, str]:
     return {name: file_crc32(path) for name, path in names.items() if name not in EDITABLE}
 
 
+def additions(checkpoint: Path) -> list[str]:
+    """Returns the names of what lies in a checkpoint's folder beside that which training wrote.
+
+    Of a checkpoint of before checksums were kept, and of a damaged one, none are known.
+    """
+    with suppress(ValueError):
+        known = {PurePosixPath(name).parts[0] for name in read_state(checkpoint).get(CHECKSUMS, {})}
+        if known:
+            return sorted({path.name for path in checkpoint.iterdir()} - known - {*EDITABLE})
+    return []
+
+
 def posthoc_checksums(about: Path) -> dict[str, str]:
     """Returns the checksums that an average made after training keeps of its files, none in an early one.
 
@@ -211,3 +226,41 @@ def check_whole(checkpoint: Path, part: str = "") -> None:
             raise DamagedCheckpoint(
                 f"{path} is damaged: its checksum is not the one that it was written with"
             )
+
+
+def write_export_checksums(folder: Path) -> None:
+    """Writes the checksums of all files of an exported pipeline into its folder."""
+    write_checked_json(folder / EXPORT_FILE, {CHECKSUMS: checksums(folder)})
+
+
+def read_export_checksums(folder: Path) -> dict[str, str]:
+    """Returns what `write_export_checksums` wrote; empty where it has not.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = folder / EXPORT_FILE
+    if not path.is_file():
+        return {}
+    try:
+        known = read_checked_json(path).get(CHECKSUMS)
+        if not isinstance(known, dict):
+            raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
+        return known
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the checksums of an export must be as written, {path} is not: {error}") from error
+
+
+def export_changes(folder: Path, part: str = "") -> list[str]:
+    """Returns the names of an exported pipeline's files that are others than were written, or are missing.
+
+    Args:
+        folder: Of the export; without checksums of its own no file counts as changed.
+        part: The file or folder in it that is compared; empty means all.
+    """
+    return [
+        name
+        for name, written in read_export_checksums(folder).items()
+        if PurePosixPath(name).is_relative_to(part)
+        and not ((folder / name).is_file() and file_crc32(folder / name) == written)
+    ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
+import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
@@ -15,10 +19,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
-from flashdit.shared.overrides import nested, parse_value, split_override
+from flashdit.shared.overrides import check_numbers, nested, parse_value, split_override
 from flashdit.shared.paths import expanded, is_utf8, printable
 from flashdit.shared.registry import check_type, is_number, is_text, nearest_name, type_name, unknown
 
+logger = logging.getLogger(__name__)
 Config = TypeVar("Config")
 REGISTRY = "registry"
 """Key of a field's metadata."""
@@ -99,7 +104,8 @@ def read_settings(
 def _stated(path: Path) -> dict[str, Any]:
     """Returns what a YAML file states; raises ValueError if it is none, or no mapping of keys."""
     try:
-        return _plain(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        stated = _plain(OmegaConf.load(StringIO(text)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML: {error}") from error
     except KeyValidationError as error:
@@ -109,6 +115,8 @@ def _stated(path: Path) -> dict[str, Any]:
         if error.errno is not None:
             raise
         raise ValueError(f"{path} must be a mapping of keys: {error}") from error  # a number alone
+    check_numbers(text, str(path))
+    return stated
 
 
 def _parsed(overrides: Sequence[str], stated: Mapping[str, Any], config_type: type) -> dict[str, Any]:
@@ -118,6 +126,9 @@ def _parsed(overrides: Sequence[str], stated: Mapping[str, Any], config_type: ty
         return nested((key, parse_value(key, text, _type_of(key, given, config_type))) for key, text in pairs)
 
     pairs = [split_override(override) for override in overrides]
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1 and os.environ.get("RANK", "0") == "0":
+            logger.warning("%s is given %d times, the last one counts: %s", key, times, dict(pairs)[key])
     names = [(key, text) for key, text in pairs if "." not in key or key.endswith(".name")]
     return values(pairs, merge_settings(stated, values(names, stated)))
 

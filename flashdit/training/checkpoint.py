@@ -14,6 +14,7 @@ The .pt files are loaded with weights_only=True.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from flashdit.shared.runs import (
     CHECKSUMS,
     STATE,
     DamagedCheckpoint,
+    additions,
     checksums,
     is_count,
     list_checkpoints,
@@ -40,6 +42,7 @@ from flashdit.shared.weights import read_content, read_tensors
 from flashdit.training.profiles import Profile
 from flashdit.training.snapshots import TRACKS, read_tracks
 
+logger = logging.getLogger(__name__)
 OPTIMIZER, PROCESSES = "optimizer.pt", "processes.pt"
 POSITION = ("step", "images_seen", "ema_updates", "skipped", "skipped_in_a_row")
 
@@ -131,6 +134,8 @@ def read_checkpoint(folder: Path) -> Saved:
 def prune(run_dir: Path, keep_last: int | None, keep_every: int | None, *, ends: bool = False) -> None:
     """Removes checkpoints but the last few and those at multiples of `keep_every`; None keeps all.
 
+    One to which something was added, such as an average made after training, stays, and that is said.
+
     Args:
         run_dir: The run's folder.
         keep_last: How many of the last stay.
@@ -139,12 +144,18 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None, *, ends:
     """
     if keep_last is None:
         return
-    for folder in list_checkpoints(run_dir)[:-keep_last]:
+    passed = list_checkpoints(run_dir)[:-keep_last]
+    for folder in passed:
         step = step_of(folder)
         training = stored_config(folder).get("training")
         is_end = ends and isinstance(training, dict) and training.get("steps") == step
-        if not is_end and (keep_every is None or step % keep_every):
+        if is_end or (keep_every is not None and step % keep_every == 0):
+            continue
+        added = additions(folder)
+        if not added:
             discard(folder)
+        elif folder == passed[-1]:  # told once, not at each later save
+            logger.warning("%s stays: it holds %s besides what training wrote", folder, ", ".join(added))
 
 
 def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:

@@ -17,7 +17,14 @@ from flashdit.shared.files import mend
 from flashdit.shared.locks import check_no_writer
 from flashdit.shared.paths import check_replaceable, check_writable
 from flashdit.shared.process import AUTO
-from flashdit.shared.runs import METRICS_FILE, DamagedCheckpoint, check_whole, list_checkpoints, step_of
+from flashdit.shared.runs import (
+    METRICS_FILE,
+    PREVIEWS,
+    DamagedCheckpoint,
+    check_whole,
+    list_checkpoints,
+    step_of,
+)
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.contents import CONTENTS, value_at
 from flashdit.training.snapshots import SNAPSHOTS
@@ -84,14 +91,16 @@ def newest_whole(run_dir: Path, accelerator: Accelerator) -> tuple[Path, Saved] 
 
 
 def check_run_folder(run_dir: Path) -> None:
-    """Refuses a folder that cannot be written, that is being written, or holds another's config or metrics.
+    """Refuses a folder that cannot be written, that is being written, or holds another's files.
+
+    Those are a config.yaml or metrics of another kind and, before the first step of a run, pictures.
 
     Raises:
         ValueError: Likewise.
     """
     check_writable(run_dir, "run.dir")
     for names, is_kind, kind in (
-        (("checkpoints", "samples", SNAPSHOTS), Path.is_dir, "a folder"),
+        (("checkpoints", PREVIEWS, SNAPSHOTS), Path.is_dir, "a folder"),
         ((METRICS_FILE, "config.yaml", CONTENTS), Path.is_file, "a file"),
     ):
         for path in (run_dir / name for name in names):
@@ -99,6 +108,10 @@ def check_run_folder(run_dir: Path) -> None:
                 raise ValueError(f"training must find {kind} or nothing at {path}, there is something else")
     check_replaceable(run_dir / "config.yaml", CONFIG_MARK, "the config.yaml in run.dir")
     check_replaceable(run_dir / METRICS_FILE, '"step": ', f"the {METRICS_FILE} in run.dir")
+    pictures = run_dir / PREVIEWS
+    is_new = not (run_dir / "config.yaml").exists() and not list_checkpoints(run_dir)
+    if is_new and pictures.is_dir() and any(pictures.iterdir()):
+        raise ValueError(f"a new run must find no pictures at {pictures}, which it would replace")
     check_no_writer(run_dir)
 
 

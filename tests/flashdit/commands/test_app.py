@@ -135,13 +135,13 @@ def find(page, selector):
 
 def write(page, name, text):
     """Types a value into a control in place of what it holds, and leaves it, which closes its list."""
-    (field,) = find(page, f"#{name} input:not([type=range])")
+    (field,) = wait(page, lambda: find(page, f"#{name} input:not([type=range])"))
     field.send_keys("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
 
 
 def choose(page, name, text):
     """Chooses an entry of a list."""
-    find(page, f"#{name} input")[0].click()
+    wait(page, lambda: find(page, f"#{name} input"))[0].click()
     wait(page, lambda: [entry for entry in find(page, "[role=option]") if entry.text.endswith(text)])[
         0
     ].click()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
-from flashdit import FlashDiTPipeline
+from flashdit import FlashDiT, FlashDiTPipeline
 from flashdit.commands import export
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.shared.locks import only_writer
@@ -129,8 +130,10 @@ def contents(folder):
         ),
         ("{broken", None, "OUT must be a new folder or an earlier export, got"),
         ("[]", None, "OUT must be a new folder or an earlier export, got"),
-        (None, "mine.png", "earlier export alone, which is replaced, it holds mine.png too"),
-        (None, ".git", "earlier export alone, which is replaced, it holds .git too"),
+        (None, "mine.png", "earlier export alone, which is replaced, {out} holds mine.png too"),
+        (None, "transformer/notes.txt", "which is replaced, {out} holds transformer/notes.txt too"),
+        (None, "README.md", "which is replaced, {out} has another README.md since"),
+        (None, ".git", "earlier export alone, which is replaced, {out} holds .git too"),
     ],
 )
 def test_what_is_no_export_of_ours_alone_is_kept(run_dir, tmp_path, exit_message, index, other, message):
@@ -139,10 +142,28 @@ def test_what_is_no_export_of_ours_alone_is_kept(run_dir, tmp_path, exit_message
     if index is not None:
         (out / "model_index.json").write_text(index)
     if other is not None:
-        (out / other).touch()
+        (out / other).write_text("mine")
     before = contents(tmp_path)
-    assert message in exit_message(export, run_dir, out)
+    assert message.format(out=out) in exit_message(export, run_dir, out)
     assert contents(tmp_path) == before
+
+
+def test_weights_of_an_export_that_are_not_as_written_are_refused_by_name(run_dir, tmp_path):
+    out = tmp_path / "out"
+    export.main([str(run_dir), str(out)])
+    weights = next((out / "transformer").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 64
+    weights.write_bytes(content)
+    said = rf"another transformer/{weights.name}: damaged, or edited \(without checksums\.json"
+    for load in (FlashDiTPipeline, DiffusionPipeline):
+        with pytest.raises(ValueError, match=said):
+            load.from_pretrained(out, custom_pipeline=str(out), trust_remote_code=True)
+    (out / "checksums.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the checksums of an export must be as written, .*json is not: "):
+        FlashDiT.from_pretrained(out / "transformer")
+    (out / "checksums.json").unlink()
+    assert FlashDiT.from_pretrained(out / "transformer").num_classes == 3
 
 
 def test_a_second_writer_is_told_who_the_first_is(run_dir, tmp_path, exit_message):

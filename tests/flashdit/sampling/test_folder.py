@@ -177,6 +177,14 @@ def test_what_is_damaged_in_unfinished_samples_is_named_and_made_again(
     assert files(tmp_path / "out") == whole
 
 
+def test_a_file_of_ones_own_among_the_parts_stays(generator, tmp_path):
+    folder = open_folder(generator, LABELS, OPTIONS, tmp_path / "out")
+    folder.open()
+    (folder.parts / "mine.txt").touch()
+    fill_folder(generator, tmp_path / "out")
+    assert [path.name for path in folder.parts.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [

@@ -132,6 +132,23 @@ def test_a_users_mistake_is_one_line_and_a_bug_is_a_traceback(error, monkeypatch
         run_script(fail)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder", "{} must be a file, and is a folder"),
+        ("file/below", "{} must lie in folders, and something above it is a file"),
+        ("x" * 300, "a path must be one that its file system takes, {} is too long"),
+    ],
+)
+def test_a_file_that_cannot_be_one_is_told_by_its_rule(tmp_path, capsys, name, said):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: (tmp_path / name).read_text())
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {said.format(tmp_path / name)}\n")
+
+
 def test_an_interrupt_is_one_line_and_130_and_of_many_processes_the_first_tells(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt

@@ -244,6 +244,18 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     assert file_sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, is_there):
+    (tmp_path / "disk").mkdir()
+    if is_there:
+        (tmp_path / "disk" / "f").write_text("old")
+    (tmp_path / "f").symlink_to("disk/f")
+    write_atomically(tmp_path / "f", lambda path: path.write_text("new"))
+    assert (tmp_path / "f").is_symlink()
+    assert (tmp_path / "disk" / "f").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "f", "f"]
+
+
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     (tmp_path / "f" / "kept").mkdir(parents=True)
     with pytest.raises(OSError, match=r"f must be a file, and there is a folder of that name"):

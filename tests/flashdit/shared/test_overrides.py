@@ -23,7 +23,10 @@ def test_where_text_is_expected_it_is_the_text_as_it_stands(text, expected):
         ("'null'", str | None, "null"),
         ('"a\\tb"', str, "a\tb"),
         ("''", str, ""),
-        ("017", int, 15),
+        ("0.17", Any, 0.17),
+        ("0", int, 0),
+        ("0x10", int, 16),
+        ("['017', a:b]", Any, ["017", "a:b"]),
         ("null", int | None, None),
         ("[1, a]", list[str], [1, "a"]),
         ("${seed}", int, "${seed}"),
@@ -41,6 +44,9 @@ def test_what_is_null_or_between_quotes_or_no_text_is_yaml(text, expected, value
         ("[", int, r"^seed must be YAML, got '\[': did not find expected node content$"),
         ("${a", int, r"^seed must be YAML, got '\${a': no viable alternative at input '\${a'$"),
         ("'a'b'", str, r"^seed must be YAML, got ''a'b'': "),
+        ("017", int, r"^seed: a number must be decimal, and a text of digits in quotes, got 017$"),
+        ("[1, -0_17]", Any, r"^seed: a number must be decimal, .* got -0_17$"),
+        ("{a: 1:30}", Any, r"^seed: a number must be decimal, .* got 1:30$"),
     ],
 )
 def test_what_is_no_yaml_is_named_by_its_key(text, expected, message):

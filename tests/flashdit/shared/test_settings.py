@@ -88,6 +88,15 @@ def test_an_override_wins_over_the_file(recipe):
     assert recipe("{name: sponge, oven: {degrees: 200}}", "oven.degrees=150").oven.degrees == 150
 
 
+def test_an_override_given_twice_is_told_by_the_first_process(recipe, caplog, monkeypatch):
+    given = ("oven.fan=true", "oven.degrees=3", "oven.degrees=5")
+    assert recipe("name: a", *given).oven.degrees == 5
+    assert caplog.messages == ["oven.degrees is given 2 times, the last one counts: 5"]
+    monkeypatch.setenv("RANK", "1")
+    recipe("name: a", *given)
+    assert len(caplog.messages) == 1
+
+
 def test_a_saved_configuration_reads_back(recipe):
     made = recipe("{name: sponge, layers: {cream: 2}}", "oven.degrees=7")
     assert recipe(to_yaml(made)) == made
@@ -112,7 +121,8 @@ def test_a_saved_configuration_reads_back(recipe):
         ("- a", "name=b", r"a configuration must be a mapping of keys, got list"),
         ("name: [a", "name=b", r"cake.yaml must be YAML: while parsing"),
         ("3", "name=b", r"cake.yaml must be a mapping of keys: Invalid loaded object type: int$"),
-        ("name: 017", "oven.degrees=1", r"^name must be text, got 15: put it between quotes$"),
+        ("name: 17", "oven.degrees=1", r"^name must be text, got 17: put it between quotes$"),
+        ("name: 017", "oven.degrees=1", r"cake.yaml: a number must be decimal, .* got 017$"),
         ("name: a", "oven.degrees=???", r"^oven.degrees must be given a value, got \?\?\?$"),
         ("oven: {degrees: 1}", "oven.fan=true", r"^name must be given a value, got \?\?\?$"),
         ("null: 3", "name=b", r"^every key in .*cake.yaml must be text, got null$"),

@@ -180,6 +180,20 @@ def test_the_last_checkpoints_and_every_so_manyth_are_kept(tiny_overrides, tmp_p
     assert kept == ["step_00000003", "step_00000005", "step_00000006"]
 
 
+def test_a_checkpoint_to_which_something_was_added_is_kept_and_that_is_said_once(
+    tiny_overrides, tmp_path, caplog
+):
+    trainer(tiny_overrides, "training.steps=1").fit()
+    (first,) = list_checkpoints(tmp_path / "run")
+    (first / "ema_0.100").mkdir()
+    (first / "notes.txt").touch()
+    trainer(tiny_overrides, "training.save_every=1", "training.keep_last=1").fit()
+    kept = [path.name for path in list_checkpoints(tmp_path / "run")]
+    assert kept == ["step_00000001", "step_00000006"]
+    said = [message for message in caplog.messages if "stays" in message]
+    assert said == [f"{first} stays: it holds ema_0.100, notes.txt besides what training wrote"]
+
+
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on(
     tiny_overrides, tmp_path, monkeypatch
 ):

@@ -67,7 +67,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_gone_on_from
         assert run.step == 4
         return
     assert run.step == 2
-    named = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    named = [message for message in warned if "given 2 times" not in message]
     assert len(named) == 1
     assert named[0].endswith("; the run goes on from step_00000002")
     with pytest.raises(ValueError, match=reason):
@@ -445,6 +446,34 @@ def test_what_is_ones_own_in_the_run_folder_is_not_replaced(tiny_overrides, tmp_
     ):
         trainer(tiny_overrides)
     assert mine.read_text() == text
+
+
+def test_pictures_of_ones_own_are_not_replaced_by_previews_of_a_new_run(tiny_overrides, tmp_path):
+    mine = tmp_path / "run" / "samples" / "step_00000002.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"^a new run must find no pictures at .*samples, which it would"):
+        trainer(tiny_overrides)
+    mine.unlink()
+    trainer(tiny_overrides, "training.steps=2").fit()
+    mine.write_bytes(b"a preview")
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert trainer(tiny_overrides).step == 2
+
+
+def test_the_start_says_how_far_shards_were_compared(tiny_overrides, tiny_shards, caplog):
+    manifest, run = tiny_shards / "manifest.json", "run.dir=elsewhere"
+    with caplog.at_level("INFO"):
+        trainer(tiny_overrides, run)
+        assert not manifest.exists()
+        found = {path.name: path for path in tiny_shards.glob("*.safetensors")}
+        shards = [{"file": name, "bytes": path.stat().st_size, "sha256": "0"} for name, path in found.items()]
+        content = {"format": 1, "vae_identity": "v", "mean": [0] * 3, "std": [1] * 3, "shards": shards}
+        manifest.write_text(json.dumps(content))
+        trainer(tiny_overrides, run)
+    start = f"the shards of {tiny_shards} were compared"
+    assert f"{start} by their tensors' shapes, as there is no manifest.json\n" in caplog.text
+    assert f"{start} by name and size with manifest.json (flashdit encode --verify compares" in caplog.text
 
 
 def test_a_run_below_its_own_pictures_is_refused(tmp_path):
