@@ -56,6 +56,7 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.flashdit --size XL --depth 1 --batch 8
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.checkpoint  # XL: 20 GiB of memory
 	$(BIN)/python -m benchmarks.sampling --compile
 
 gpu-packages: install  # pure Python that an image with PyTorch lacks: carry the folder to the machine of `make gpu`
