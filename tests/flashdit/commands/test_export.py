@@ -151,6 +151,8 @@ def test_what_is_no_export_of_ours_alone_is_kept(run_dir, tmp_path, exit_message
 def test_weights_of_an_export_that_are_not_as_written_are_refused_by_name(run_dir, tmp_path):
     out = tmp_path / "out"
     export.main([str(run_dir), str(out)])
+    (out / "README.md").write_text("mine")
+    assert FlashDiT.from_pretrained(out / "transformer").num_classes == 3, "another file of it may be edited"
     weights = next((out / "transformer").glob("*.safetensors"))
     content = bytearray(weights.read_bytes())
     content[-100] ^= 64
