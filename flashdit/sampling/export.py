@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -86,7 +86,7 @@ def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
                 "values": {labels.get(key, key): value for key, value in content["metrics"].items()},
                 "types": {labels.get(key, key): key for key in content["metrics"]},
                 "num_images": content["num_images"],
-                "reference": content["reference"]["name"],
+                "reference": PurePath(content["reference"]["name"]).name,  # no folders of this machine
                 "sampling": samples.get("summary") or _summary(samples["sampling"]),
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -120,7 +120,7 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     known = read_export_checksums(folder)
     if known:
         others |= checksums(folder).keys() - known.keys() - {EXPORT_FILE}
-    for found, what in ((sorted(others), "holds {} too"), (export_changes(folder), "has another {} since")):
+    for found, what in ((sorted(others), "holds {} too"), (export_changes(folder), "was edited since in {}")):
         if found:
             names = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from flashdit.shared.files import lost_worker
 from flashdit.shared.registry import nearest_name, unknown
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def _sentence(error: Exception) -> str | None:
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "t allocate memory" in text:
         said = next((part for part in text.split(". ") if "memory" in part), kind)
         return f"out of memory: {said}; use a smaller batch, model or picture"
+    if lost := lost_worker(error):
+        return (
+            f"a process that reads data is gone ({lost}), as when memory is short: run the same command "
+            "again, with fewer workers; a run goes on from its last whole checkpoint"
+        )
     if isinstance(error, RecursionError):
         return "a file that was read nests lists or mappings too deeply; FLASHDIT_TRACEBACK=1 shows which"
     if kind == "SafetensorError":  # of reading; what cannot be written is an OSError of `write_atomically`

@@ -44,7 +44,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: If it cannot be written, as on a full disk.
     """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        if path.is_symlink():
+            raise OSError(f"{path} must be a file, a folder or new, and is a link that leads to itself")
     path.parent.mkdir(parents=True, exist_ok=True)
     mend(path.parent, path.name)
     with _temporary_folder(path) as folder:
@@ -53,6 +56,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             write(content)
             _settle_on_disk(content)
         except (OSError, RuntimeError, SafetensorError) as error:  # the latter two of torch and safetensors
+            if lost_worker(error):
+                raise
             why = ", the disk is full" if _is_full(error, folder) else ""
             raise OSError(f"{path} could not be written{why}: {error}") from error
         with locked_folder(path.parent):
@@ -171,6 +176,19 @@ def file_crc32(path: Path) -> str:
         while chunk := file.read(2**22):
             checksum = zlib.crc32(chunk, checksum)
     return f"{checksum:08x}"
+
+
+def lost_worker(error: BaseException | None) -> str | None:
+    """Returns what torch says of a killed process of a data loader, which it raises wherever the code is.
+
+    Args:
+        error: Looked for in it and in those that it came of.
+    """
+    while error is not None:
+        if "DataLoader worker" in str(error):
+            return " ".join(str(error).split())
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_full(error: Exception, folder: Path) -> bool:

@@ -145,7 +145,7 @@ def _say(sentence: str) -> None:
 
 def _abort() -> None:
     """Ends the process and those that read for it at once."""
-    _say("ended at once by a second Ctrl-C; the last whole checkpoint is kept")
+    _say("ended at once by a second Ctrl-C: what is newer than the last whole checkpoint, if any, is lost")
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(130)

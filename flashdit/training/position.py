@@ -27,7 +27,9 @@ def what_is_trained(loop: TrainingLoop) -> str:
     training, classes = loop.config.training, loop.task.state().get("class_names")
     parameters = sum(parameter.numel() for parameter in loop.model.parameters())
     places = f"{loop.accelerator.num_processes} processes on " if loop.accelerator.num_processes > 1 else ""
-    data = f"{loop.task.images_per_epoch:,} images" + (f" in {len(classes)} classes" if classes else "")
+    data = f"{loop.task.images_per_epoch:,} images" + (
+        f" in {len(classes)} class{'es' if len(classes) > 1 else ''}" if classes else ""
+    )
     begins = f"goes on after step {loop.step:,}" if loop.resumed_from else "new run"
     return (
         f"{loop.run_dir}: {begins}, to step {training.steps:,}; {parameters:,} parameters in "

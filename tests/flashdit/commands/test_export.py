@@ -32,7 +32,7 @@ def run_dir(tiny_checkpoint, tmp_path):
             "metrics": {"fd_1000": abs(age - 1) + 0.5, "recall": None},
             "labels": {"fd_1000": "FD[digits]"},
             "num_images": 1000,
-            "reference": {"name": "digits"},
+            "reference": {"name": f"{tmp_path}/digits"},
             "samples": {"weights_sha256": of, "sampling": {"sampler": "heun", "steps": 9, "cfg_scale": 2.0}},
         }
         path.write_text(json.dumps(content))
@@ -132,7 +132,7 @@ def contents(folder):
         ("[]", None, "OUT must be a new folder or an earlier export, got"),
         (None, "mine.png", "earlier export alone, which is replaced, {out} holds mine.png too"),
         (None, "transformer/notes.txt", "which is replaced, {out} holds transformer/notes.txt too"),
-        (None, "README.md", "which is replaced, {out} has another README.md since"),
+        (None, "README.md", "which is replaced, {out} was edited since in README.md"),
         (None, ".git", "earlier export alone, which is replaced, {out} holds .git too"),
     ],
 )

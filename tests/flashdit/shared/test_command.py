@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,22 @@ def test_a_file_that_cannot_be_one_is_told_by_its_rule(tmp_path, capsys, name, s
         run_script(lambda: (tmp_path / name).read_text())
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: {said.format(tmp_path / name)}\n")
+
+
+def test_a_killed_reader_of_data_is_one_line(capsys):
+    class Fails(torch.utils.data.Dataset):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda: list(torch.utils.data.DataLoader(Fails(), num_workers=1)))
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: a process that reads data is gone (DataLoader worker (pid" in said
+    assert said.count("\n") == 1
 
 
 def test_an_interrupt_is_one_line_and_130_and_of_many_processes_the_first_tells(monkeypatch, capsys):

@@ -256,6 +256,23 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, is_there):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "f", "f"]
 
 
+def test_a_link_that_leads_to_itself_is_named(tmp_path):
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(OSError, match=r"/(one|two) must be a file, a folder or new, and is a link that"):
+        write_atomically(tmp_path / "one", lambda path: path.write_text("new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_killed_reader_is_no_fault_of_the_file_that_is_written_meanwhile(tmp_path):
+    def killed(path):
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        write_atomically(tmp_path / "f", killed)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     (tmp_path / "f" / "kept").mkdir(parents=True)
     with pytest.raises(OSError, match=r"f must be a file, and there is a folder of that name"):
