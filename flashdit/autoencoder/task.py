@@ -23,6 +23,7 @@ from flashdit.data.sources import DATASETS, ImageFolder, PixelSource
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid
 from flashdit.shared.process import check_model_fits
+from flashdit.shared.registry import counted
 from flashdit.shared.runs import PREVIEWS
 from flashdit.shared.seeds import EpochOrder, generator_for
 from flashdit.training.accelerator import start_run
@@ -179,7 +180,9 @@ class AutoencoderTask(Task):
         value = psnr(images, reconstructions)
         shown = (reconstructions[:SHOWN_IMAGES] * 127.5 + 127.5).round().to(torch.uint8)
         rows = [("held out", [*self.held_out[:SHOWN_IMAGES]]), ("reconstructed", [*shown])]
-        grid = labelled_grid(rows, f"step {step}, EMA, PSNR {value:.2f} dB of {len(images)} images")
+        grid = labelled_grid(
+            rows, f"step {step}, EMA, PSNR {value:.2f} dB of {counted(len(images), 'image')}"
+        )
         path = Path(self.config.run.dir) / PREVIEWS / f"step_{step:08d}.png"
         write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
         return {"psnr": value}

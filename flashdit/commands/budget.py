@@ -25,7 +25,7 @@ from flashdit.memory import Counts, memory_bytes, model_without_memory
 from flashdit.models.costs import Activations
 from flashdit.shared.command import resolve_device
 from flashdit.shared.process import AUTOCAST, float32_products
-from flashdit.shared.registry import Buildable
+from flashdit.shared.registry import Buildable, counted
 from flashdit.shared.settings import read_settings
 from flashdit.training.meter import matmul_peak
 from flashdit.training.options import TrainingOptions, share_of_batch
@@ -197,8 +197,9 @@ def facts(
         "parameters": f"{counts.all:,}",
         "multiply-adds": f"{scaled(multiply_adds, 1000, prefixes)} a forward pass of one image",
         "FLOPs": f"{scaled(flops * training.global_batch_size, 1000, prefixes)} a step",
-        "batch": f"{training.global_batch_size:,} images = {shares} (devices × accumulated × each)",
-        "length": f"{training.steps:,} steps = {run:,} images = {run / epoch:.1f} epochs of {epoch:,}{whose}",
+        "batch": f"{counted(training.global_batch_size, 'image')} = {shares} (devices × accumulated × each)",
+        "length": f"{counted(training.steps, 'step')} = {counted(run, 'image')} = {run / epoch:.1f} epochs "
+        f"of {epoch:,}{whose}",
         "assumed": machine.describe(),
         "time then": f"{duration(epoch_s)} an epoch, {duration(run_s)} in all",
         **({} if machine.measured else {"GPU hours": f"{run_s * devices / 3600:,.1f}"}),
@@ -213,7 +214,7 @@ def describe_data(data: DataFacts | None) -> str:
     """Returns in words what the data are."""
     if data is None:
         return "data not read: what training checks of them is not checked"
-    images, classes = f"{len(data.labels):,} images", f"{data.num_classes:,} classes"
+    images, classes = counted(len(data.labels), "image"), counted(data.num_classes, "class", "classes")
     return f"{images}, {classes}, {' × '.join(map(str, data.shape))} numbers each; the model fits them"
 
 

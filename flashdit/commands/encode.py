@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from flashdit.commands.arguments import path, path_text
 from flashdit.shared.command import CommandParser, add_device, resolve_device
+from flashdit.shared.registry import counted
 
 ENCODE_TIMEOUT = timedelta(days=7)  # between the first process that is done and the last
 
@@ -72,10 +73,9 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
         state.wait_for_everyone()
         if state.is_main_process:
             manifest = encoding.finish()
-            counts = f"{manifest['encoded']:,} of {manifest['listed']:,} images"
-            counts = (
-                f"{counts} in {len(manifest['shards'])} shards, {len(manifest['unreadable']):,} unreadable"
-            )
+            counts = f"{manifest['encoded']:,} of {counted(manifest['listed'], 'image')}"
+            shards = counted(len(manifest["shards"]), "shard")
+            counts = f"{counts} in {shards}, {len(manifest['unreadable']):,} unreadable"
             transparent = transparent_images(manifest["transparent"], manifest["background"])
             remarks = [counts, manifest["enlarged"], transparent]
             print(f"{'; '.join(remark for remark in remarks if remark)}: {encoding.out / MANIFEST}")
@@ -92,4 +92,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.data.manifest import MANIFEST, verify
 
     manifest = verify(arguments.verify)
-    print(f"{len(manifest['shards'])} shards, {manifest['encoded']:,} latents and mirrors: as in {MANIFEST}")
+    shards = counted(len(manifest["shards"]), "shard")
+    print(f"{shards}, {manifest['encoded']:,} latents and mirrors: as in {MANIFEST}")

@@ -15,6 +15,7 @@ from flashdit.commands.arguments import SAMPLING_ARGUMENTS, open_generator, path
 from flashdit.commands.scoring import add_evaluation, add_reading, make_request
 from flashdit.shared.command import CommandParser, open_console, resolve_device
 from flashdit.shared.paths import check_outside, resolved
+from flashdit.shared.registry import counted
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Evaluation, Plan
@@ -152,7 +153,7 @@ def scores_in(output: Path) -> str:
     try:
         content = json.loads(output.read_text())
         names = ", ".join(name for name, value in content["metrics"].items() if value is not None)
-        return f"{names} of {content['num_images']:,} images"
+        return f"{names} of {counted(content['num_images'], 'image')}"
     except FileNotFoundError:
         return ""
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -215,8 +216,8 @@ def make_reference(argv: Sequence[str]) -> None:
         if ranks.is_main:
             height, width = source.image_size
             print(
-                f"wrote {arguments.output}: {source.count:,} images of {width}×{height} under extractor "
-                f"{extractor.name}"
+                f"wrote {arguments.output}: {counted(source.count, 'image')} of {width}×{height} under "
+                f"extractor {extractor.name}"
             )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from flashdit.commands.arguments import path, path_text
 from flashdit.shared.command import CommandParser
 from flashdit.shared.paths import check_writable, printable
+from flashdit.shared.registry import counted
 
 if TYPE_CHECKING:
     from flashdit.commands.budget import Machine
@@ -227,7 +228,7 @@ def parsed(text: str) -> RunConfig:
 
 def header(draft: Draft, out: Path, costs: Mapping[str, str]) -> str:
     """Returns the lines of comment that open the configuration: its command and its cost."""
-    what = f"{draft.num_images:,} images at {draft.image_size}×{draft.image_size}"
+    what = f"{counted(draft.num_images, 'image')} at {draft.image_size}×{draft.image_size}"
     on = "pixels" if draft.latents is None else f"latents of {draft.latents}"
     return "\n".join(
         printable(line)

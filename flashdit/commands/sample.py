@@ -19,6 +19,7 @@ from flashdit.commands.arguments import (
     path_text,
 )
 from flashdit.shared.command import CommandParser, add_device, resolve_device
+from flashdit.shared.registry import counted
 
 SAMPLE_TIMEOUT = timedelta(days=1)  # between the first process that is done and the last
 
@@ -76,6 +77,6 @@ def sample(arguments: argparse.Namespace, device: str) -> None:
     fill(folder, generator, options, state)
     if state.is_main_process:
         recipe = folder.read_recipe()
-        about = f"{len(folder.labels)} images, {recipe['nfe']:g} model evaluations each"
+        about = f"{counted(len(folder.labels), 'image')}, {counted(recipe['nfe'], 'model evaluation')} each"
         print(f"{about}: {folder.path / GRID}")
     state.destroy_process_group()

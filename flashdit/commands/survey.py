@@ -18,6 +18,7 @@ from flashdit.data.images import (
 )
 from flashdit.shared.paths import printable
 from flashdit.shared.progress import progress_bar
+from flashdit.shared.registry import counted
 
 SEEN_AT_MOST = 2_000  # files whose head is read, spread over the folder
 DECODED_AT_MOST = 300e6  # pixels of a folder whose every file is decoded, which takes some seconds
@@ -65,7 +66,8 @@ class Survey:
         if not self.decoded:
             looked = len(self.sides) + len(self.unreadable)
             lines[0] += (
-                f" (by the heads of {looked:,} files; training decodes all and leaves broken ones out)"
+                f" (by the heads of {counted(looked, 'file')}; training decodes all and leaves broken ones "
+                "out)"
             )
         enlarged = enlarged_images(short, image_size)
         if len(short) > 1 and all(side < image_size for side in short.values()):

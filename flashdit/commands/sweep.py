@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashdit.commands.arguments import open_generator, path
 from flashdit.commands.scoring import add_evaluation, make_request
 from flashdit.shared.command import CommandParser, open_console, resolve_device
+from flashdit.shared.registry import counted
 
 if TYPE_CHECKING:
     from flashdit.evaluation.evaluate import Plan
@@ -97,7 +98,7 @@ def sweep_title(plan: Plan, generator: CheckpointGenerator, options: SamplingOpt
     low, high = options.cfg_interval
     times = "" if (low, high) == (0, 1) else f", guidance for t in {low:g}–{high:g}"
     run = f"{generator.run_dir.name}, step {generator.step}, {generator.weights} weights"
-    return f"{run}: {plan.samples.count:,} images, {sampler}{times}, against {plan.reference.spec}"
+    return f"{run}: {counted(plan.samples.count, 'image')}, {sampler}{times}, against {plan.reference.spec}"
 
 
 def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:

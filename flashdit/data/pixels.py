@@ -32,13 +32,6 @@ class Pixels:
         return latents.float()
 
 
-class UnreadableImage(ValueError):
-    """An image that became unreadable; of a reading process's report its last line alone is kept."""
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
 class PixelImages:
     """Pixels and labels of a source, each image read when it is asked for: memory does not grow with them.
 
@@ -66,16 +59,14 @@ class PixelImages:
         """Returns pixels, uint8 (B, 3, H, W), of rows (B,); `mirrored` (B,) tells which mirrors.
 
         Raises:
-            UnreadableImage: If an image is no longer readable, or has another size than the first one.
+            ValueError: If an image is no longer readable, or has another size than the first one.
+            FileNotFoundError: If the folder of the images is gone.
         """
         images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
         for place, (row, flip) in enumerate(zip(indices.tolist(), mirrored.tolist(), strict=True)):
-            try:
-                image = self.source.image(row)
-            except (ValueError, OSError) as error:
-                raise UnreadableImage(str(error)) from error
+            image = self.source.image(row)
             if tuple(image.shape) != self.shape:
                 shapes = f"image {row} is {tuple(image.shape)}, the first one {self.shape}"
-                raise UnreadableImage(f"all images must have one size, {shapes}")
+                raise ValueError(f"all images must have one size, {shapes}")
             images[place] = image.flip(-1) if flip else image
         return images

@@ -14,7 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.colours import DecodedImage
-from flashdit.data.images import crop_of_file, decode_image, find_images, parse_background
+from flashdit.data.images import (
+    check_still_there,
+    crop_of_file,
+    decode_image,
+    find_images,
+    parse_background,
+)
 from flashdit.data.shards import LatentShards
 from flashdit.shared.paths import check_length
 from flashdit.shared.registry import Buildable, Registry
@@ -165,7 +171,7 @@ class ImageFolder:
     """
 
     def __init__(self, options: ImagesOptions, class_names: Sequence[str] = (), called: str = "data.path"):
-        self.options = options
+        self.options, self.called = options, called
         self.found = find_images(Path(options.path), class_names, called)
         self.background = parse_background(options.background)
         self.image_size, self.mirrors = options.image_size, options.mirrors
@@ -175,8 +181,17 @@ class ImageFolder:
         self.labels = torch.tensor(self.found.labels)
 
     def decode(self, index: int) -> DecodedImage:
-        """Returns one whole image."""
-        return decode_image(self.paths[index], self.background)
+        """Returns one whole image.
+
+        Raises:
+            ValueError: If it cannot be read.
+            FileNotFoundError: If the whole folder is gone, which nothing may take for unreadable images.
+        """
+        try:
+            return decode_image(self.paths[index], self.background)
+        except ValueError as error:
+            check_still_there(self.found.root, self.called, error)
+            raise
 
     def picture(self, index: int) -> Image.Image:
         """Returns one whole image, RGB."""

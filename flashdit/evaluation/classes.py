@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashdit.evaluation.features.extractor import Extractor
 from flashdit.evaluation.images.sources import Source
+from flashdit.shared.registry import counted
 
 UNKNOWN_NAMED = 3  # classes in a sentence
 
@@ -95,7 +96,8 @@ def why_unknown(
     if theirs is None:
         lowest, highest = (0, 0) if labels is None else (int(labels.min()), int(labels.max()))
         fit = lowest >= 0 and highest < len(columns)
-        return "" if fit else f"{who} has {len(columns)} classes, labels are from {lowest} to {highest}"
+        classes = counted(len(columns), "class", "classes")
+        return "" if fit else f"{who} has {classes}, labels are from {lowest} to {highest}"
     if not theirs:
         return "the samples have no classes"
     if theirs == columns:  # even where two have one name
@@ -105,5 +107,6 @@ def why_unknown(
     doubled = sorted({name for name in theirs.values() if [*known, *theirs.values()].count(name) > 2})
     if missing:
         more = f" and {len(missing) - UNKNOWN_NAMED:,} more" if missing[UNKNOWN_NAMED:] else ""
-        return f"{who} does not know {', '.join(missing[:UNKNOWN_NAMED])}{more} of {len(theirs):,} classes"
+        classes = counted(len(theirs), "class", "classes")
+        return f"{who} does not know {', '.join(missing[:UNKNOWN_NAMED])}{more} of {classes}"
     return f"several classes are called {', '.join(doubled[:UNKNOWN_NAMED])}" if doubled else ""

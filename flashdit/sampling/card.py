@@ -11,7 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flashdit.sampling.classes import class_ids
 from flashdit.sampling.imagenet import shown_names
+from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.records import sampler_name
+from flashdit.shared.registry import counted
 
 HUB_TASK = "unconditional-image-generation"
 TAGS = ("flashdit", "class-conditional", "flow-matching", "iwin-attention")
@@ -44,7 +46,7 @@ def model_card(
     scored = {"model_name": name, "eval_results": _results(metrics)} if metrics else {}
     data = ModelCardData(library_name="diffusers", pipeline_tag=HUB_TASK, tags=list(TAGS), **scored)
     parts = [f"# {name}", _about(config, class_names, space), _usage(class_names, recipe)]
-    parts += [_metrics(metrics)] if metrics else []
+    parts += [_metrics(metrics, recipe.get("sampling", {}))] if metrics else []
     parts += [_facts(recipe)]
     text = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}\n").content
@@ -59,7 +61,7 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=data,
             dataset_name=data,
             metric_type=re.sub(r"_\d+$", "", types.get(label, label)),
-            metric_name=f"{label}, {count:,} images",
+            metric_name=f"{label}, {counted(count, 'image')}",
             metric_value=value,
         )
         for label, value in metrics["values"].items()
@@ -77,7 +79,8 @@ def _about(config: Mapping[str, Any], class_names: Sequence[str], space: str) ->
     model = f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}"
     kind, made = ("diffusion", "pixels") if space == "pixels" else ("latent diffusion", "latents")
     what = f"class-conditional {kind}" if class_names else f"unconditional {kind}"
-    classes = f"It knows {len(words)} classes: {names}." if words else "It has no classes."
+    known = counted(len(words), "class", "classes")
+    classes = f"It knows {known}: {names}." if words else "It has no classes."
     return (
         f"A{'n' if not class_names else ''} {what} transformer trained by flow matching: {model}, attention: "
         f"{attention}; {made} {channels}×{size}×{size}, predicted: {config['prediction']}. {classes}"
@@ -132,10 +135,15 @@ def _native(sampling: Mapping[str, Any]) -> str:
     return f"\n\nThe run samples by {name}; this pipeline takes Euler steps unless its scheduler is changed."
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
-    """Returns the scores as a table, and how they came about."""
+def _metrics(metrics: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:
+    """Returns the scores as a table, how they came about, and whether the card's own call samples so."""
     rows = [f"| {name} | {value:.4g} |" for name, value in metrics["values"].items() if value is not None]
-    origin = f"{metrics['num_images']} images against {metrics['reference']}; {metrics['sampling']}."
+    images = counted(metrics["num_images"], "image")
+    origin = f"{images} against {metrics['reference']}; {metrics['sampling']}."
+    given = {key: sampling[key] for key in ("steps", "cfg_scale", "cfg_interval") if key in sampling}
+    call = str(SamplingOptions(**given))
+    if not f"{metrics['sampling']},".startswith(f"{call},"):
+        origin += f" The call above samples otherwise: {call}."
     return "\n".join(["## Scores", "", "| metric | value |", "|---|---|", *rows, "", origin])
 
 

@@ -104,6 +104,8 @@ class CheckpointGenerator(ImageGenerator):
         check_weights(checkpoint, weights)
         try:
             state = read_state(checkpoint)
+            if "sampling" not in state:
+                raise TypeError("it is a run of another task")
             self.data_name: str = state["data_name"]
             self.step: int = state["step"]
             self.sampling = SamplingOptions(**current_sampling(state["sampling"]))

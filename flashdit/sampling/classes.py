@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashdit.sampling.imagenet import imagenet_classes
 from flashdit.shared.process import check_memory
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import counted, unknown
 from flashdit.shared.seeds import generator_for
 
 ALL = "all"
@@ -75,7 +75,9 @@ def _class_id(name: str | int, class_names: Sequence[str], known: dict[str, list
         nearest = difflib.get_close_matches(name.lower(), known, n=NEAREST)
         hint = f"; did you mean {' or '.join(repr(word) for word in nearest)}?" if nearest else ""
         every = f": {', '.join(class_names)}" if count <= CLASSES_NAMED else ""
-        raise ValueError(f"unknown class '{name}'{hint} (this model has {count} classes{every})")
+        raise ValueError(
+            f"unknown class '{name}'{hint} (this model has {counted(count, 'class', 'classes')}{every})"
+        )
     if not count:
         raise ValueError(f"this model has no classes, got class {name}")
     return _checked(int(name), count)

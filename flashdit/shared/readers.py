@@ -40,7 +40,19 @@ def read_batches(examples: Dataset, workers: int, **options: Any) -> Iterator[An
     with _signals_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         start = _leave_signals_to_parent if workers else None
-        return iter(DataLoader(examples, num_workers=workers, worker_init_fn=start, **options))
+        loader = DataLoader(examples, num_workers=workers, worker_init_fn=start, **options)
+        return _with_plain_errors(iter(loader))
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields batches; of an error that a worker reports with its traceback, the sentence is kept."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        if (report := str(error)).startswith("Caught "):
+            error.args = (report.rpartition(f"{type(error).__name__}: ")[2].strip(),)
+            error.add_note(report)
+        raise
 
 
 @contextmanager

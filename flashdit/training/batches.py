@@ -1,8 +1,9 @@
-"""Which positions of the stream of images each process takes, and how examples become a batch."""
+"""Which positions of the stream of images each process takes, and how they become the batches of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import default_collate
@@ -30,3 +31,30 @@ def positions(
     """
     parts = range(rank, updates * accumulation * ranks, ranks)
     return (range(start + part * batch_size, start + (part + 1) * batch_size) for part in parts)
+
+
+class StepBatches:
+    """The batches of each optimiser step, read while the step before can still be saved.
+
+    A file that has gone ends a run then as a signal does: with a checkpoint, on all processes at one step.
+
+    Args:
+        batches: Of this process, in order.
+        accumulation: Batches of a step.
+
+    Attributes:
+        parts: Those of the next step.
+        failure: Why they could not be read; None while they could.
+    """
+
+    def __init__(self, batches: Iterator[Tensors], accumulation: int):
+        self.batches, self.accumulation = batches, accumulation
+        self.parts: list[Tensors] = []
+        self.failure: ValueError | OSError | None = None
+
+    def read(self) -> None:
+        """Reads the batches of the next step; none are left after the last one."""
+        try:
+            self.parts = list(islice(self.batches, self.accumulation))
+        except (ValueError, OSError) as error:
+            self.failure = error

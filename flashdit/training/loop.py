@@ -25,7 +25,7 @@ from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
-from flashdit.training.batches import as_batch, positions
+from flashdit.training.batches import StepBatches, as_batch, positions
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
@@ -157,7 +157,7 @@ class TrainingLoop(Generic[AnyTask]):
         """Makes the steps that are left, or fewer if a signal comes."""
         training = self.config.training
         self.network.train()
-        batches = self._batches()
+        self.batches = StepBatches(self._batches(), training.accumulation)
         bar = progress_bar(
             total=training.steps, initial=self.step, desc="train", unit="step", disable=not self.main
         )
@@ -171,14 +171,17 @@ class TrainingLoop(Generic[AnyTask]):
                     self.device, AUTOCAST[training.precision] or torch.float32
                 )
             self.meter.start_clock(self.images_seen)
+            self._read()
+            if self.batches.failure:
+                raise self.batches.failure
             ended = False
             while self.step < training.steps and not ended:
-                ended = self._make_step(batches, stop)
+                ended = self._make_step(stop)
                 bar.update()
                 ended = self._after_step(bar, stop, ended)
             self.guard.check_end(map(local, self.model.parameters()))
             if ended and self.step < training.steps:
-                self.stopped_by = stop.received or "a signal to another process"
+                self.stopped_by = stop.received or self._what_was_not_read()
 
     def _batches(self) -> Iterator[Tensors]:
         """Returns this process's batches from where the run stands to its end."""
@@ -196,11 +199,24 @@ class TrainingLoop(Generic[AnyTask]):
             generator=torch.Generator(),  # its own: the global one stays where a resume would find it
         )
 
-    def _make_step(self, batches: Iterator[Tensors], stop: StopSignals) -> bool:
+    def _what_was_not_read(self) -> str:
+        """Returns what ended the run where this process received no signal.
+
+        Raises:
+            ValueError: If the data of the next step could not be read here.
+        """
+        if self.batches.failure is None:
+            return "another process"
+        raise ValueError(
+            f"{self.batches.failure}; the run is saved at step {self.step} of {self.config.training.steps}: "
+            "run the same command again to go on, once the data can be read"
+        ) from self.batches.failure
+
+    def _make_step(self, stop: StopSignals) -> bool:
         """Makes one optimiser step from its accumulated batches, or skips it on every process.
 
         Returns:
-            Whether the run ends here because a process received a signal.
+            Whether the run ends here because a process received a signal, or has no data for the next step.
         """
         accelerator, accumulation = self.accelerator, self.config.training.accumulation
         self.step += 1
@@ -209,8 +225,8 @@ class TrainingLoop(Generic[AnyTask]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
-        for _ in range(accumulation):
-            batch = self._next(batches)
+        for part in self.batches.parts:
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in part.items()}
             with accelerator.accumulate(self.network):
                 loss, terms = self.task.loss(self._forward, batch)
                 for name, value in {"loss": loss, **terms}.items():
@@ -222,6 +238,7 @@ class TrainingLoop(Generic[AnyTask]):
         norm = whole_norm(
             accelerator.clip_grad_norm_(self.network.parameters(), math.inf if limit is None else limit)
         )
+        self._read()  # while a GPU computes
         grad_norm, ended = self._wait(norm, stop)
         finite = math.isfinite(grad_norm)
         if finite or accelerator.scaler is not None:  # fp16's scaler skips by itself, and lowers its scale
@@ -232,30 +249,33 @@ class TrainingLoop(Generic[AnyTask]):
         self.meter.add("grad_norm", norm)
         self.meter.end_step(finite)
         self.guard.record(finite, self.step, grad_norm)
-        return ended or (accelerator.num_processes == 1 and stop.received is not None)
+        return ended or (accelerator.num_processes == 1 and self._must_end(stop))
 
     def _forward(self, *arguments: Any, **named: Any) -> Tensor:
         """Runs the network in the run's precision."""
         with self.accelerator.autocast():
             return self.network(*arguments, **named)
 
-    def _next(self, batches: Iterator[Tensors]) -> Tensors:
-        """Returns the next batch on the device, and records how long that took."""
+    def _read(self) -> None:
+        """Reads the batches of the next step, and records how long that took."""
         started = time.perf_counter()
-        batch = next(batches)
+        self.batches.read()
         self.meter.waited_s += time.perf_counter() - started
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _must_end(self, stop: StopSignals) -> bool:
+        """Returns whether this process received a signal, or has no data for the next step."""
+        return stop.received is not None or self.batches.failure is not None
 
     def _wait(self, norm: Tensor, stop: StopSignals) -> tuple[float, bool]:
         """Waits for the device, once a step: returns the gradient's norm, and whether all are to end here.
 
-        All processes must end at the same step, so they exchange whether one of them received a signal.
+        All processes must end at the same step, so they exchange whether one of them must.
         """
         if self.accelerator.num_processes == 1:
             return norm.item(), False
-        received = torch.full((), float(stop.received is not None), device=self.device)
-        received = cast(Tensor, self.accelerator.reduce(received, "sum"))
-        grad_norm, ending = torch.stack([norm.float(), received]).tolist()
+        must_end = torch.full((), float(self._must_end(stop)), device=self.device)
+        must_end = cast(Tensor, self.accelerator.reduce(must_end, "sum"))
+        grad_norm, ending = torch.stack([norm.float(), must_end]).tolist()
         return grad_norm, ending > 0
 
     def _due(self, every: int) -> bool:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from flashdit.shared.files import mend
 from flashdit.shared.locks import check_no_writer
-from flashdit.shared.paths import check_replaceable, check_writable
+from flashdit.shared.paths import check_replaceable, check_writable, printable
 from flashdit.shared.process import AUTO
 from flashdit.shared.runs import (
     METRICS_FILE,
@@ -166,6 +166,7 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
             f"config.yaml: bring it back, or start another run.dir with weights={checkpoint}"
         )
     given = yaml.safe_load(config_text)
+    check_same_task(checkpoint, stored, given)
     for name, value in stored.items():
         if isinstance(given.get(name), dict) and not isinstance(value, dict):
             raise ValueError(
@@ -173,7 +174,9 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
             )
     old, new = task.filled(stored), task.filled(given)
     lines = []
-    for key, (before, after) in changes(old, new).items():
+    changed = changes(old, new)
+    for key in sorted(changed, key=lambda key: key != "data.name"):  # by which options of data come and go
+        before, after = changed[key]
         if key in task.by_content or key == "run.dir":
             continue
         if key.startswith(task.fixed_on_resume):
@@ -181,6 +184,25 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
             raise ValueError(f"{rule}: give another run.dir")
         lines.append(f"resumed with another {key}: {after}, was {before}")
     return lines
+
+
+def check_same_task(checkpoint: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses a run of another task, by the parts that its configuration has and that of this one has not.
+
+    Args:
+        checkpoint: Of the run.
+        stored: The configuration that lies there.
+        given: The one to go on with, of which every part is present.
+
+    Raises:
+        ValueError: If it is of another task.
+    """
+    others = sorted(stored.keys() - given.keys())
+    if others:
+        raise ValueError(
+            f"{checkpoint.parent.parent} holds a run of another task, whose configuration has "
+            f"{', '.join(map(printable, others))}: give another run.dir"
+        )
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -15,6 +15,7 @@ from gradio.themes import Default  # pyright: ignore[reportMissingImports]
 
 from flashdit.flow.samplers import SAMPLERS
 from flashdit.sampling.checkpoint import CheckpointGenerator
+from flashdit.shared.registry import counted
 from flashdit.web.plan import AXES, MAX_IMAGES, PageRequest, class_choices
 from flashdit.web.studio import FRAMES, Pictures, Studio
 
@@ -285,7 +286,7 @@ def command_of(commands: list[str], event: gr.SelectData) -> str:
 def side_updates(name: str, pictures: Pictures) -> list[Any]:
     """Returns what a side shows of a model's pictures."""
     recipe = pictures.recipe
-    about = f"{recipe['title']}; {recipe['nfe']:g} model evaluations an image"
+    about = f"{recipe['title']}; {counted(recipe['nfe'], 'model evaluation')} an image"
     if pictures.columns:
         about = f"step {recipe['step']}, a grid of {len(pictures.images)} pictures"
     return [

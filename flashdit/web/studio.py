@@ -23,7 +23,7 @@ from flashdit.sampling.folder import GRID, SampleFolder
 from flashdit.sampling.generator import SampleBatch
 from flashdit.sampling.recipe import make_recipe
 from flashdit.shared.pictures import MIN_CELL, panel_grid, png_text, save_png
-from flashdit.shared.registry import unknown
+from flashdit.shared.registry import counted, unknown
 from flashdit.web.plan import PagePlan, PageRequest, PageSheet, Work, plan_sheet, sample_command
 
 FRAMES = 8
@@ -104,7 +104,8 @@ class Watched:
         self.time = time
         self.work.add(len(x) * self.plan.pixels)
         done, total = self.work.finished_images, self.work.num_images
-        self.say(min(1.0, (done + size * time) / total), f"{done} of {total} images, t = {time:.2f}")
+        share = min(1.0, (done + size * time) / total)
+        self.say(share, f"{done} of {counted(total, 'image')}, t = {time:.2f}")
         v = self.model(x, t, y)
         if self.started == size:
             self._keep(x[:1], time, v[::size].float())

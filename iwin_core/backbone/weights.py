@@ -28,7 +28,7 @@ ABSOLUTE = "absolute_pos_embed"
 TABLES = (ABSOLUTE, "relative_position_bias_table")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 TRAINER_CONFIG = "yacs.config.CfgNode"  # Swin's trainer pickles one beside the weights; it is read as a dict
-LISTED = 12  # names in an error; a wrong file has hundreds
+LISTED = 5  # names in an error; a wrong file has hundreds
 
 
 @dataclass(kw_only=True)

@@ -22,9 +22,10 @@ from flashdit.shared.command import resolve_device
 from flashdit.shared.process import check_model_fits, float32_products, without_memory
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import precision_name, start_run
+from flashdit.training.checkpoint import stored_config
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.options import share_of_batch
-from flashdit.training.resume import settle
+from flashdit.training.resume import check_same_task, settle
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinTransformer
 from iwin_tasks.classification.augmentation import AugmentationOptions
@@ -212,6 +213,8 @@ def evaluate_only(config: ClassifierConfig) -> tuple[str, Accuracy]:
     source = run_dir if list_checkpoints(run_dir) else config.weights
     if source is None:
         raise ValueError(f"--eval-only needs a trained run in run.dir or weights=PATH, got {run_dir} without")
+    for checkpoint in list_checkpoints(run_dir)[-1:]:
+        check_same_task(checkpoint, stored_config(checkpoint), asdict(config))
     model = make_model(config.model)
     load_weights(model, source)
     batch_size = max(1, config.training.global_batch_size // accelerator.num_processes)

@@ -37,6 +37,7 @@ from flashdit.evaluation.images.recorded import (
 from flashdit.shared.files import file_sha256
 from flashdit.shared.paths import printable
 from flashdit.shared.progress import progress_bar
+from flashdit.shared.registry import counted
 
 FilesAndClasses = tuple[list[Path], Tensor | None, dict[int, str] | None]
 
@@ -90,7 +91,8 @@ class FolderSource:
         files = sample_files(self.path, self._recipe)
         labels = recorded_labels(files, self._recipe)
         unknown = "" if labels is not None else "; the pictures do not tell their classes apart"
-        report_images(f"{printable(self.path)}: {len(files):,} samples of `flashdit sample`{unknown}", {})
+        samples = counted(len(files), "sample")
+        report_images(f"{printable(self.path)}: {samples} of `flashdit sample`{unknown}", {})
         return files, labels, None if labels is None else names_in_recipe(self._recipe)
 
     def _found(self) -> FilesAndClasses:

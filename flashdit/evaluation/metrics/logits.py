@@ -7,6 +7,7 @@ from torch import Tensor
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.metrics import SPLIT_SIZE, inception_score
 from flashdit.evaluation.metrics.metric import METRICS, Metric, Score, Unavailable, known
+from flashdit.shared.registry import counted
 
 
 def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[float | Unavailable, ...]:
@@ -15,7 +16,7 @@ def class_score(samples: ImageStatistics, reference: ImageStatistics) -> tuple[f
     mean, deviation = inception_score(logits)
     if len(logits) <= SPLIT_SIZE:
         return mean, Unavailable(
-            f"{len(logits):,} images are one chunk of {SPLIT_SIZE:,}, which has no spread"
+            f"{counted(len(logits), 'image')} are one chunk of {SPLIT_SIZE:,}, which has no spread"
         )
     return mean, deviation
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashdit.evaluation.features.statistics import ImageStatistics
 from flashdit.evaluation.metrics.frechet import distance_of_rows
+from flashdit.shared.registry import counted
 
 
 @dataclass(kw_only=True)
@@ -89,9 +90,9 @@ def class_notes(
         few = sum(count <= dimensions for count in counts)
         if few:
             notes.append(
-                f"{few:,} of {len(scores):,} classes have no more images than the {dimensions} dimensions on "
-                f"one side (the least: {min(counts)}), which biases their distances upwards: compare them "
-                "only at equal counts"
+                f"{few:,} of {counted(len(scores), 'class', 'classes')} have no more images than the "
+                f"{dimensions} dimensions on one side (the least: {min(counts)}), which biases their "
+                "distances upwards: compare them only at equal counts"
             )
     if unknown or samples.logits is None:
         notes.append(f"no accuracy: {unknown or 'the extractor has no logits'}")

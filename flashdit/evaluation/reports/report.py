@@ -17,6 +17,7 @@ from rich.table import Table
 from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.metrics.scoring import Scores
 from flashdit.shared.files import write_atomically, write_json
+from flashdit.shared.registry import counted
 
 RESULT_SCHEMA = 2
 JSON_MARK, MARKDOWN_MARK = '"timings_s": {', "| metric | samples ("
@@ -130,9 +131,8 @@ def shown(value: float | None) -> str:
 def footnotes(result: EvalResult) -> list[str]:
     """Returns the lines under a table: the reference, what is missing and why, what to beware of."""
     count = result.reference["num_images"]
-    against = (
-        f"reference {result.reference['name']} ({'count unknown' if count is None else f'{count:,} images'})"
-    )
+    images = "count unknown" if count is None else counted(count, "image")
+    against = f"reference {result.reference['name']} ({images})"
     missing = [f"{result.names[key].label}: {reason}" for key, reason in result.scores.reasons.items()]
     sampling = [f"samples: {result.samples['summary']}"] if "summary" in result.samples else []
     return [*sampling, f"{against}, extractor {result.extractor['name']}", *missing, *result.warnings]

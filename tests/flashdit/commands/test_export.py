@@ -61,7 +61,7 @@ def test_the_card_tells_use_scores_and_provenance(run_dir, tmp_path):
     assert "3 classes: cat, golden retriever, hen." in card
     assert "'cat', guidance_scale=1.5, guidance_interval=(0.0, 1.0), num_inference_steps=3" in card
     assert "| FD[digits] | 0.5 |" in card, "scores of other weights are not told"
-    assert "1000 images against digits; heun 9, guidance 2." in card
+    assert "1,000 images against digits; heun 9, guidance 2. The call above samples otherwise: euler" in card
     assert load_generator(run_dir).recipe()["weights_sha256"] in card
     assert str(tmp_path) not in card
     for path in (tmp_path / "out").rglob("*.json"):

@@ -1,6 +1,7 @@
 """Pixels without an autoencoder: what is read, trained on, sampled, scored and exported."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from flashdit import trainer as trainer_module
 from flashdit.commands import estimate, export
 from flashdit.data.encode import open_latents
 from flashdit.data.latents import LatentOptions, LatentSpace
-from flashdit.data.pixels import PixelImages, UnreadableImage
+from flashdit.data.pixels import PixelImages
 from flashdit.sampling.checkpoint import load_generator
+from flashdit.shared.runs import list_checkpoints, step_of
+from flashdit.training.batches import StepBatches
 from flashdit.web.studio import load_generators
 
 CPU = torch.device("cpu")
@@ -204,17 +207,34 @@ def test_a_file_that_breaks_later_ends_the_run_by_name(pictures, tmp_path, worke
     assert "\n" not in str(raised.value)
 
 
-def test_only_the_sentence_is_kept_of_a_reading_processs_report():
-    report = (
-        "Caught UnreadableImage in DataLoader worker process 0.\n"
-        "Original Traceback (most recent call last):\n"
-        '  File "x.py", line 1, in read\nflashdit.data.pixels.UnreadableImage: a/0.png is not readable\n'
-    )
-    assert (
-        str(UnreadableImage(report))
-        == str(UnreadableImage("a/0.png is not readable"))
-        == "a/0.png is not readable"
-    )
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_folder_goes_is_saved_and_goes_on_as_if_it_had_not(
+    pictures, tmp_path, workers, monkeypatch
+):
+    options = [f"training.workers={workers}", "training.steps=12", "training.save_every=12"]
+    whole = run_of(pictures[0], tmp_path / "whole", *options)
+    aside, read, reads = tmp_path / "aside", StepBatches.read, []
+
+    def moved_meanwhile(batches):
+        reads.append(1)
+        if len(reads) == 4:
+            pictures[0].rename(aside)
+        read(batches)
+
+    monkeypatch.setattr(StepBatches, "read", moved_meanwhile)
+    said = r"^data.path must stay where it is while .*pictures is gone; the run is saved at step (\d+) of 12"
+    with pytest.raises(ValueError, match=said) as raised:
+        run_of(pictures[0], tmp_path / "run", *options)
+    assert "\n" not in str(raised.value)
+    step = int(re.match(said, str(raised.value))[1])
+    assert 3 <= step < 12
+    assert workers or step == 3
+    assert [step] == [step_of(path) for path in list_checkpoints(tmp_path / "run")]
+    aside.rename(pictures[0])
+    run_of(pictures[0], tmp_path / "run", *options)
+    (before,), (*_, after) = list_checkpoints(whole), list_checkpoints(tmp_path / "run")
+    name = "model/diffusion_pytorch_model.safetensors"
+    assert (before / name).read_bytes() == (after / name).read_bytes()
 
 
 def test_what_pixels_cannot_be_is_named(tiny_shards, pictures):

@@ -8,6 +8,7 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.data import Dataset
 
@@ -55,3 +56,21 @@ def test_more_readers_than_cores_are_no_warning(monkeypatch):
 
 def test_an_iterator_without_processes_reads_here():
     assert next(read_batches(Processes(), 0, batch_size=2)).equal(torch.tensor([os.getpid()] * 2))
+
+
+class Breaks(Dataset):
+    """Raises an error of one line for every item."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, item):
+        raise FileNotFoundError(f"ValueError: item {item} is gone")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_of_an_error_that_a_worker_reports_the_sentence_is_kept(workers):
+    with pytest.raises(FileNotFoundError) as raised:
+        list(read_batches(Breaks(), workers, batch_size=1))
+    assert str(raised.value) == "ValueError: item 0 is gone"
+    assert any("in __getitem__" in note for note in getattr(raised.value, "__notes__", [])) == bool(workers)

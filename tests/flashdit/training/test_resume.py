@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from flashdit import config
+from flashdit.commands import autoencoder
 from flashdit.shared.files import TEMPORARY, read_checked_json, write_checked_json
 from flashdit.shared.locks import only_writer
 from flashdit.shared.process import check_processes
@@ -23,6 +24,7 @@ from flashdit.trainer import Trainer
 from flashdit.training.contents import difference_in_words, equality_in_words
 from flashdit.training.guard import StopSignals
 from flashdit.training.task import PeriodicAction
+from iwin_tasks.commands import classify
 
 
 def trainer(overrides, *more):
@@ -504,3 +506,22 @@ def test_a_refused_start_writes_nothing(image_run, tmp_path, refused):
     with pytest.raises(ValueError, match=r"files 1 fewer|must be the number of the data's classes"):
         trainer(image_run, *overrides)
     assert state() == before
+
+
+def test_a_run_of_another_task_is_refused_as_such(tiny_overrides, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(tiny_overrides).fit()
+    before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+    said = r"run holds a run of another task, whose configuration has .*flow, .*: give another run.dir"
+    for eval_only in ([], ["--eval-only"]):
+        with pytest.raises(ValueError, match=said):
+            classify.main([*eval_only, f"run.dir={run_dir}"])
+    with pytest.raises(ValueError, match=said):
+        autoencoder.main([f"run.dir={run_dir}", "--images", str(tmp_path)])
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+
+
+def test_of_a_run_on_another_data_set_the_data_set_is_named_and_no_option_of_it(tiny_overrides, tmp_path):
+    trainer(tiny_overrides).fit()
+    with pytest.raises(ValueError, match=r"run holds a run whose data.name is shards, not images: give"):
+        trainer(tiny_overrides, "data.name=images", "data.background=black", "data.mirrors=true")

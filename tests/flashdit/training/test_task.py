@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from flashdit.shared.runs import list_checkpoints, read_state
 from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, start_run
+from flashdit.training.batches import StepBatches
 from flashdit.training.ema import EmaOptions
 from flashdit.training.guard import StopSignals
 from flashdit.training.loop import TrainingLoop
@@ -110,11 +111,12 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_the_device_once(tmp_path, accumulation, limit):
     run = line(tmp_path, accumulation=accumulation)
     run.config.optimizer.max_grad_norm = limit
-    batches = run._batches()
+    run.batches = StepBatches(run._batches(), accumulation)
     run.meter.start_clock(0)
+    run._read()
     with StopSignals() as stop, Waits() as waits:
         for step in range(1, 4):
-            assert run._make_step(batches, stop) is False
+            assert run._make_step(stop) is False
             assert waits.count == step
 
 
