@@ -89,6 +89,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/evaluation",
         "tests/flashdit/commands/test_evaluate.py",
     ],
+    "flashdit/glyphs": ["tests/flashdit/glyphs"],
     "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
     "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],

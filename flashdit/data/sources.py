@@ -98,10 +98,10 @@ def spec_of(data: Mapping[str, Any]) -> str:
     built = cast(Buildable, DATASETS[name])
     if isinstance(getattr(built.build, "companions", Companions()), Companions):
         return name
-    defaults = {field.name: field.default for field in fields(built.options_type)}
-    changed = {key: value for key, value in data.items() if key == "name" or value != defaults.get(key)}
-    text = yaml.safe_dump(changed, default_flow_style=True, sort_keys=False, width=math.inf)
-    return name if len(changed) == 1 else text.strip()
+    options = fields(built.options_type)
+    changed = {one.name: data[one.name] for one in options if data.get(one.name, one.default) != one.default}
+    text = yaml.safe_dump({"name": name, **changed}, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip() if changed else name
 
 
 class MemoryLatents:
