@@ -78,6 +78,8 @@ assets: install  # trains the embedded data's autoencoders (others than the comm
 	$(BIN)/flashdit autoencoder --config autoencoder/glyphs
 	$(BIN)/python -m tools.glyphs_classifier
 	$(BIN)/flashdit plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
+	$(BIN)/flashdit train --config glyphs
+	$(BIN)/flashdit plot runs/glyphs --write-reference flashdit/glyphs/assets/curves/glyphs.json
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

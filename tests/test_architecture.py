@@ -61,7 +61,7 @@ def test_folders_import_only_those_before_them(path):
 
 @pytest.mark.parametrize("name", ["digits", "glyphs"])
 def test_only_an_embedded_data_set_knows_itself(name):  # but for the name of the default configuration
-    known = re.compile(rf"{name}\.(\w+) import|[=!]= [\"']{name}")
+    known = re.compile(rf"flashdit\.{name}\b|[=!]= [\"']{name}")
     for path in (ROOT / "flashdit").rglob("*.py"):
         text = path.read_text().replace(
             'DEFAULT_CONFIG = "digits"', ""

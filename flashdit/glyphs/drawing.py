@@ -148,30 +148,30 @@ def ramp(offset: float, width: float) -> np.ndarray:
 
 
 @cache
-def photographs(image_size: int) -> list[list[Image.Image]]:
-    """Returns each photograph at each of `ZOOMS`."""
+def photographs(image_size: int, dark: bool) -> list[list[Image.Image]]:
+    """Returns each photograph at each of `ZOOMS`, its levels narrowed to `DARK` or `LIGHT`."""
     found = find_spec("sklearn")  # without an import, which takes seconds
     assert found is not None
     assert found.origin is not None
     folder = Path(found.origin).parent / "datasets" / "images"
+    low, high = DARK if dark else LIGHT
+    levels = [round(low + (high - low) * level / 255) for level in range(256)]
     zoomed = []
     for name in PHOTOGRAPHS:
         with Image.open(folder / name) as file:
             whole = file.convert("RGB")
         factors = [zoom * image_size / min(whole.size) for zoom in ZOOMS]
         sizes = [(round(whole.width * factor), round(whole.height * factor)) for factor in factors]
-        zoomed.append([whole.resize(size, Image.Resampling.BICUBIC) for size in sizes])
+        zoomed.append([whole.resize(size, Image.Resampling.BICUBIC).point(levels * 3) for size in sizes])
     return zoomed
 
 
 def piece_of_photograph(
     piece: tuple[float, float, float, float], image_size: int, *, dark: bool
 ) -> Image.Image:
-    """Returns an image-sized piece of a photograph, its levels narrowed to `DARK` or `LIGHT`."""
+    """Returns an image-sized piece of a photograph, of `DARK` levels or of `LIGHT` ones."""
     which, zoom, x, y = piece
-    zoomed = photographs(image_size)
+    zoomed = photographs(image_size, dark)
     picture = zoomed[int(which * len(zoomed))][int(zoom * len(ZOOMS))]
     left, top = int(x * (picture.width - image_size)), int(y * (picture.height - image_size))
-    low, high = DARK if dark else LIGHT
-    levels = [round(low + (high - low) * level / 255) for level in range(256)]
-    return picture.crop((left, top, left + image_size, top + image_size)).point(levels * 3)
+    return picture.crop((left, top, left + image_size, top + image_size))
