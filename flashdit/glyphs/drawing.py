@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -106,25 +107,29 @@ def draw_numbers(purpose: str, index: int, families: dict[str, tuple[str, ...]],
 
 def draw(drawing: Drawing, image_size: int) -> Tensor:
     """Returns a drawing as an image, uint8 (3, S, S)."""
-    size = (image_size, image_size)
     if drawing.piece is None:
-        picture = Image.new("RGB", size, drawing.ground)
+        image = np.empty((3, image_size, image_size), np.uint8)
+        image[:] = np.reshape(drawing.ground, (3, 1, 1))
     else:
-        picture = piece_of_photograph(drawing.piece, image_size, dark=drawing.ink_is_light)
-    mask, corner = ink_mask(drawing, image_size)
-    picture.paste(drawing.ink, corner, mask)
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1)))
+        image = piece_of_photograph(drawing.piece, image_size, dark=drawing.ink_is_light)
+    share, (left, top) = ink_share(drawing, image_size)
+    height, width = share.shape
+    box = image[:, top : top + height, left : left + width]
+    ink = np.array(drawing.ink, np.float32).reshape(3, 1, 1)
+    box[:] = box + (ink - box) * share + 0.5  # rounded, as bytes cut the fraction off
+    return torch.from_numpy(image)
 
 
-def ink_mask(drawing: Drawing, image_size: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns how much of each pixel of a box the letter covers, mode L, and the box's corner (x, y)."""
+def ink_share(drawing: Drawing, image_size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the share of each pixel of a box that is ink, float32 (h, w), and the box's corner (x, y)."""
     field, ink_size = distance_field(drawing.face, drawing.letter)
     extent = np.abs(drawing.linear) @ (np.array(ink_size) / EM + 2 * max(drawing.weight, 0))
     shrunk = min(1.0, (1 - 2 * MARGIN) / extent.max())  # the widest letters, so that they fit
     slack = np.minimum((1 - 2 * MARGIN - shrunk * extent) / 2, MAX_SHIFT)
     centre = image_size * (0.5 + np.array(drawing.shift) * slack)
     half = image_size * shrunk * extent / 2
-    corner, end = np.floor(centre - half).astype(int) - 1, np.ceil(centre + half).astype(int) + 1
+    corner = np.maximum(np.floor(centre - half).astype(int) - 1, 0)
+    end = np.minimum(np.ceil(centre + half).astype(int) + 1, image_size)
     # (2, 2): from pixels of the image to those of the field
     to_field = np.linalg.inv(shrunk * drawing.linear) * EM / image_size
     origin = FIELD_SIZE / 2 + to_field @ (corner - centre)
@@ -132,24 +137,23 @@ def ink_mask(drawing: Drawing, image_size: int) -> tuple[Image.Image, tuple[int,
     width, height = (end - corner).tolist()
     sampled = field.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
     pixel = math.sqrt(abs(np.linalg.det(to_field)))  # of the image, in pixels of the field
-    mask = Image.fromarray(ramp(drawing.weight * EM, pixel)[np.asarray(sampled)])
-    return mask, (int(corner[0]), int(corner[1]))
+    return ramp(drawing.weight * EM, pixel)[np.asarray(sampled)], (int(corner[0]), int(corner[1]))
 
 
 def ramp(offset: float, width: float) -> np.ndarray:
-    """Returns the coverage of each level of a distance field, uint8 (256,).
+    """Returns the share of a pixel that is ink for each level of a distance field, float32 (256,).
 
     Args:
         offset: How far the outline is moved outwards, in pixels of the field.
-        width: Over which coverage goes from none to full: a pixel of the image, in pixels of the field.
+        width: Over which the share goes from 0 to 1: a pixel of the image, in pixels of the field.
     """
     distances = (np.arange(256) - 127.5) / 127.5 * FIELD_REACH + offset
-    return (np.clip(distances / width + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.clip(distances / width + 0.5, 0, 1).astype(np.float32)
 
 
 @cache
-def photographs(image_size: int, dark: bool) -> list[list[Image.Image]]:
-    """Returns each photograph at each of `ZOOMS`, its levels narrowed to `DARK` or `LIGHT`."""
+def photographs(image_size: int, dark: bool) -> list[list[np.ndarray]]:
+    """Returns each photograph at each of `ZOOMS`, uint8 (3, h, w), of `DARK` levels or of `LIGHT` ones."""
     found = find_spec("sklearn")  # without an import, which takes seconds
     assert found is not None
     assert found.origin is not None
@@ -162,16 +166,18 @@ def photographs(image_size: int, dark: bool) -> list[list[Image.Image]]:
             whole = file.convert("RGB")
         factors = [zoom * image_size / min(whole.size) for zoom in ZOOMS]
         sizes = [(round(whole.width * factor), round(whole.height * factor)) for factor in factors]
-        zoomed.append([whole.resize(size, Image.Resampling.BICUBIC).point(levels * 3) for size in sizes])
+        pictures = [whole.resize(size, Image.Resampling.BICUBIC).point(levels * 3) for size in sizes]
+        zoomed.append([rearrange(np.asarray(picture), "h w c -> c h w").copy() for picture in pictures])
     return zoomed
 
 
 def piece_of_photograph(
     piece: tuple[float, float, float, float], image_size: int, *, dark: bool
-) -> Image.Image:
-    """Returns an image-sized piece of a photograph, of `DARK` levels or of `LIGHT` ones."""
+) -> np.ndarray:
+    """Returns an image-sized piece of a photograph, uint8 (3, S, S), of `DARK` levels or of `LIGHT` ones."""
     which, zoom, x, y = piece
     zoomed = photographs(image_size, dark)
     picture = zoomed[int(which * len(zoomed))][int(zoom * len(ZOOMS))]
-    left, top = int(x * (picture.width - image_size)), int(y * (picture.height - image_size))
-    return picture.crop((left, top, left + image_size, top + image_size))
+    _, height, width = picture.shape
+    left, top = int(x * (width - image_size)), int(y * (height - image_size))
+    return picture[:, top : top + image_size, left : left + image_size].copy()

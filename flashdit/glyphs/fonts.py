@@ -79,17 +79,17 @@ def distance_field(face: str, letter: str) -> tuple[Image.Image, tuple[int, int]
 
     Returns:
         The field, mode L: 0 to 255 stands for −`FIELD_REACH` to `FIELD_REACH` pixels of the field, 127.5 for
-        the outline. Width and height are of the ink, in pixels of the field.
+        the outline. Width and height, in the same pixels, are of a box around the centre that holds the ink.
 
     Source: Green 2007, "Improved alpha-tested magnification for vector textures and special effects".
     """
     from scipy.ndimage import distance_transform_edt
 
     mask = letter_mask(face, letter, EM * OVERSAMPLING, FIELD_SIZE * OVERSAMPLING)
-    left, top, right, bottom = (edge // OVERSAMPLING for edge in mask.getbbox() or (0, 0, 0, 0))
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    spans = [(low // OVERSAMPLING, -(-high // OVERSAMPLING)) for low, high in ((left, right), (top, bottom))]
     columns, rows = (
-        slice(max(low - FIELD_REACH, 0), min(high + FIELD_REACH + 1, FIELD_SIZE))
-        for low, high in ((left, right), (top, bottom))
+        slice(max(low - FIELD_REACH, 0), min(high + FIELD_REACH, FIELD_SIZE)) for low, high in spans
     )
     blocks = rearrange(np.asarray(mask) >= 128, "(h y) (w x) -> h w y x", y=OVERSAMPLING, x=OVERSAMPLING)
     ink = rearrange(blocks[rows, columns], "h w y x -> (h y) (w x)")  # beyond it all is out of reach
@@ -98,4 +98,5 @@ def distance_field(face: str, letter: str) -> tuple[Image.Image, tuple[int, int]
     pixels = reduce(inside, "(h y) (w x) -> h w", "mean", y=OVERSAMPLING, x=OVERSAMPLING) / OVERSAMPLING
     levels = np.zeros((FIELD_SIZE, FIELD_SIZE), np.uint8)
     levels[rows, columns] = (pixels / FIELD_REACH * 127.5 + 127.5).round().clip(0, 255)
-    return Image.fromarray(levels), (right - left, bottom - top)
+    width, height = (2 * max(FIELD_SIZE // 2 - low, high - FIELD_SIZE // 2) for low, high in spans)
+    return Image.fromarray(levels), (width, height)

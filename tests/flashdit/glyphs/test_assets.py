@@ -21,7 +21,8 @@ def test_the_weights_are_small():
     assert GLYPHS_WEIGHTS.stat().st_size <= 1_000_000
 
 
-@pytest.mark.parametrize(("ground", "size", "db"), [("plain", 64, 20.0), ("photograph", 96, 20.0)])
+# Measured 32.5 and 30.1 dB; the margin is for other machines' convolutions.
+@pytest.mark.parametrize(("ground", "size", "db"), [("plain", 64, 31.5), ("photograph", 96, 29.0)])
 def test_held_out_letters_are_reconstructed_from_a_quarter_of_the_side(autoencoder, ground, size, db):
     options = {"split": "held-out", "ground": ground, "image_size": size}
     glyphs = DATASETS.build({"name": "glyphs", **options})

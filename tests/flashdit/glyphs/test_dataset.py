@@ -12,7 +12,7 @@ from flashdit.evaluation.features.extractors import build_extractor
 from flashdit.evaluation.features.statistics import collect
 from flashdit.evaluation.images.sources import digest_of, open_reference
 from flashdit.glyphs import dataset
-from flashdit.glyphs.drawing import draw, draw_numbers
+from flashdit.glyphs.drawing import draw, draw_numbers, ink_share
 from flashdit.glyphs.fonts import HELD_OUT_FAMILIES, LETTERS, TRAINING_FAMILIES
 from flashdit.shared.pictures import to_pil
 
@@ -70,6 +70,14 @@ def test_a_drawing_is_the_same_at_any_size(size):
     smaller = to_pil(image).resize(shape, Image.Resampling.BILINEAR)
     difference = np.abs(np.asarray(smaller, float) - np.asarray(reference, float)).mean()
     assert difference < 6
+
+
+def test_no_part_of_a_letter_is_cut_off():
+    for index in range(104):
+        share, corner = ink_share(draw_numbers("train", index, TRAINING_FAMILIES, "plain"), 256)
+        assert share.max() == 1
+        assert max(share[0].max(), share[-1].max(), share[:, 0].max(), share[:, -1].max()) == 0
+        assert min(corner) > 0
 
 
 @pytest.mark.parametrize("ground", ["plain", "photograph"])
