@@ -21,7 +21,7 @@ from flashdit.data.fit import check_fit
 from flashdit.data.inspection import RECORD, Inspection
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import DATASETS
+from flashdit.data.sources import DATASETS, spec_of
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
@@ -92,7 +92,7 @@ class InTrainingEvaluation:
         request = EvaluationRequest(
             generator=generator,
             sampling=config.sampling,
-            data=config.data["name"],
+            data=spec_of(config.data),
             data_path=config.data.get("path") if config.data["name"] == "images" else None,
             labels=options.labels,
             num_images=options.num_images,

@@ -32,6 +32,7 @@ PIPELINE = ["tests/flashdit/sampling/test_pipeline.py", "tests/flashdit/sampling
 TESTS = {  # files that tests elsewhere or without their name are for; folders that others' tests are for, too
     "flashdit/commands/survey.py": ["tests/flashdit/commands/test_new.py"],
     "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
+    "flashdit/data/sources.py": ["tests/flashdit/data/test_sources.py", "tests/flashdit/glyphs"],
     "flashdit/data/walk.py": IMAGES,
     "flashdit/data/colours.py": [
         "tests/flashdit/data/test_colours.py",
@@ -39,6 +40,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         IMAGES[0],
     ],
     "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
+    "flashdit/evaluation/images/datasets.py": ["tests/flashdit/evaluation", "tests/flashdit/glyphs"],
     "flashdit/evaluation/stored.py": [
         "tests/flashdit/evaluation/test_reference.py",
         "tests/flashdit/evaluation/test_stored.py",
@@ -87,6 +89,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/evaluation",
         "tests/flashdit/commands/test_evaluate.py",
     ],
+    "flashdit/glyphs": ["tests/flashdit/glyphs"],
     "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
     "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],
