@@ -73,7 +73,7 @@ def count_parameters(config: RunConfig) -> Counts:
     def count(arguments: dict[str, Any]) -> np.ndarray:
         parameters = list(model_without_memory(arguments).parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return np.array([sum(p.numel() for p in parameters), trained])
+        return np.array([sum(p.numel() for p in parameters), trained], dtype=object)  # integers of any size
 
     parts = measure_parts(config.model_arguments, count)
     whole, trained = parts.outside + sum(blocks * counts for blocks, counts in parts.blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         shift_modulation: bool = True,
-        attention: Attention = IWIN,
+        attention: str | Mapping[str, Any] | Sequence[Any] = IWIN,
         position_embedding: str = "none",
         norm: str = "rmsnorm",
         mlp: str = "swiglu",

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,8 @@ def test_parameters_are_counted_without_the_blocks_being_made(tiny_overrides):
     assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < counts.all
     assert counts.block == sum(p.numel() for p in model.blocks[3].parameters())
     assert counts.outside == counts.all - 5 * counts.block
+    deep = replace(settings, model=settings.model | {"depth": 2**62})
+    assert count_parameters(deep).all == counts.outside + 2**62 * counts.block
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
