@@ -105,6 +105,15 @@ def test_parameters_are_counted_without_the_blocks_being_made(tiny_overrides):
     assert count_parameters(deep).all == counts.outside + 2**62 * counts.block
 
 
+def test_where_blocks_differ_the_largest_is_the_block_that_is_gathered(tiny_overrides):
+    kinds = "model.attention=[global, {name: iwin, kernel: 5}, iwin]"
+    settings = config.load(None, [*tiny_overrides, kinds, "model.depth=5"])
+    counts, model = count_parameters(settings), FlashDiT(**settings.model_arguments)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    assert blocks[1] == counts.block == max(blocks) > blocks[2] > blocks[0]
+    assert counts.all == counts.outside + sum(blocks)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_is_refused_exactly_where_the_estimate_is_larger_than_the_memory(
     tiny_overrides, monkeypatch, checkpointing
