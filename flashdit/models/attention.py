@@ -80,9 +80,7 @@ def _make_windows(options: WindowOptions, shape: AttentionShape, interleaved: bo
         raise ValueError(
             f"window must be between 1 and the side of the token grid, got {window=} for grid={shape.grid}"
         )
-    rotary = None
-    if options.rope:  # of the map as it is padded for attention
-        rotary = Rotary([-(-side // window) * window for side in shape.grid], shape.head_dim)
+    rotary = Rotary(shape.grid, shape.head_dim) if options.rope else None
     return IwinAttention(
         shape.dim,
         shape.num_heads,
