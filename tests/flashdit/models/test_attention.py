@@ -262,6 +262,7 @@ def test_all_kinds_compile_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, of a compiled block's inputs
 def test_a_step_of_all_kinds_by_compiled_blocks_is_the_same():
     model = tiny(attention=MIXED, depth=len(MIXED), registers=2, qk_norm=True)
     found = []
