@@ -135,16 +135,24 @@ def find(page, selector):
 
 def write(page, name, text):
     """Types a value into a control in place of what it holds, and leaves it, which closes its list."""
-    (field,) = wait(page, lambda: find(page, f"#{name} input:not([type=range])"))
-    field.send_keys("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
+    keys = ("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
+    wait(
+        page,
+        lambda: [field.send_keys(*keys) for field in find(page, f"#{name} input:not([type=range])")],
+    )
 
 
 def choose(page, name, text):
-    """Chooses an entry of a list."""
-    wait(page, lambda: find(page, f"#{name} input"))[0].click()
-    wait(page, lambda: [entry for entry in find(page, "[role=option]") if entry.text.endswith(text)])[
-        0
-    ].click()
+    """Chooses an entry of a list; the page may draw its controls anew meanwhile."""
+
+    def click(selector, ending=""):
+        found = [element for element in find(page, selector) if element.text.endswith(ending)]
+        for element in found[:1]:
+            element.click()
+        return found
+
+    wait(page, lambda: click(f"#{name} input"))
+    wait(page, lambda: click("[role=option]", text))
 
 
 def set_size(page, width, height):
@@ -287,7 +295,8 @@ def test_a_grid_over_two_options_stands_in_rows_and_columns(page, tmp_path):
     wait(page, lambda: find(page, "#down_values input, #down_values textarea"))
     for name, axis, values in (("across", "guidance", "1, 2, 4"), ("down", "class", "three, 8")):
         choose(page, name, axis)
-        find(page, f"#{name}_values input, #{name}_values textarea")[0].send_keys(values, "\ue004")
+        fields = f"#{name}_values input, #{name}_values textarea"
+        wait(page, lambda: [field.send_keys(values, "\ue004") for field in find(page, fields)])  # noqa: B023
     press(page)
     pictures(page, 6, FRAMES if SHOWN_RUN else 3)
     captions = [caption.text for caption in find(page, "#images-0 .caption-label")]
