@@ -17,7 +17,9 @@ from PIL.ImageFile import ImageFile
 from flashdit.data.colours import DecodedImage, decode
 from flashdit.data.tiff import unknown_tiff
 from flashdit.data.walk import IMAGE_FORMATS, IMAGE_SUFFIXES, Walk
+from flashdit.shared.command import is_first_process
 from flashdit.shared.paths import printable
+from flashdit.shared.registry import counted
 
 logger = logging.getLogger(__name__)
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets them run side by side
@@ -52,11 +54,11 @@ class FoundImages:
         """
         broken = len(self.unreadable) if unreadable is None else unreadable
         count = len(self.paths) + len(self.unreadable) - broken
-        line = f"{_counted(count, 'image')} in {_counted(len(self.class_names), 'class', 'classes')}"
+        line = f"{counted(count, 'image')} in {counted(len(self.class_names), 'class', 'classes')}"
         left_out = [f"{number:,} {reason}" for reason, number in self.left_out.items()]
         left_out += [f"{broken:,} unreadable"] if broken else []
         parts = [line, f"left out: {', '.join(left_out)}" if left_out else "", *remarks]
-        parts += [f"{_counted(self.links, 'link')} followed"] if self.links else []
+        parts += [f"{counted(self.links, 'link')} followed"] if self.links else []
         return f"{printable(self.root)}: {'; '.join(part for part in parts if part)}"
 
 
@@ -268,15 +270,10 @@ def transparent_images(count: int | None, background: str) -> str:
 
 def report_images(line: str, unreadable: Mapping[str, str]) -> None:
     """Logs what was found, and each unreadable file with the reason, on the main process alone."""
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_process():
         return
     for name, why in [*unreadable.items()][:NAMED_AT_MOST]:
         logger.warning("skipped %s, which cannot be read: %s", printable(name), why)
     if len(unreadable) > NAMED_AT_MOST:
         logger.warning("and %s more that cannot be read", f"{len(unreadable) - NAMED_AT_MOST:,}")
     logger.info(line)
-
-
-def _counted(number: int, one: str, many: str = "") -> str:
-    """Returns a number with its noun."""
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"

@@ -21,8 +21,8 @@ from flashdit.shared.paths import check_outside, resolved
 from flashdit.shared.registry import check_type
 from flashdit.shared.runs import (
     EXPORT_FILE,
-    checksums,
     export_changes,
+    file_names,
     read_export_checksums,
     write_export_checksums,
 )
@@ -119,7 +119,7 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     others = {entry.name for entry in folder.iterdir()} - {*PARTS}
     known = read_export_checksums(folder)
     if known:
-        others |= checksums(folder).keys() - known.keys() - {EXPORT_FILE}
+        others |= {*file_names(folder)} - known.keys() - {EXPORT_FILE}
     for found, what in ((sorted(others), "holds {} too"), (export_changes(folder), "was edited since in {}")):
         if found:
             names = f"{', '.join(found[:3])}{' …' if len(found) > 3 else ''}"

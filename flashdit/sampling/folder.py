@@ -203,6 +203,7 @@ class SampleFolder:
             if pixels is not None and not (self.was_finished and (self.path / ARRAYS).is_file()):
                 write_atomically(self.path / ARRAYS, self._write_arrays)
             write_json(self.path / RECIPE, self.recipe | self._measured() | {"finished": True})
+        mend(self.parts)
         for path in (*self._part_files(), self.parts / PIXELS):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # it holds a file of somebody else's

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from flashdit.shared.files import lost_worker
 from flashdit.shared.registry import nearest_name, unknown
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
@@ -52,6 +51,11 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_first_process() -> bool:
+    """Returns whether this process speaks for all that a launcher has started; torch is not imported."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -64,6 +68,8 @@ def _check_words(words: Sequence[str]) -> None:
 
 def _sentence(error: Exception) -> str | None:
     """Returns what to print of an error that a user can cause; None for any other, which is a bug of ours."""
+    from flashdit.shared.files import lost_worker  # which a command that fails can wait for
+
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "t allocate memory" in text:

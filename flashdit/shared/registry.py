@@ -25,6 +25,11 @@ def nearest_name(name: object, known: Iterable[object]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Returns a number with its noun, for messages."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def unknown(kind: str, name: object, known: Iterable[object]) -> ValueError:
     """Returns the error for a name that is not known, naming the nearest one and all known ones.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -168,9 +168,12 @@ def images_of(config: Mapping[str, Any]) -> str | None:
 
 def checksums(checkpoint: Path) -> dict[str, str]:
     """Returns what `check_whole` compares: of each file in a checkpoint's folder its CRC-32, by name."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    names = {path.relative_to(checkpoint).as_posix(): path for path in files}
-    return {name: file_crc32(path) for name, path in names.items() if name not in EDITABLE}
+    return {name: file_crc32(checkpoint / name) for name in file_names(checkpoint) if name not in EDITABLE}
+
+
+def file_names(folder: Path) -> list[str]:
+    """Returns the names of all files below a folder, with `/` and from there."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def additions(checkpoint: Path) -> list[str]:
@@ -192,10 +195,8 @@ def posthoc_checksums(about: Path) -> dict[str, str]:
         DamagedCheckpoint: If its `POSTHOC_FILE` is damaged.
     """
     try:
-        known = read_checked_json(about).get(CHECKSUMS)
-        if known is not None and (not isinstance(known, dict) or not known):
-            raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
-        return known or {}
+        content = read_checked_json(about)
+        return {} if content.get(CHECKSUMS) is None else _checksums_in(content)
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{about} is damaged: {error}") from error
 
@@ -216,16 +217,29 @@ def check_whole(checkpoint: Path, part: str = "") -> None:
     about = checkpoint / part / POSTHOC_FILE
     if part and about.is_file():
         known = {f"{part}/{name}": checksum for name, checksum in posthoc_checksums(about).items()}
+    changed = next(_changes(checkpoint, known, part), None)
+    if changed is None:
+        return
+    path = checkpoint / changed
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {changed}")
+    raise DamagedCheckpoint(f"{path} is damaged: its checksum is not the one that it was written with")
+
+
+def _checksums_in(content: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the checksums by name that a file of them holds; raises ValueError if there are none."""
+    known = content.get(CHECKSUMS)
+    if not isinstance(known, dict) or not known:
+        raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
+    return known
+
+
+def _changes(folder: Path, known: Mapping[str, str], part: str) -> Iterator[str]:
+    """Yields the names of the files, in a part of a folder, that are missing or have another checksum."""
     for name, written in known.items():
-        path = checkpoint / name
-        if not PurePosixPath(name).is_relative_to(part):
-            continue
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{checkpoint} is damaged: it has no {name}")
-        if file_crc32(path) != written:
-            raise DamagedCheckpoint(
-                f"{path} is damaged: its checksum is not the one that it was written with"
-            )
+        path = folder / name
+        if PurePosixPath(name).is_relative_to(part) and not (path.is_file() and file_crc32(path) == written):
+            yield name
 
 
 def write_export_checksums(folder: Path) -> None:
@@ -243,10 +257,7 @@ def read_export_checksums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        known = read_checked_json(path).get(CHECKSUMS)
-        if not isinstance(known, dict):
-            raise ValueError(f"{CHECKSUMS} must be checksums by name, got {known!r}")
-        return known
+        return _checksums_in(read_checked_json(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"the checksums of an export must be as written, {path} is not: {error}") from error
 
@@ -258,9 +269,4 @@ def export_changes(folder: Path, part: str = "") -> list[str]:
         folder: Of the export; without checksums of its own no file counts as changed.
         part: The file or folder in it that is compared; empty means all.
     """
-    return [
-        name
-        for name, written in read_export_checksums(folder).items()
-        if PurePosixPath(name).is_relative_to(part)
-        and not ((folder / name).is_file() and file_crc32(folder / name) == written)
-    ]
+    return [*_changes(folder, read_export_checksums(folder), part)]

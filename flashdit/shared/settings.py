@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
-import os
 import re
 import textwrap
 from collections import Counter
@@ -19,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
+from flashdit.shared.command import is_first_process
 from flashdit.shared.overrides import check_numbers, nested, parse_value, split_override
 from flashdit.shared.paths import expanded, is_utf8, printable
 from flashdit.shared.registry import check_type, is_number, is_text, nearest_name, type_name, unknown
@@ -127,7 +127,7 @@ def _parsed(overrides: Sequence[str], stated: Mapping[str, Any], config_type: ty
 
     pairs = [split_override(override) for override in overrides]
     for key, times in Counter(key for key, _ in pairs).items():
-        if times > 1 and os.environ.get("RANK", "0") == "0":
+        if times > 1 and is_first_process():
             logger.warning("%s is given %d times, the last one counts: %s", key, times, dict(pairs)[key])
     names = [(key, text) for key, text in pairs if "." not in key or key.endswith(".name")]
     return values(pairs, merge_settings(stated, values(names, stated)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
+from flashdit.shared.registry import counted
 from flashdit.shared.runs import step_folder
 from flashdit.training.checkpoint import Saved, prune, write_checkpoint
 from flashdit.training.profiles import Profile
@@ -27,9 +28,8 @@ def what_is_trained(loop: TrainingLoop) -> str:
     training, classes = loop.config.training, loop.task.state().get("class_names")
     parameters = sum(parameter.numel() for parameter in loop.model.parameters())
     places = f"{loop.accelerator.num_processes} processes on " if loop.accelerator.num_processes > 1 else ""
-    data = f"{loop.task.images_per_epoch:,} images" + (
-        f" in {len(classes)} class{'es' if len(classes) > 1 else ''}" if classes else ""
-    )
+    data = counted(loop.task.images_per_epoch, "image")
+    data += f" in {counted(len(classes), 'class', 'classes')}" if classes else ""
     begins = f"goes on after step {loop.step:,}" if loop.resumed_from else "new run"
     return (
         f"{loop.run_dir}: {begins}, to step {training.steps:,}; {parameters:,} parameters in "

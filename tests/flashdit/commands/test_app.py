@@ -136,10 +136,12 @@ def find(page, selector):
 def write(page, name, text):
     """Types a value into a control in place of what it holds, and leaves it, which closes its list."""
     keys = ("\ue009a\ue000", text, "\ue007\ue004")  # control + a, the text, enter, tab
-    wait(
-        page,
-        lambda: [field.send_keys(*keys) for field in find(page, f"#{name} input:not([type=range])")],
-    )
+    send(page, f"#{name} input:not([type=range])", *keys)
+
+
+def send(page, selector, *keys):
+    """Types keys into a control, which the page may draw anew meanwhile."""
+    wait(page, lambda: [field.send_keys(*keys) for field in find(page, selector)])
 
 
 def choose(page, name, text):
@@ -295,8 +297,7 @@ def test_a_grid_over_two_options_stands_in_rows_and_columns(page, tmp_path):
     wait(page, lambda: find(page, "#down_values input, #down_values textarea"))
     for name, axis, values in (("across", "guidance", "1, 2, 4"), ("down", "class", "three, 8")):
         choose(page, name, axis)
-        fields = f"#{name}_values input, #{name}_values textarea"
-        wait(page, lambda: [field.send_keys(values, "\ue004") for field in find(page, fields)])  # noqa: B023
+        send(page, f"#{name}_values input, #{name}_values textarea", values, "\ue004")
     press(page)
     pictures(page, 6, FRAMES if SHOWN_RUN else 3)
     captions = [caption.text for caption in find(page, "#images-0 .caption-label")]

@@ -14,6 +14,7 @@ from flashdit.sampling.damage import is_whole_png, is_whole_samples
 from flashdit.sampling.folder import FORMATS, take_room
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.run import fill, open_folder
+from flashdit.shared.files import TEMPORARY
 from flashdit.shared.locks import only_writer
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
@@ -175,6 +176,18 @@ def test_what_is_damaged_in_unfinished_samples_is_named_and_made_again(
     fill_folder(generator, tmp_path / "out")
     assert caplog.messages == [f"{folder.path}: damaged files are made again: {name}"]
     assert files(tmp_path / "out") == whole
+
+
+def test_what_a_killed_writer_left_among_the_parts_goes_with_them(generator, tmp_path):
+    folder = open_folder(generator, LABELS, OPTIONS, tmp_path / "out")
+    folder.open()
+    for batch in generator.generate(LABELS, OPTIONS):
+        folder.add(batch)
+    left = folder.parts / f".00000002.npz.abc{TEMPORARY}"
+    left.mkdir()
+    (left / "00000002.npz").write_bytes(b"half")
+    folder.finish()
+    assert not folder.parts.exists()
 
 
 def test_a_file_of_ones_own_among_the_parts_stays(generator, tmp_path):
