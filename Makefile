@@ -57,6 +57,7 @@ bench: install  # side by side on this machine: benchmarks/results/
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.checkpoint  # XL: 20 GiB of memory
+	$(BIN)/python -m benchmarks.glyphs
 	$(BIN)/python -m benchmarks.sampling --compile
 
 gpu-packages: install  # pure Python that an image with PyTorch lacks: carry the folder to the machine of `make gpu`
@@ -72,10 +73,14 @@ faults: export OMP_NUM_THREADS = 1
 faults: install  # kills, full disks and broken data: how many training survives
 	$(BIN)/python -m benchmarks.faults
 
-assets: install  # trains the digits' autoencoder (another than the committed one, as good) and classifier again
+assets: install  # trains the embedded data's autoencoders (others than the committed ones, as good) and classifiers again
 	$(BIN)/flashdit autoencoder --config autoencoder/digits
 	$(BIN)/python -m tools.digits_classifier
+	$(BIN)/flashdit autoencoder --config autoencoder/glyphs
+	$(BIN)/python -m tools.glyphs_classifier
 	$(BIN)/flashdit plot runs/digits --write-reference flashdit/digits/assets/curves/digits.json  # after make demo
+	$(BIN)/flashdit train --config glyphs
+	$(BIN)/flashdit plot runs/glyphs --write-reference flashdit/glyphs/assets/curves/glyphs.json
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ setup(
         "": ["py.typed"],
         "flashdit.configs": ["*.yaml", "iwin/*.yaml", "autoencoder/*.yaml"],
         "flashdit.digits": ["assets/**/*.safetensors", "assets/**/*.json"],
+        "flashdit.glyphs": ["assets/**/*.safetensors", "assets/**/*.json"],
         "flashdit.evaluation.reports": ["*.j2"],
         "iwin_core.kernels": ["*.json"],
     },

@@ -17,7 +17,7 @@ from flashdit.evaluation.options import EvaluationOptions
 from flashdit.flow.loss import LossOptions
 from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.flow.times import TIMES
-from flashdit.models.attention import ATTENTIONS
+from flashdit.models.attention import check_attention
 from flashdit.models.dit import FlashDiT, check_arguments, default_arguments
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
@@ -113,7 +113,7 @@ def check_run_config(config: RunConfig) -> None:
             check_type(f"model.{key}", value, arguments[key])
     check_model(config)
     if "attention" in config.model:
-        ATTENTIONS.options(config.model["attention"])
+        check_attention(config.model["attention"])
     predicted = config.flow.prediction or VELOCITY
     if config.model.get("prediction", predicted) != predicted:
         raise ValueError(

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flashdit.config import RunConfig
-from flashdit.models.costs import RECOMPUTED, Activations, activations, depth_of
+from flashdit.models.attention import each_attention
+from flashdit.models.costs import (
+    RECOMPUTED,
+    Activations,
+    activations,
+    depth_of,
+    measure_parts,
+    of_one_block,
+)
 from flashdit.models.dit import FlashDiT
+from flashdit.models.sizes import IWIN
 from flashdit.shared.process import AUTO, check_memory, device_memory
 from flashdit.training.options import share_of_batch
 from iwin_core.kernels.cpu_attention import FUSED
@@ -27,26 +38,28 @@ class Counts:
     all: int
     trained: int
     block: int
-    """Of one block."""
+    """Of the largest block."""
     outside: int
     """Of what is in no block."""
 
 
-def model_without_memory(config: RunConfig, depth: int) -> FlashDiT:
-    """Returns the configured model, of so many blocks, on torch's meta device.
+def model_without_memory(arguments: Mapping[str, Any]) -> FlashDiT:
+    """Returns the model of these arguments of FlashDiT, on torch's meta device.
 
     Raises:
         ValueError: If a tensor of it is larger than any machine could address.
     """
-    arguments: dict[str, Any] = {**config.model_arguments, "depth": depth}
     try:
         with torch.device("meta"):
             return FlashDiT(**arguments)
     except (RuntimeError, TypeError, OverflowError) as error:
-        attention = {f"attention.{name}": value for name, value in (arguments.get("attention") or {}).items()}
+        specs = [
+            spec for spec in each_attention(arguments.get("attention", IWIN)) if isinstance(spec, Mapping)
+        ]
+        attention = {f"attention.{name}": value for spec in specs for name, value in spec.items()}
         sizes = {
             name: value
-            for name, value in (arguments | attention).items()
+            for name, value in {**arguments, **attention}.items()
             if isinstance(value, int | float) and name != "time_scale"
         }
         largest = max(sizes, key=lambda name: sizes[name])
@@ -55,13 +68,17 @@ def model_without_memory(config: RunConfig, depth: int) -> FlashDiT:
 
 
 def count_parameters(config: RunConfig) -> Counts:
-    """Returns the parameters of the configured model, whose blocks are alike."""
-    one, two = (list(model_without_memory(config, depth).parameters()) for depth in (1, 2))
-    shallow, deeper = (sum(p.numel() for p in parameters) for parameters in (one, two))
-    block = deeper - shallow
-    whole = shallow + (depth_of(config.model_arguments) - 1) * block
-    frozen = sum(p.numel() for p in one if not p.requires_grad)  # none of them in a block
-    return Counts(all=whole, trained=whole - frozen, block=block, outside=shallow - block)
+    """Returns the parameters of the configured model, whose blocks of one attention kind are alike."""
+
+    def count(arguments: dict[str, Any]) -> np.ndarray:
+        parameters = list(model_without_memory(arguments).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return np.array([sum(p.numel() for p in parameters), trained], dtype=object)  # integers of any size
+
+    parts = measure_parts(config.model_arguments, count)
+    whole, trained = parts.outside + sum(blocks * counts for blocks, counts in parts.blocks)
+    block = max(int(counts[0]) for _, counts in parts.blocks)
+    return Counts(all=int(whole), trained=int(trained), block=block, outside=int(parts.outside[0]))
 
 
 def memory_bytes(
@@ -118,7 +135,7 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
         ValueError: If a training step is larger; says what takes most of it.
     """
     training = config.training
-    counts, one = count_parameters(config), model_without_memory(config, depth=1)
+    counts, one = count_parameters(config), model_without_memory(of_one_block(config.model_arguments))
     tokens = math.prod(one.native_grid) * one.config["hidden_size"] * depth_of(config.model_arguments)
 
     def check(per_image: float, fixed: float = 0.0) -> float:
@@ -131,8 +148,9 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
 
     least = check(per_image=2.0 * tokens)  # the inputs of the blocks in two bytes
     memory = device_memory(device)
+    copies = tokens * (1 + one.config["registers"])  # each window has the registers, and a token at least
     at_most = (
-        least + share_of_batch(training, processes) * GENEROUS * max(4.0, one.config["mlp_ratio"]) * tokens
+        least + share_of_batch(training, processes) * GENEROUS * max(4.0, one.config["mlp_ratio"]) * copies
     )
     if memory is not None and at_most > memory:
         way = RECOMPUTED[training.gradient_checkpointing + training.keep_matmuls]

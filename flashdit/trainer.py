@@ -21,7 +21,7 @@ from flashdit.data.fit import check_fit
 from flashdit.data.inspection import RECORD, Inspection
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.shards import LatentShards
-from flashdit.data.sources import DATASETS
+from flashdit.data.sources import DATASETS, spec_of
 from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
@@ -30,7 +30,7 @@ from flashdit.flow.loss import flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.memory import check_step_fits
-from flashdit.models.attention import ATTENTIONS
+from flashdit.models.attention import describe_attention, each_attention, fill_attention
 from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT, default_arguments
 from flashdit.models.recompute import keep_matmuls
@@ -92,7 +92,7 @@ class InTrainingEvaluation:
         request = EvaluationRequest(
             generator=generator,
             sampling=config.sampling,
-            data=config.data["name"],
+            data=spec_of(config.data),
             data_path=config.data.get("path") if config.data["name"] == "images" else None,
             labels=options.labels,
             num_images=options.num_images,
@@ -166,6 +166,9 @@ class FlashDiTTask(Task):
             new = start_from(self.model, config.weights, self.class_names)
             if self.main:
                 logger.info("starts from %s; new: %s", config.weights, "; ".join(new) or "nothing")
+        attention = self.model.config["attention"]
+        if self.main and len(each_attention(attention)) > 1:
+            logger.info("attention: %s", describe_attention(attention, len(self.model.blocks)))
         self.space.to(self.device)
         times = TIMES.build(config.flow.times)
         dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
@@ -270,7 +273,7 @@ class FlashDiTTask(Task):
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a plain configuration with the defaults of data set, model, attention and times."""
         model = json.loads(json.dumps(default_arguments() | config.get("model", {})))  # as YAML has tuples
-        model["attention"] = ATTENTIONS.filled(model["attention"])
+        model["attention"] = fill_attention(model["attention"])
         flow = {**config.get("flow", {})}
         flow["times"] = TIMES.filled(flow.get("times"))
         flow["prediction"] = flow.get("prediction") or model["prediction"]

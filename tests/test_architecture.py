@@ -15,7 +15,7 @@ flashdit/flow
 flashdit/models flashdit/data flashdit/training
 flashdit/sampling flashdit/autoencoder
 flashdit/evaluation
-flashdit/digits
+flashdit/digits flashdit/glyphs
 flashdit/config.py
 flashdit/memory.py
 flashdit/trainer.py
@@ -59,13 +59,14 @@ def test_folders_import_only_those_before_them(path):
     assert all(LEVEL[other] < LEVEL[own] for other in others), f"{own} imports {sorted(others)}"
 
 
-def test_only_the_digits_know_themselves():  # but for the name of the default configuration
-    known = re.compile(r"digits\.(images|classifier|dataset|extractor|reference)\b|[=!]= [\"']digits")
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_only_an_embedded_data_set_knows_itself(name):  # but for the name of the default configuration
+    known = re.compile(rf"flashdit\.{name}\b|[=!]= [\"']{name}")
     for path in (ROOT / "flashdit").rglob("*.py"):
         text = path.read_text().replace(
             'DEFAULT_CONFIG = "digits"', ""
         )  # the configuration of a run without one
-        assert path.parent.name == "digits" or not known.search(text), path
+        assert path.parent.name == name or not known.search(text), path
 
 
 def test_iwin_core_needs_torch_and_einops_alone():

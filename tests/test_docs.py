@@ -126,7 +126,8 @@ def invalid_configurations(path):
             continue
         named = words[words.index("--config") + 1] if "--config" in words else None
         shipped = None if named in ("my.yaml", "latents.yaml") else named  # which flashdit new writes
-        if shipped and "digits" not in shipped and not any(key.startswith("data.path=") for key in keys):
+        embedded = shipped is None or "digits" in shipped or "glyphs" in shipped
+        if not embedded and not any(key.startswith("data.path=") for key in keys):
             keys.append("data.path=not-read")
         try:
             (load_classifier_config if words[1] == "classify" else config.load)(shipped, keys)

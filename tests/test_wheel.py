@@ -101,6 +101,8 @@ def test_the_default_run_trains_samples_and_scores_from_another_folder(installed
     assert len(list((tmp_path / "out").glob("0*.png"))) == 3
     run(flashdit, "eval", "--num-images", 20, "--steps", 1, "--output", "scores", cwd=tmp_path)
     assert (tmp_path / "scores" / "metrics.json").is_file()
+    letters = run(flashdit, "train", "--config", "glyphs", *TINY[2:], "training.steps=2", cwd=tmp_path)
+    assert "trained to step 2: runs/glyphs" in letters
 
 
 def test_shipped_configurations_are_found_by_name(installed, tmp_path):

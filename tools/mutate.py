@@ -29,9 +29,11 @@ PRELOADED = ("torch", "torchvision", "diffusers.models.modeling_utils", "acceler
 COMMANDS = ["tests/flashdit/commands", "tests/test_commands.py", "tests/test_scripts.py"]
 IMAGES = ["tests/flashdit/data/test_images.py", "tests/flashdit/data/test_inspection.py"]
 PIPELINE = ["tests/flashdit/sampling/test_pipeline.py", "tests/flashdit/sampling/test_exported.py"]
+ATTENTION = ["tests/flashdit/models/test_attention.py", "tests/flashdit/models/test_lightningdit.py"]
 TESTS = {  # files that tests elsewhere or without their name are for; folders that others' tests are for, too
     "flashdit/commands/survey.py": ["tests/flashdit/commands/test_new.py"],
     "flashdit/commands/encode.py": ["tests/flashdit/data/test_encode_folder.py", *COMMANDS[1:]],
+    "flashdit/data/sources.py": ["tests/flashdit/data/test_sources.py", "tests/flashdit/glyphs"],
     "flashdit/data/walk.py": IMAGES,
     "flashdit/data/colours.py": [
         "tests/flashdit/data/test_colours.py",
@@ -39,6 +41,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         IMAGES[0],
     ],
     "flashdit/data/encode_plan.py": ["tests/flashdit/data/test_encode_folder.py"],
+    "flashdit/evaluation/images/datasets.py": ["tests/flashdit/evaluation", "tests/flashdit/glyphs"],
     "flashdit/evaluation/stored.py": [
         "tests/flashdit/evaluation/test_reference.py",
         "tests/flashdit/evaluation/test_stored.py",
@@ -61,6 +64,8 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/test_trainer.py",
     ],
     "flashdit/sampling/card.py": ["tests/flashdit/commands/test_export.py"],
+    "iwin_core/attention.py": ["tests/iwin_core/test_attention.py", *ATTENTION],
+    "iwin_core/rotary.py": ATTENTION,
     "iwin_core/block.py": ["tests/iwin_core/backbone/test_backbone.py"],
     "iwin_core/kernels": ["tests/iwin_core/test_kernels.py"],
     "flashdit/flow": ["tests/flashdit/flow", "tests/flashdit/training", "tests/flashdit/sampling"],
@@ -87,6 +92,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/flashdit/evaluation",
         "tests/flashdit/commands/test_evaluate.py",
     ],
+    "flashdit/glyphs": ["tests/flashdit/glyphs"],
     "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
     "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],

@@ -22,7 +22,9 @@ from flashdit.config import (
 from flashdit.data.fit import DataFacts, check_fit
 from flashdit.data.sources import DATASETS
 from flashdit.memory import Counts, memory_bytes, model_without_memory
-from flashdit.models.costs import Activations
+from flashdit.models.attention import describe_attention
+from flashdit.models.costs import Activations, of_one_block
+from flashdit.models.dit import default_arguments
 from flashdit.shared.command import resolve_device
 from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.registry import Buildable, counted
@@ -147,7 +149,7 @@ def with_data(config: RunConfig) -> tuple[RunConfig, DataFacts | None]:
         return config, None
     data = facts_of_data(config)
     config = with_sizes(config, data)
-    check_fit(model_without_memory(config, depth=1).config, data, data.vae)
+    check_fit(model_without_memory(of_one_block(config.model_arguments)).config, data, data.vae)
     return config, data
 
 
@@ -183,6 +185,7 @@ def facts(
         images: Of an epoch; None: those of the data, or as many as ImageNet's.
     """
     training, devices = config.training, machine.devices
+    arguments = default_arguments() | config.model_arguments
     epoch = images or (IMAGENET_IMAGES if data is None else len(data.labels))
     run = training.steps * training.global_batch_size
     flops = train_flops(config, multiply_adds)
@@ -194,6 +197,8 @@ def facts(
     whose = " images of ImageNet, assumed" if data is None and images is None else ""
     lines = {
         "data": describe_data(data),
+        "attention": describe_attention(arguments["attention"], arguments["depth"])
+        + (f", {arguments['registers']} registers" if arguments["registers"] else ""),
         "parameters": f"{counts.all:,}",
         "multiply-adds": f"{scaled(multiply_adds, 1000, prefixes)} a forward pass of one image",
         "FLOPs": f"{scaled(flops * training.global_batch_size, 1000, prefixes)} a step",

@@ -37,7 +37,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--reference",
         type=path_text,
         metavar="NPZ|FOLDER|DATA",
-        help="DATA is a data set that brings one (default: the checkpoint's own)",
+        help="DATA is a data set that brings one, its name or '{name: NAME, option: value}' (default: the "
+        "checkpoint's own)",
     )
     scored.add_argument(
         "--metrics",
@@ -96,7 +97,7 @@ def make_request(
         samples=samples,
         generator=generator,
         sampling=None if generator is None else chosen_sampling(arguments, generator),
-        data=None if generator is None else generator.data_name,
+        data=None if generator is None else generator.data_spec,
         data_path=None if generator is None else generator.images_path,
         labels=arguments.labels or "balanced",
         num_images=arguments.num_images,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class PixelSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Companions:
-    """What a data set brings: the attribute `companions` of its class, used by the data set's name."""
+    """What a data set brings: the attribute `companions` of its class, or what it returns for its options."""
 
     autoencoder: Path | None = None
     """Folder or file of its autoencoder, which `latents.vae` gives by the data set's name."""
@@ -58,11 +60,54 @@ class Companions:
     """Samples that are scored against its reference unless another number is given."""
 
 
-def companions_of(name: str | None) -> Companions:
-    """Returns what the data set of a name brings; nothing where there is no such data set."""
-    if name is None or name not in DATASETS.names():
+def companions_of(spec: str | None) -> Companions:
+    """Returns what a data set brings; nothing where there is no such data set.
+
+    Args:
+        spec: Its name or, where other options than the defaults count, `{name: NAME, option: value}`.
+
+    Raises:
+        ValueError: If the options are invalid.
+    """
+    given = _parse_spec(spec)
+    if given["name"] is None or given["name"] not in DATASETS.names():
         return Companions()
-    return getattr(cast(Buildable, DATASETS[name]).build, "companions", Companions())
+    brought = getattr(cast(Buildable, DATASETS[given["name"]]).build, "companions", Companions())
+    if isinstance(brought, Companions) and len(given) == 1:
+        return brought
+    options = DATASETS.options(given)[1]
+    return brought if isinstance(brought, Companions) else brought(options)
+
+
+def _parse_spec(spec: str | None) -> dict[str, Any]:
+    """Returns a data set's name and options of a text, None for none."""
+    if spec is None or not (spec.startswith("{") and spec.endswith("}")):
+        return {"name": spec}
+    try:
+        given = yaml.safe_load(spec)
+    except yaml.YAMLError as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"a data set with options must be YAML, got {spec}: {said}") from error
+    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        raise ValueError(f"a data set with options must be {{name: NAME, option: value}}, got {spec}")
+    return given
+
+
+def spec_of(data: Mapping[str, Any]) -> str:
+    """Returns a data set and its options as `companions_of` takes them.
+
+    That is the name alone where nothing that it brings depends on its options, or all have their defaults.
+    """
+    name = data["name"]
+    if name not in DATASETS.names():
+        return name
+    built = cast(Buildable, DATASETS[name])
+    if isinstance(getattr(built.build, "companions", Companions()), Companions):
+        return name
+    options = fields(built.options_type)
+    changed = {one.name: data[one.name] for one in options if data.get(one.name, one.default) != one.default}
+    text = yaml.safe_dump({"name": name, **changed}, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip() if changed else name
 
 
 class MemoryLatents:

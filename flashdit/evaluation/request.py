@@ -48,7 +48,8 @@ class EvaluationRequest:
         samples: An npz or a folder of images that exist; None draws them.
         generator: What draws samples.
         sampling: How it draws them.
-        data: The data set that the generator was trained on, whose own reference is the default.
+        data: The data set that the generator was trained on, as `companions_of` takes it, whose own reference
+            is the default.
         data_path: Its folder of images, if it is one, which a message names.
         labels: Of drawn samples, in random order: `balanced` in equal shares, `random`, or `reference` in the
             shares that the reference has.

@@ -1,18 +1,29 @@
-"""Attention kinds by name: interleaved windows, plain windows, and LightningDiT's global attention."""
+"""Attention kinds by name: interleaved windows, plain windows, and LightningDiT's global attention.
+
+A model has one of them, or a list of them that repeats over its blocks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
 
-from flashdit.models.embed import rope_tables, rotate
 from flashdit.shared.registry import Registry
 from iwin_core import IwinAttention
-from iwin_core.kernels import attention
+from iwin_core.attention import MultiHeadAttention
+from iwin_core.rotary import Rotary
 
 ATTENTIONS = Registry("attention")
+"""A kind is called with a map (b, h, w, c), and registers (b, n, c) where the model has some; it returns the
+map, or the pair of both."""
+Attention = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
+"""A spec, or a list of specs that repeats over the blocks."""
 
 
 @dataclass(kw_only=True)
@@ -24,6 +35,11 @@ class AttentionShape:
     grid: tuple[int, int]
     qk_norm: type[nn.Module] | None
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.dim // self.num_heads
+
 
 @dataclass(kw_only=True)
 class WindowOptions:
@@ -33,6 +49,8 @@ class WindowOptions:
     """Window side M in tokens."""
     kernel: int = 3
     """Side of the parallel depthwise kernel, odd; 0 leaves it out."""
+    rope: bool = False
+    """Whether queries and keys are turned by a 2-D rotary embedding of their coordinates on the map."""
 
 
 @dataclass(kw_only=True)
@@ -62,13 +80,20 @@ def _make_windows(options: WindowOptions, shape: AttentionShape, interleaved: bo
         raise ValueError(
             f"window must be between 1 and the side of the token grid, got {window=} for grid={shape.grid}"
         )
+    rotary = Rotary(shape.grid, shape.head_dim) if options.rope else None
     return IwinAttention(
-        shape.dim, shape.num_heads, window, options.kernel, interleaved=interleaved, qk_norm=shape.qk_norm
+        shape.dim,
+        shape.num_heads,
+        window,
+        options.kernel,
+        interleaved=interleaved,
+        qk_norm=shape.qk_norm,
+        rotary=rotary,
     )
 
 
 @ATTENTIONS.register("global", GlobalOptions)
-class GlobalAttention(nn.Module):
+class GlobalAttention(MultiHeadAttention):
     """(b, h, w, c) → the same: every token attends to every token, as in DiT and LightningDiT.
 
     Args:
@@ -76,40 +101,81 @@ class GlobalAttention(nn.Module):
         shape: Width, heads, the native grid and the norm of queries and keys.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, options: GlobalOptions, shape: AttentionShape):
-        super().__init__()
-        head_dim = shape.dim // shape.num_heads
-        self.num_heads = shape.num_heads
-        self.rope = options.rope
-        self.qkv = nn.Linear(shape.dim, 3 * shape.dim)
-        self.q_norm = shape.qk_norm(head_dim) if shape.qk_norm else nn.Identity()
-        self.k_norm = shape.qk_norm(head_dim) if shape.qk_norm else nn.Identity()
-        self.proj = nn.Linear(shape.dim, shape.dim)
-        self.grid = shape.grid
-        if self.rope:
-            cos, sin = rope_tables(self.grid, head_dim)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        rotary = Rotary(shape.grid, shape.head_dim) if options.rope else None
+        super().__init__(shape.dim, shape.num_heads, qk_norm=shape.qk_norm, rotary=rotary)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the attention of all tokens over all tokens."""
+    def forward(self, x: Tensor, registers: Tensor | None = None) -> Any:
+        """Returns the attention of all tokens, and of the registers (b, n, c) if there are any."""
         grid = (x.shape[1], x.shape[2])
-        q, k, v = rearrange(
-            self.qkv(x), "b h w (three heads d) -> three b heads (h w) d", three=3, heads=self.num_heads
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope:
-            cos, sin = self._tables(grid, q)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attention(q, k, v)
-        return self.proj(rearrange(out, "b heads (h w) d -> b h w (heads d)", h=grid[0]))
+        tables = [] if self.rotary is None else self.rotary(grid)
+        tables = [rearrange(table, "h w d -> 1 (h w) d") for table in tables]
+        tokens, registers = self.attend_all(x.flatten(1, 2), registers, tables=tables)
+        attended = rearrange(tokens, "b (h w) c -> b h w c", h=grid[0])
+        return attended if registers is None else (attended, registers)
 
-    def _tables(self, grid: tuple[int, int], q: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the rotary tables of this grid: the stored ones at the native size."""
-        if grid == self.grid:
-            return self.cos, self.sin
-        cos, sin = rope_tables(grid, q.shape[-1])
-        return cos.to(q.device), sin.to(q.device)
+
+def each_attention(attention: Attention) -> list[Any]:
+    """Returns the specs of a list of attention kinds, or the one spec."""
+    return list(attention) if isinstance(attention, list | tuple) else [attention]
+
+
+@contextmanager
+def naming_entry(attention: Attention, place: int) -> Iterator[None]:
+    """Puts the place in the list, from 0, before what is wrong with one of several attention kinds."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(attention, list | tuple):
+            raise ValueError(f"attention[{place}]: {error}") from error
+        raise
+
+
+def check_attention(attention: Attention) -> None:
+    """Raises ValueError unless every attention kind and its options are known."""
+    for place, spec in enumerate(each_attention(attention)):
+        with naming_entry(attention, place):
+            ATTENTIONS.options(spec)
+
+
+def make_attention(attention: Attention, block: int, shape: AttentionShape) -> nn.Module:
+    """Returns the attention of a block: a list of kinds repeats over the blocks.
+
+    Args:
+        attention: A spec `{"name": ..., **options}`, or a list of them.
+        block: Its number, from 0.
+        shape: Sizes of the model.
+
+    Raises:
+        ValueError: If the kind or an option is invalid; says which entry of a list it is.
+    """
+    specs = each_attention(attention)
+    place = block % len(specs)
+    with naming_entry(attention, place):
+        return ATTENTIONS.build(specs[place], shape)
+
+
+def fill_attention(attention: Attention) -> Any:
+    """Returns an attention spec, or a list of them, as YAML has it with all options."""
+    if isinstance(attention, list | tuple):
+        return [ATTENTIONS.filled(spec) for spec in attention]
+    return ATTENTIONS.filled(attention)
+
+
+def describe_attention(attention: Attention, depth: int) -> str:
+    """Returns which attention the blocks have: `3 × iwin (window 4), global; 7 times over 28 blocks`.
+
+    Args:
+        attention: A spec or a list of them.
+        depth: Blocks.
+    """
+
+    def words(spec: Any) -> str:
+        given = {"name": spec} if isinstance(spec, str) else spec
+        options = ", ".join(f"{key} {value}" for key, value in given.items() if key != "name")
+        return given["name"] + (f" ({options})" if options else "")
+
+    specs = each_attention(attention)
+    runs = [(len(list(run)), text) for text, run in groupby(map(words, specs))]
+    text = ", ".join(f"{count} × {text}" if count > 1 else text for count, text in runs)
+    return text if len(specs) == 1 else f"{text}; {depth / len(specs):.3g} times over {depth} blocks"

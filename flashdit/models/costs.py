@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashdit.models.attention import ATTENTIONS, each_attention, naming_entry
 from flashdit.models.dit import FlashDiT
 from flashdit.models.recompute import KEPT_OPERATORS
+from flashdit.models.sizes import IWIN
 from iwin_core.kernels.cpu_attention import FUSED, attention_of
 
 RECOMPUTED = ("all kept", "recomputed", "products kept")
 Count = Callable[[FlashDiT, int, bool], int]
+Value = TypeVar("Value", int, np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +45,57 @@ def depth_of(options: Mapping[str, Any]) -> int:
     return options.get("depth", signature(FlashDiT.__init__).parameters["depth"].default)
 
 
+def of_one_block(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments of FlashDiT for its first block alone."""
+    return {**options, "depth": 1, "attention": each_attention(options.get("attention", IWIN))[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(Generic[Value]):
+    """What is measured of a model by its parts. Blocks of one attention kind are alike."""
+
+    outside: Value
+    """Of what is in no block."""
+    blocks: Sequence[tuple[int, Value]]
+    """How many blocks there are of a kind, and what one of them has."""
+
+
+def measure_parts(options: Mapping[str, Any], measure: Callable[[dict[str, Any]], Value]) -> Parts[Value]:
+    """Returns what is measured of a model's parts, by models of one block and of two of each attention kind.
+
+    Args:
+        options: Arguments of FlashDiT.
+        measure: Returns a number, or an array of some, that a model of these arguments has.
+    """
+    depth, attention = depth_of(options), options.get("attention", IWIN)
+    specs = [ATTENTIONS.filled(spec) for spec in each_attention(attention)]
+    blocks = []
+    for place, spec in enumerate(specs):
+        if spec in specs[:place]:
+            continue
+        with naming_entry(attention, place):
+            one, two = (measure({**options, "depth": n, "attention": spec}) for n in (1, 2))
+        places = [place for place, other in enumerate(specs) if other == spec]
+        count = sum(len(range(place, depth, len(specs))) for place in places)
+        blocks.append((count, two - one, one - (two - one)))
+    return Parts(outside=blocks[0][2], blocks=[(count, value) for count, value, _ in blocks])
+
+
 def forward_flops(options: Mapping[str, Any]) -> int:
     """Returns the FLOPs of one image's forward pass: twice its multiply-adds, of matrix products alone.
-
-    They are counted of one block and of two, which are alike.
 
     Args:
         options: Arguments of FlashDiT.
     """
-    counts = []
-    for blocks in (1, 2):
-        as_deep: dict[str, Any] = {**options, "depth": blocks}
+
+    def count(arguments: dict[str, Any]) -> int:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model = FlashDiT(**as_deep).eval()
+            model = FlashDiT(**arguments).eval()
             model(*_inputs(model, 1))
-        counts.append(counter.get_total_flops())
-    return counts[0] + (depth_of(options) - 1) * (counts[1] - counts[0])
+        return counter.get_total_flops()
+
+    parts = measure_parts(options, count)
+    return parts.outside + sum(blocks * flops for blocks, flops in parts.blocks)
 
 
 def activations(
@@ -64,43 +103,42 @@ def activations(
 ) -> dict[str, Activations]:
     """Returns the activations of a training step by what is kept of the blocks: RECOMPUTED's names.
 
-    Blocks that are computed again keep their inputs alone, and one block at a time keeps everything:
-    inputs + (all − inputs) / depth. With products kept, their outputs stay as well, in that block too.
+    Blocks that are computed again keep their inputs alone, and one block at a time keeps everything. That is
+    the block to which it adds most. With products kept, their outputs stay as well, in that block too.
 
     Args:
         options: Arguments of FlashDiT.
         low_precision: Whether autocast to bf16 or fp16 is on.
         processor: That attention is chosen for on a CPU, None for this one; a GPU has it fused.
     """
-    depth = depth_of(options)
+    counted = (saved_bytes, input_bytes, product_bytes)
     with attention_of(processor):
-        kept, inputs, products = (
-            _measure(options, depth, low_precision, count)
-            for count in (saved_bytes, input_bytes, product_bytes)
-        )
-    fixed, per_image = (kept.fixed - inputs.fixed) / depth, (kept.per_image - inputs.per_image) / depth
-    again = Activations(fixed=inputs.fixed + fixed, per_image=inputs.per_image + per_image)
-    also = products.per_image * (1 - 1 / depth)
-    return dict(zip(RECOMPUTED, (kept, again, replace(again, per_image=again.per_image + also)), strict=True))
+        parts = measure_parts(options, lambda arguments: _lines(arguments, low_precision, counted))
+    whole = parts.outside + sum(blocks * lines for blocks, lines in parts.blocks)
+    depth = depth_of(options)
+    kept, inputs, products = whole
+    # What is outside of the blocks is kept in either way.
+    fullest = max((lines[0] - lines[1] for _, lines in parts.blocks), key=lambda line: line[1])
+    again = inputs + fullest
+    also = again + products * (0, 1 - 1 / depth)
+    return {
+        name: Activations(fixed=float(fixed), per_image=float(per_image))
+        for name, (fixed, per_image) in zip(RECOMPUTED, (kept, again, also), strict=True)
+    }
 
 
-def _measure(options: Mapping[str, Any], depth: int, low_precision: bool, count: Count) -> Activations:
-    """Returns what is counted as lines through batches of 2 and 3 and depths of 1 and 2: blocks are alike.
+def _lines(arguments: dict[str, Any], low_precision: bool, counted: Sequence[Count]) -> np.ndarray:
+    """Returns (fixed, per image) of each count: lines through batches of 2 and 3.
 
     A batch of 1 is none of them, as some of its copies are views.
     """
     lines = []
-    for blocks in (1, 2):
-        as_deep: dict[str, Any] = {**options, "depth": blocks}
+    for count in counted:
         with FakeTensorMode():
-            model = FlashDiT(**as_deep).train()
+            model = FlashDiT(**arguments).train()
             two, three = (count(model, batch, low_precision) for batch in (2, 3))
-        lines.append(Activations(fixed=3 * two - 2 * three, per_image=three - two))
-    shallow, deeper = lines
-    return Activations(
-        fixed=shallow.fixed + (depth - 1) * (deeper.fixed - shallow.fixed),
-        per_image=shallow.per_image + (depth - 1) * (deeper.per_image - shallow.per_image),
-    )
+        lines.append((3 * two - 2 * three, three - two))
+    return np.array(lines, dtype=object)  # Python's integers, which know no largest
 
 
 def input_bytes(model: FlashDiT, batch: int, low_precision: bool) -> int:

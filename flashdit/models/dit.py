@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashdit.flow.prediction import PREDICTIONS, VELOCITY
-from flashdit.models.attention import AttentionShape
+from flashdit.models.attention import Attention, AttentionShape, each_attention, make_attention
 from flashdit.models.block import FinalLayer, FlashDiTBlock
 from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
 from flashdit.models.layers import RMSNorm, mlp_width
@@ -28,6 +28,8 @@ from flashdit.shared.runs import EXPORT_FILE, export_changes
 MOST_TIME_SCALE = 1_000_000
 """Above which float32 has no phase left of the sinusoids."""
 MOST_LABEL_STD = 100
+REGISTER_STD = 0.02
+"""Standard deviation of new registers."""
 
 
 class FlashDiT(ModelMixin, ConfigMixin):
@@ -45,7 +47,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
         mlp_ratio: Hidden width of the MLP over `hidden_size`.
         qk_norm: Whether queries and keys are normed per head.
         shift_modulation: Whether blocks are shifted as well as scaled by time and class.
-        attention: `{"name": "iwin" | "window" | "global", **options}`.
+        attention: `{"name": "iwin" | "window" | "global", **options}`, or a list of these that repeats over
+            the blocks from the first on; its last round ends where the blocks do.
         position_embedding: `none`, or `sincos` for DiT's fixed table.
         norm: `rmsnorm`, or DiT's `layernorm`.
         mlp: `swiglu`, or DiT's `gelu`.
@@ -53,6 +56,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
         label_init_std: Standard deviation of a new label table; 0.02 is DiT's.
         prediction: What the last layer's output stands for, `velocity` or the `data`; v is returned under
             either.
+        registers: Learned tokens n beside the map, which every window reads and writes; the next block gets
+            the mean over the windows. They carry across the map what no window does.
 
     Raises:
         ValueError: If an option is invalid.
@@ -77,13 +82,14 @@ class FlashDiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         shift_modulation: bool = True,
-        attention: Mapping[str, Any] = IWIN,
+        attention: str | Mapping[str, Any] | Sequence[Any] = IWIN,
         position_embedding: str = "none",
         norm: str = "rmsnorm",
         mlp: str = "swiglu",
         time_scale: float = 1.0,
         label_init_std: float = 0.02,
         prediction: str = VELOCITY,
+        registers: int = 0,
     ):
         super().__init__()
         check_arguments(**self.config)
@@ -104,8 +110,11 @@ class FlashDiT(ModelMixin, ConfigMixin):
             self.pos_embed = nn.Parameter(sincos_table(grid, hidden_size), requires_grad=False)
         elif position_embedding != "none":
             raise unknown("position_embedding", position_embedding, ("none", "sincos"))
+        self.register_tokens = nn.Parameter(torch.empty(registers, hidden_size)) if registers else None
+        attentions = (make_attention(attention, block, shape) for block in range(depth))
         self.blocks = nn.ModuleList(
-            FlashDiTBlock(shape, attention, mlp, mlp_ratio, norm, shift_modulation) for _ in range(depth)
+            FlashDiTBlock(hidden_size, attend, mlp, mlp_ratio, norm, shift_modulation)
+            for attend in attentions
         )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, norm)
         self._initialise(label_init_std)
@@ -178,12 +187,15 @@ class FlashDiT(ModelMixin, ConfigMixin):
         if self.pos_embed is not None:
             tokens = tokens + self._positions(tokens)
         cond = self.t_embedder(t, x.dtype) + self.y_embedder(y, drop)  # (b, c)
-        checkpoint = self._gradient_checkpointing_func if torch.is_grad_enabled() else None
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        checkpoint = self._gradient_checkpointing_func if again else None
+        registers = []
+        if self.register_tokens is not None:
+            registers = [self.register_tokens.to(tokens.dtype).repeat(len(x), 1, 1)]  # (b, n, c)
         for block in self.blocks:
-            if self.gradient_checkpointing and checkpoint is not None:
-                tokens = checkpoint(block, tokens, cond)
-            else:
-                tokens = block(tokens, cond)
+            inputs = (tokens, cond, *registers)
+            output = block(*inputs) if checkpoint is None else checkpoint(block, *inputs)
+            tokens, *registers = output if registers else [output]
         patches = self.final_layer(tokens, cond)
         p = self.patch_size
         output = rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
@@ -227,6 +239,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
             elif name.startswith("t_embedder") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
+        if self.register_tokens is not None:  # last: one seed draws the other weights alike
+            nn.init.normal_(self.register_tokens, std=REGISTER_STD)
 
 
 def default_arguments() -> dict[str, Any]:
@@ -249,6 +263,8 @@ def check_arguments(
     mlp: str,
     time_scale: float,
     label_init_std: float,
+    attention: Attention,
+    registers: int,
     **_others: Any,
 ) -> None:
     """Raises ValueError for arguments of FlashDiT that no model can be made with; parts check the others."""
@@ -261,6 +277,11 @@ def check_arguments(
         raise ValueError(f"num_heads must divide hidden_size, got {num_heads=} for {hidden_size=}")
     if depth < 1 or num_classes < 0:
         raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth=}, {num_classes=}")
+    if registers < 0:
+        raise ValueError(f"registers must be at least 0, got {registers=}")
+    if not 1 <= (entries := len(each_attention(attention))) <= depth:
+        rule = "attention as a list must have an entry, and no more entries than there are blocks"
+        raise ValueError(f"{rule}, got {entries} for {depth=}")
     if not 0 <= class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob must be between 0 and 1, got {class_dropout_prob=}")
     if not math.isfinite(mlp_ratio) or mlp_width(hidden_size, mlp_ratio, mlp == "swiglu") < 1:

@@ -1,4 +1,4 @@
-"""Embeddings: patches, time, labels, and the fixed position tables (2-D sin-cos, rotary)."""
+"""Embeddings: patches, time, labels, and the fixed position table (2-D sin-cos)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from iwin_core.rotary import MAX_PERIOD
+
 TIME_CHANNELS = 256
-MAX_PERIOD = 10_000.0
 
 
 def timestep_embedding(t: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
@@ -49,37 +50,6 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
         [repeat(columns, "w d -> h w d", h=grid[0]), repeat(rows, "h d -> h w d", w=grid[1])], dim=-1
     )
     return rearrange(table, "h w d -> 1 (h w) d").float()
-
-
-def rope_tables(grid: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
-    """Returns the cosines and sines of the rotary embedding of every token.
-
-    Args:
-        grid: Rows and columns of tokens; positions are unscaled.
-        head_dim: Width d of a head, a multiple of 4: d/4 frequencies an axis, each twice; rows first.
-
-    Returns:
-        Two float32 (h·w, head_dim).
-    """
-    if head_dim % 4:
-        raise ValueError(f"rotary positions need a head width that 4 divides, got {head_dim}")
-    count = head_dim // 4
-    frequencies = MAX_PERIOD ** -(torch.arange(count).float() / count)
-    rows, columns = (
-        repeat(torch.arange(side).float()[:, None] * frequencies, "n f -> n (f two)", two=2) for side in grid
-    )
-    angles = torch.cat(
-        [repeat(rows, "h d -> h w d", w=grid[1]), repeat(columns, "w d -> h w d", h=grid[0])], dim=-1
-    )
-    angles = rearrange(angles, "h w d -> (h w) d")
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (…, n, d) turned by position: each pair (x0, x1) becomes (x0, x1)·cos + (−x1, x0)·sin."""
-    x0, x1 = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -79,7 +79,12 @@ def make_norm(name: str, dim: int) -> nn.Module:
     raise unknown("norm", name, ("rmsnorm", "layernorm"))
 
 
+def over_tokens(vector: Tensor, x: Tensor) -> Tensor:
+    """Returns what a sample has (b, c) so that it holds for every token of x (b, …, c)."""
+    return vector[(slice(None), *[None] * (x.ndim - 2))]
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """Returns x · (1 + scale) + shift; scale and shift (b, c) hold for every token of x (b, h, w, c)."""
-    factor = 1 + scale[:, None, None]
-    return x * factor if shift is None else torch.addcmul(shift[:, None, None], x, factor)
+    """Returns x · (1 + scale) + shift; scale and shift (b, c) hold for every token of x (b, …, c)."""
+    factor = 1 + over_tokens(scale, x)
+    return x * factor if shift is None else torch.addcmul(over_tokens(shift, x), x, factor)

@@ -16,6 +16,7 @@ from flashdit.shared.weights import read_model_config, read_tensors
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 POSITION_TABLE = "pos_embed"
 DEPTHWISE = ".dwconv."
+REGISTERS = "register_tokens"
 ROPE_KEYS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # computed, so never loaded
 PATCHES = ("x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias")
 UNSEEN = {"num_heads": None, "time_scale": None, "prediction": VELOCITY}
@@ -31,7 +32,7 @@ def fit_weights(
 
     A depthwise convolution that they lack starts at zero, so that the attention is all there is at first; one
     that the model lacks is left out. What depends on the patch size stays as the model was initialised. A
-    position table is computed, never loaded into another size.
+    position table is computed, never loaded into another size. Of another number of registers all are new.
 
     Args:
         model: Changed in place.
@@ -47,7 +48,7 @@ def fit_weights(
     own = model.state_dict()
     state = {key: value for key, value in given.items() if key not in ROPE_KEYS}
     told = [*_fit_positions(state, own), *_fit_convolutions(state, own)]
-    told += [*_fit_patches(state, own), *_fit_labels(state, own, rows)]
+    told += [*_fit_registers(state, own), *_fit_patches(state, own), *_fit_labels(state, own, rows)]
     missing, left_over = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or left_over:
         lists = (("they lack", missing), ("they have besides", left_over))
@@ -90,6 +91,19 @@ def _fit_convolutions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> li
         return []
     count = f"the depthwise convolutions of {blocks} blocks"
     return [f"{count}, which start at zero" if new else f"without {count}, which the model does not have"]
+
+
+def _fit_registers(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Takes the model's own registers where they have none or others, and drops those that it has not."""
+    theirs, ours = (tensors.get(REGISTERS) for tensors in (state, own))
+    if theirs is None and ours is None:
+        return []
+    if ours is None:
+        return [f"without their {len(state.pop(REGISTERS))} registers, as registers=0 has it"]
+    if theirs is not None and (len(theirs) == len(ours) or theirs.shape[1:] != ours.shape[1:]):
+        return []
+    state[REGISTERS] = ours
+    return [f"{len(ours)} registers, since the weights have {0 if theirs is None else len(theirs)}"]
 
 
 def _fit_patches(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

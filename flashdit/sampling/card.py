@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from flashdit.models.attention import describe_attention
 from flashdit.sampling.classes import class_ids
 from flashdit.sampling.imagenet import shown_names
 from flashdit.sampling.options import SamplingOptions
@@ -72,8 +73,9 @@ def _results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 def _about(config: Mapping[str, Any], class_names: Sequence[str], space: str) -> str:
     """Returns what kind of model this is."""
     size, channels = config["sample_size"], config["in_channels"]
-    options = ", ".join(f"{key} {value}" for key, value in config["attention"].items() if key != "name")
-    attention = config["attention"]["name"] + (f" ({options})" if options else "")
+    attention = describe_attention(config["attention"], config["depth"])
+    if config.get("registers"):
+        attention += f", {config['registers']} registers"
     words = shown_names(class_names)
     names = ", ".join(words[:NAMED_CLASSES]) + (" …" if len(words) > NAMED_CLASSES else "")
     model = f"depth {config['depth']}, width {config['hidden_size']}, patch {config['patch_size']}"

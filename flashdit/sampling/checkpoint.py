@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from flashdit.data.latents import LatentSpace
+from flashdit.data.sources import spec_of
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
@@ -127,7 +128,16 @@ class CheckpointGenerator(ImageGenerator):
         self.checkpoint, self.weights = checkpoint, weights
         self.run_dir = checkpoint.parent.parent
         self.weights_sha256 = hash_weights(checkpoint / weights)
-        self.images_path = images_of(stored_config(checkpoint))
+        self._config = stored_config(checkpoint)
+        self.images_path = images_of(self._config)
+
+    @property
+    def data_spec(self) -> str:
+        """The data set that it was trained on, with its options where what it brings depends on them."""
+        data = self._config.get("data")
+        if isinstance(data, Mapping) and data.get("name") == self.data_name:
+            return spec_of(data)
+        return self.data_name
 
     def recipe(self) -> dict[str, Any]:
         """Returns what identifies the model: checkpoint, step, weight hash, VAE, whether it is compiled."""

@@ -94,6 +94,8 @@ def attention_obstacle(
     window: Sequence[int],
     norms: Sequence[nn.Module],
     biased: bool,
+    rotary: bool = False,
+    registers: int = 0,
 ) -> str | None:
     """Returns what in an attention the kernels do not take, if anything.
 
@@ -104,6 +106,8 @@ def attention_obstacle(
         window: Sides of the window.
         norms: Of queries and of keys.
         biased: Whether anything is added to the logits.
+        rotary: Whether queries and keys are turned by position.
+        registers: That each window reads and writes.
     """
     head_dim = shape[-1] // num_heads
     if len(shape) != 4:
@@ -118,6 +122,10 @@ def attention_obstacle(
         return f"maps below 2**31 values of q, k and v a sample, got shape={tuple(shape)}"
     if biased:
         return "attention without a relative position bias, got one"
+    if rotary:
+        return "attention without rotary positions, got rope=True"
+    if registers:
+        return f"attention without registers, got {registers=}"
     if not (all(isinstance(norm, nn.Identity) for norm in norms) or are_rms_norms(*norms)):
         return f"RMSNorm with a weight and one eps or no norm, got {norms[0]!r} and {norms[1]!r}"
     return None

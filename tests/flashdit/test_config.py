@@ -15,7 +15,7 @@ def test_digits_is_the_default_and_reads_back_from_its_yaml(tmp_path):
 @pytest.mark.parametrize("path", sorted(SHIPPED_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
     given = yaml.safe_load(path.read_text())
-    needs_path = given["data"]["name"] != "digits"
+    needs_path = given["data"]["name"] not in ("digits", "glyphs")
     loaded = config.load(path, ["data.path=somewhere"] if needs_path else [])
     assert loaded.run.dir
     opening = path.read_text().splitlines()[:4]
@@ -34,6 +34,18 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
     assert kept == {"name": "iwin", "window": 2, "kernel": 3}
 
 
+def test_attention_by_block_is_a_list_on_the_command_line_and_in_yaml(tmp_path):
+    listed = config.load(None, ["model.attention=[{name: iwin, window: 2}, {name: global}]"])
+    assert listed.model["attention"] == [{"name": "iwin", "window": 2}, {"name": "global"}]
+    path = tmp_path / "listed.yaml"
+    path.write_text(
+        "data: {name: digits}\nrun: {dir: x}\nmodel:\n  depth: 4\n"
+        "  attention: [&a {name: iwin}, *a, *a, {name: global}]\n"
+    )
+    assert config.load(path).model["attention"] == [{"name": "iwin"}] * 3 + [{"name": "global"}]
+    assert config.load(path, ["model.attention.name=window"]).model["attention"] == {"name": "window"}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -45,6 +57,13 @@ def test_a_part_that_changes_its_name_loses_the_old_options():
         ("data.name=shards", r"data 'shards' needs the option 'path'"),
         ("flow.times.name=uniforn", r"unknown time distribution 'uniforn'; did you mean 'uniform'"),
         ("model.attention.windw=4", r"unknown option of attention 'iwin' 'windw'; did you mean 'window'"),
+        ("model.attention=[iwin, {name: iwin, windw: 4}]", r"attention\[1\]: unknown option .* 'windw'"),
+        (
+            "model.attention=[iwin, globl]",
+            r"attention\[1\]: unknown attention 'globl'; did you mean 'global'",
+        ),
+        ("model.attention=[]", r"^model.attention as a list must have an entry, .* got 0 for depth="),
+        ("model.registers=two", r"^model.registers must be a whole number, got 'two'$"),
         ("sampling.sampler=huen", r"unknown sampler 'huen'; did you mean 'heun'"),
         ("training.precision=fp64", r"unknown training.precision 'fp64'"),
         (

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,17 @@ def test_parameters_are_counted_without_the_blocks_being_made(tiny_overrides):
     assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < counts.all
     assert counts.block == sum(p.numel() for p in model.blocks[3].parameters())
     assert counts.outside == counts.all - 5 * counts.block
+    deep = replace(settings, model=settings.model | {"depth": 2**62})
+    assert count_parameters(deep).all == counts.outside + 2**62 * counts.block
+
+
+def test_where_blocks_differ_the_largest_is_the_block_that_is_gathered(tiny_overrides):
+    kinds = "model.attention=[global, {name: iwin, kernel: 5}, iwin]"
+    settings = config.load(None, [*tiny_overrides, kinds, "model.depth=5"])
+    counts, model = count_parameters(settings), FlashDiT(**settings.model_arguments)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    assert blocks[1] == counts.block == max(blocks) > blocks[2] > blocks[0]
+    assert counts.all == counts.outside + sum(blocks)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -98,6 +98,8 @@ def test_kernels_are_left_alone_on_a_cpu_and_refused_where_demanded(backend):
         ((1, 8, 9, 16), {"norms": [nn.RMSNorm(8)] * 2}, "RMSNorm with a weight and one eps .* got RMSNorm"),
         ((1, 8, 9, 16), {"norms": [nn.RMSNorm(8, 1e-6), nn.RMSNorm(8, 1e-5)]}, "one eps or no norm, got RMS"),
         ((1, 8, 9, 16), {"biased": True}, "without a relative position bias"),
+        ((1, 8, 9, 16), {"rotary": True}, "without rotary positions, got rope=True"),
+        ((1, 8, 9, 16), {"registers": 2}, "without registers, got registers=2"),
         ((1, 2**14, 2**14, 16), {}, r"maps below 2\*\*31 values"),
     ],
 )
@@ -105,7 +107,7 @@ def test_what_the_kernels_do_not_take_is_named_or_left_to_eager_code(
     shape, options, message, backend, monkeypatch
 ):
     usual = {"dtype": torch.float32, "num_heads": 2, "window": (4, 4), "norms": [nn.Identity()] * 2}
-    usual |= {"biased": False}
+    usual |= {"biased": False, "rotary": False, "registers": 0}
     ask = kernels.attention_obstacle
     monkeypatch.setattr("iwin_core.kernels.dispatch.device_runs_kernels", lambda kind, index: True)
     gpu, taken, refused = torch.device("cuda", 0), (1, 8, 9, 16), (shape, *(usual | options).values())

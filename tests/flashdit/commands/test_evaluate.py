@@ -40,7 +40,7 @@ def samples(tmp_path_factory) -> Path:
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
-    num_classes, class_names, data_name, images_path = 10, DIGIT_NAMES, "digits", None
+    num_classes, class_names, data_spec, images_path = 10, DIGIT_NAMES, "digits", None
     sampling = SamplingOptions()
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(
@@ -159,7 +159,7 @@ def test_checkpoint_of_other_classes_has_no_accuracy(main, generator):
 
 
 def test_checkpoint_of_other_data_needs_a_reference(main, generator):
-    generator.data_name = "shards"
+    generator.data_spec = "shards"
     with pytest.raises(
         ValueError,
         match=r"requires a reference, --reference or evaluation\.reference.*data set 'shards' brings none",

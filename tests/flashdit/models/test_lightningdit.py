@@ -11,8 +11,9 @@ from golden_rule import (
 )
 
 from flashdit import FlashDiT
-from flashdit.models.embed import rope_tables, rotate, sincos_table, timestep_embedding
+from flashdit.models.embed import sincos_table, timestep_embedding
 from flashdit.models.layers import RMSNorm, make_norm
+from iwin_core.rotary import rope_tables, rotate
 
 GOLDEN = load_npz("dit_small.npz")
 META = load_json("dit_small_meta.json")["best"]

@@ -38,6 +38,8 @@ def tensors(run_dir, step):
 
 def test_sharded_training_equals_plain_training_and_each_resumes_the_other(tiny_overrides, tmp_path):
     tiny_overrides = [*tiny_overrides, "ema.power_widths=[0.1]", "ema.snapshot_every=2"]
+    tiny_overrides += ["model.attention=[{name: iwin, window: 2, rope: true}, global]"]
+    tiny_overrides += ["model.depth=2", "model.registers=3"]
     plain = [*tiny_overrides, f"run.dir={tmp_path / 'plain'}"]
     mixed = [*tiny_overrides, f"run.dir={tmp_path / 'mixed'}"]
     Trainer(config.load(None, plain)).fit()

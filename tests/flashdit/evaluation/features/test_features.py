@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flashdit.digits.classifier import DIGITS_WEIGHTS, accuracy_of, load_digits_classifier
+from flashdit.digits.classifier import DIGITS_WEIGHTS, load_digits_classifier
 from flashdit.digits.images import digits
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.inception import INCEPTION_FILE, WEIGHTS_VARIABLE
+from flashdit.evaluation.features.iwin_classifier import accuracy_of
 from flashdit.evaluation.metrics.scoring import score_names
 from tools.digits_classifier import augment, train
 

@@ -1,0 +1,75 @@
+"""Rotary position embedding on maps of any rank: queries and keys are turned by their coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+MAX_PERIOD = 10_000.0
+
+
+def rope_tables(grid: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Returns the cosines and sines of the rotary embedding of every token.
+
+    Args:
+        grid: Sides of the map; positions are unscaled.
+        head_dim: Width d of a head, a multiple of 2 · rank: d / (2 · rank) frequencies an axis, each twice;
+            the first axis first.
+
+    Returns:
+        Two float32 (prod(grid), head_dim).
+
+    Raises:
+        ValueError: If the head width is none of those.
+
+    Source: LightningDiT's VisionRotaryEmbeddingFast, for any rank.
+    """
+    rank = len(grid)
+    if head_dim % (2 * rank):
+        raise ValueError(f"rotary positions need a head width that {2 * rank} divides, got {head_dim}")
+    count = head_dim // (2 * rank)
+    frequencies = MAX_PERIOD ** -(torch.arange(count).float() / count)
+    angles = [
+        (torch.arange(side).float()[:, None] * frequencies)
+        .repeat_interleave(2, dim=-1)
+        .reshape([side if other == axis else 1 for other in range(rank)] + [-1])
+        .expand(*grid, -1)
+        for axis, side in enumerate(grid)
+    ]
+    angles = torch.cat(angles, dim=-1).flatten(0, -2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (…, n, d) turned by position: each pair (x0, x1) becomes (x0, x1)·cos + (−x1, x0)·sin."""
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Sides of a map → its rotary tables (*grid, d): those of one map are stored, of larger ones computed.
+
+    Args:
+        grid: Sides of the stored map. A smaller map's tables are a corner of these.
+        head_dim: Width d of a head.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, grid: Sequence[int], head_dim: int):
+        super().__init__()
+        self.grid, self.head_dim = tuple(grid), head_dim
+        for name, table in zip(("cos", "sin"), rope_tables(grid, head_dim), strict=True):
+            self.register_buffer(name, table.reshape(*grid, head_dim), persistent=False)
+
+    def forward(self, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the cosines and sines of a map of these sides."""
+        if all(side <= stored for side, stored in zip(grid, self.grid, strict=True)):
+            corner = tuple(slice(side) for side in grid)
+            return self.cos[corner], self.sin[corner]
+        cos, sin = (table.reshape(*grid, self.head_dim) for table in rope_tables(grid, self.head_dim))
+        return cos.to(self.cos.device), sin.to(self.sin.device)
