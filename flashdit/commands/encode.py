@@ -53,7 +53,7 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from flashdit.data.encode_folder import EncodingOptions, FolderEncoding
-    from flashdit.data.images import transparent_images
+    from flashdit.data.images import animated_images, transparent_images
     from flashdit.data.manifest import MANIFEST
     from flashdit.shared.locks import only_writer
     from flashdit.shared.process import check_processes
@@ -77,7 +77,8 @@ def encode_on_ranks(arguments: argparse.Namespace) -> None:
             shards = counted(len(manifest["shards"]), "shard")
             counts = f"{counts} in {shards}, {len(manifest['unreadable']):,} unreadable"
             transparent = transparent_images(manifest["transparent"], manifest["background"])
-            remarks = [counts, manifest["enlarged"], transparent]
+            animated = animated_images(manifest["animated"])
+            remarks = [counts, manifest["enlarged"], transparent, animated]
             print(f"{'; '.join(remark for remark in remarks if remark)}: {encoding.out / MANIFEST}")
     state.destroy_process_group()
 

@@ -202,8 +202,8 @@ def affordable(draft: Draft, machine: Machine) -> tuple[Draft, float, dict[str, 
         about["model"] = f"smaller than suits so many images: {larger} would take {budget.duration(whole_s)}"
     elif whole_s > LONG_S:
         about["for less"] = "a smaller --image-size, or model.hidden_size, model.depth, training.steps"
-    total = budget.duration(seconds * draft.steps)
-    return draft, seconds, {"time": f"about {total}, previews not counted"} | about
+    total = f"about {budget.duration(seconds * draft.steps)} at the speed this machine has now"
+    return draft, seconds, {"time": f"{total}, previews not counted"} | about
 
 
 def latents_in_memory(data: DataFacts) -> dict[str, str]:

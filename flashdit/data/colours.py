@@ -33,6 +33,8 @@ class DecodedImage(NamedTuple):
     """Upright RGB, 8 bits a channel."""
     transparent: bool
     """Whether the background shows through any pixel."""
+    animated: bool
+    """Whether the file has frames after this one."""
 
 
 def decode(file: ImageFile, background: tuple[int, int, int]) -> DecodedImage:
@@ -42,16 +44,27 @@ def decode(file: ImageFile, background: tuple[int, int, int]) -> DecodedImage:
         ValueError: If its numbers are out of range, or its kind has no right way.
         Exception: Of any kind, as Pillow's decoders raise on a broken file.
     """
-    pixels = _pixels(file)
+    pixels, animated = _pixels(file), _has_more_frames(file)
     method = UPRIGHT.get(_orientation(file))
     if method is not None:
         pixels = pixels.transpose(method)
     if pixels.mode == "RGB":
-        return DecodedImage(pixels, False)
+        return DecodedImage(pixels, False, animated)
     canvas = Image.new("RGBA", pixels.size, (*background, 255))
     canvas.alpha_composite(pixels)
     opaque = pixels.getchannel("A").histogram()[255]
-    return DecodedImage(canvas.convert("RGB"), opaque < pixels.width * pixels.height)
+    return DecodedImage(canvas.convert("RGB"), opaque < pixels.width * pixels.height, animated)
+
+
+def _has_more_frames(file: ImageFile) -> bool:
+    """Returns whether a decoded file has a frame, or a page, after its first; False where that is broken.
+
+    What a telephone keeps beside a photograph in one JPEG (MPO: a preview, a map of brightness) is none.
+    """
+    try:
+        return file.format != "MPO" and getattr(file, "is_animated", False)
+    except Exception:  # whatever Pillow raises
+        return False
 
 
 def _orientation(file: ImageFile) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class FolderEncoding:
         rows: list[int] = []
         small: dict[str, int] = {}
         unreadable: dict[str, str] = {}
-        transparent = 0
+        transparent = animated = 0
         first = shard * self.options.shard_rows  # numbers of posterior noise: each image has its own
         for batch in self._batches(shard):
             found = next(read)
@@ -203,6 +203,7 @@ class FolderEncoding:
             small |= self._small(dict(zip(names, found.short_sides, strict=True)))
             unreadable |= {self.source.names[row]: why for row, why in found.unreadable.items()}
             transparent += found.transparent
+            animated += found.animated
             first += len(batch)
             bar.update(len(batch))
         latents, mirrored = torch.cat(parts, 1)
@@ -217,6 +218,7 @@ class FolderEncoding:
             "images": {name: self.listing[name] for name in self.shards[shard]},
             "small": small,
             "transparent": transparent,
+            "animated": animated,
             "unreadable": unreadable,
             "moments": asdict(ChannelMoments.of(latents)),
         }
@@ -264,7 +266,6 @@ class FolderEncoding:
         unreadable = dict(self.source.found.unreadable)
         for record in records:
             unreadable |= {name: why for name, why in record["unreadable"].items() if name in self.listing}
-        transparent = [record["transparent"] for record in records if "transparent" in record]
         manifest = self.plan | {
             "vae": lasting_name(self.options.vae),
             "vae_config": self.vae.config,
@@ -276,7 +277,8 @@ class FolderEncoding:
                 {name: side for record in records for name, side in record.get("small", {}).items()},
                 self.options.image_size,
             ),
-            "transparent": sum(transparent) if len(transparent) == len(records) else None,
+            "transparent": _sum_of(records, "transparent"),
+            "animated": _sum_of(records, "animated"),
             "shape": self.shape,
             "mean": moments.mean,
             "std": std,
@@ -291,6 +293,11 @@ class FolderEncoding:
         write_statistics(self.out, *channels)
         write_checked_json(self.out / MANIFEST, manifest)
         return manifest
+
+
+def _sum_of(records: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    """Returns the sum of a count over shards; None where one of them, of an earlier version, has none."""
+    return sum(record[name] for record in records) if all(name in record for record in records) else None
 
 
 def _open_folder(options: EncodingOptions, out: Path, before: dict[str, Any]) -> ImageFolder:

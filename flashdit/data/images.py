@@ -282,6 +282,11 @@ def transparent_images(count: int | None, background: str) -> str:
     return f"{count:,} with transparency {verb} shown over {background}" if count else ""
 
 
+def animated_images(count: int | None) -> str:
+    """Returns of how many files later frames are left out, in words; nothing for none or None, unknown."""
+    return f"of {count:,} with several frames the first is taken" if count else ""
+
+
 def report_images(line: str, unreadable: Mapping[str, str]) -> None:
     """Logs what was found, and each unreadable file with the reason, on the main process alone."""
     if not is_first_process():

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from flashdit.data.images import (
     READERS,
+    animated_images,
     check_crop,
     enlarged_images,
     report_images,
@@ -27,7 +28,7 @@ from flashdit.shared.progress import progress_bar
 from flashdit.shared.runs import list_checkpoints, newest_readable, read_state
 
 RECORD = "images.json"  # in a run's folder
-RECORD_FORMAT = 2  # of 1 there is no transparency, and files were read that are now refused
+RECORD_FORMAT = 3  # of 2 it is unknown which are animated, of 1 which are transparent
 AT_ONCE = 1_000  # images that wait for a reader
 
 
@@ -43,6 +44,8 @@ class ReadBatch:
     """Of the files of these rows, in pixels."""
     transparent: int
     """How many of them the background shows through."""
+    animated: int
+    """Of how many files other frames are left out."""
     unreadable: dict[int, str]
     """Why the others could not be read, by row."""
 
@@ -71,6 +74,7 @@ class ReadableImages(Dataset):
             images=torch.stack([image.pixels for image in read.values()]) if read else None,
             short_sides=[image.short_side for image in read.values()],
             transparent=sum(image.transparent for image in read.values()),
+            animated=sum(image.animated for image in read.values()),
             unreadable=unreadable,
         )
 
@@ -85,6 +89,8 @@ class Seen(NamedTuple):
     """Why not."""
     transparent: bool = False
     """Whether the background shows through."""
+    animated: bool = False
+    """Whether other frames are left out."""
 
 
 class Inspection:
@@ -144,11 +150,14 @@ def leave_out_unreadable(
         name: seen.unreadable for name, seen in found.items() if seen.unreadable is not None
     }
     sides = {name: min(seen.size) for name, seen in found.items() if seen.size}
-    transparent = sum(seen.transparent for seen in found.values())
+    transparent, animated = (
+        sum(getattr(seen, name) for seen in found.values()) for name in ("transparent", "animated")
+    )
     line = source.found.describe(
         len(unreadable),
         enlarged_images(sides, source.image_size),
         transparent_images(transparent, source.options.background),
+        animated_images(animated),
     )
     report_images(line, unreadable)
     return source.subset(readable)
@@ -196,11 +205,11 @@ def _decode(source: ImageFolder, rows: Sequence[int], progress: bool) -> dict[st
 def _look(source: ImageFolder, row: int) -> Seen:
     """Returns what is seen of one file."""
     try:
-        picture, transparent = source.decode(row)
+        picture, transparent, animated = source.decode(row)
         check_crop(picture.size, source.image_size)
     except ValueError as error:
         return Seen(source.num_bytes[row], None, str(error.__cause__ or error))
-    return Seen(source.num_bytes[row], picture.size, transparent=transparent)
+    return Seen(source.num_bytes[row], picture.size, transparent=transparent, animated=animated)
 
 
 def _check_classes(source: ImageFolder, readable: Sequence[int]) -> None:
@@ -221,8 +230,8 @@ def _read_record(record: Path) -> dict[str, Seen]:
         if content.get("format") != RECORD_FORMAT:
             return {}
         seen = {
-            name: Seen(size, (width, height), transparent=transparent)
-            for name, (size, width, height, transparent) in content["images"].items()
+            name: Seen(size, (width, height), transparent=transparent, animated=animated)
+            for name, (size, width, height, transparent, animated) in content["images"].items()
         }
         return seen | {name: Seen(size, None, why) for name, (size, why) in content["unreadable"].items()}
     except FileNotFoundError:
@@ -234,11 +243,13 @@ def _read_record(record: Path) -> dict[str, Seen]:
 
 
 def _write_record(record: Path, found: dict[str, Seen]) -> None:
-    """Writes by name bytes, width, height and transparency, and of the unreadable bytes and reason."""
+    """Writes by name bytes, width, height, transparent, animated, and of the unreadable bytes and reason."""
     content = {
         "format": RECORD_FORMAT,
         "images": {
-            name: [seen.num_bytes, *seen.size, seen.transparent] for name, seen in found.items() if seen.size
+            name: [seen.num_bytes, *seen.size, seen.transparent, seen.animated]
+            for name, seen in found.items()
+            if seen.size
         },
         "unreadable": {
             name: [seen.num_bytes, seen.unreadable] for name, seen in found.items() if not seen.size

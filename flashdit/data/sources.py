@@ -196,6 +196,8 @@ class CroppedImage(NamedTuple):
     """Of the file, in pixels."""
     transparent: bool
     """Whether the background shows through any pixel of the file."""
+    animated: bool = False
+    """Whether the file has frames after the one that is trained on."""
 
 
 @DATASETS.register("images", ImagesOptions)
@@ -244,9 +246,9 @@ class ImageFolder:
 
     def read(self, index: int) -> CroppedImage:
         """Returns one centre-cropped image."""
-        picture, transparent = self.decode(index)
-        cropped = np.array(crop_of_file(picture, self.image_size, self.paths[index]))
-        return CroppedImage(torch.from_numpy(cropped).permute(2, 0, 1), min(picture.size), transparent)
+        picture, transparent, animated = self.decode(index)
+        cropped = torch.from_numpy(np.array(crop_of_file(picture, self.image_size, self.paths[index])))
+        return CroppedImage(cropped.permute(2, 0, 1), min(picture.size), transparent, animated)
 
     def identity(self) -> dict[str, Any]:
         """Returns what the images are known by: their classes, names below the folder and sizes."""

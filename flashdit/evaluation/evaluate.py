@@ -122,7 +122,11 @@ def class_warnings(plan: Plan) -> list[str]:
     """Returns why there is no accuracy though the extractor has classes, or how labels were matched."""
     classes = plan.classes
     if any(METRICS[name].needs_classes for name in plan.metrics):
-        return [classes.note] if classes.note else []
+        own, name = plan.extractor.accuracy, plan.extractor.name
+        notes = [classes.note] if classes.note else []
+        if own is not None:
+            notes.append(f"the judge of accuracy, '{name}', is right on {own:.1%} of its held-out images")
+        return notes
     lacks = plan.extractor.class_names and plan.samples.labels is not None and classes.unknown
     return [f"no accuracy: {classes.unknown}"] if lacks else []
 

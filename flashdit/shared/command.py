@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 UNKNOWN_WORDS = "unrecognized arguments: "
 """Beginning of argparse's message."""
+WRONG_NUMBER = re.compile(r"argument (?P<option>\S+): invalid (?P<kind>int|float) value: (?P<value>.*)")
+"""How argparse says it."""
+NUMBER_WORDS = {"int": "whole number", "float": "number"}
 FILE_RULES = {
     errno.EISDIR: "{} must be a file, and is a folder",
     errno.ENOTDIR: "{} must lie in folders, and something above it is a file",
@@ -114,10 +118,13 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the command with usage and message."""
+        """Ends the command with one sentence, and with where its options are told."""
         unknown_words = message.removeprefix(UNKNOWN_WORDS) if message.startswith(UNKNOWN_WORDS) else ""
         option = next((word for word in unknown_words.split() if word.startswith("-")), "")
-        super().error(message + nearest_name(option.partition("=")[0], self._option_string_actions))
+        near = nearest_name(option.partition("=")[0], self._option_string_actions)
+        if wrong := WRONG_NUMBER.fullmatch(message):
+            message = f"{wrong['option']} must be a {NUMBER_WORDS[wrong['kind']]}, got {wrong['value']}"
+        self.exit(2, f"{self.prog}: error: {message}{near} ({self.prog} --help lists the options)\n")
 
 
 class Command(NamedTuple):

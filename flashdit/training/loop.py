@@ -31,7 +31,7 @@ from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak, warn_if_slow
-from flashdit.training.optim import learning_rate, make_optimizer
+from flashdit.training.optim import learning_rate, make_optimizer, unfinished_decay
 from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
 from flashdit.training.resume import main_first, newest_whole, open_run_folder
@@ -136,6 +136,8 @@ class TrainingLoop(Generic[AnyTask]):
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
+            if unfinished := unfinished_decay(self.config.training.steps, self.config.optimizer):
+                logger.info(unfinished)
             warn_if_slow(self.config.training.precision, self.device)
             if self.device.type == "cuda" and kernels_wait():
                 logger.info("the fused kernels are off, as they have passed on no GPU yet: %s", KERNELS_HINT)

@@ -62,6 +62,17 @@ def learning_rate(step: int, options: OptimizerOptions) -> float:
     return options.min_lr + (options.lr - options.min_lr) * cosine
 
 
+def unfinished_decay(steps: int, options: OptimizerOptions) -> str:
+    """Returns in words what is left of the learning rate at the last step, where it is still to fall."""
+    if options.decay_steps is None or options.decay_steps <= steps:
+        return ""
+    left = learning_rate(steps, options) / options.lr
+    return (
+        f"the learning rate ends at {left:.0%} of its peak: training.steps is {steps:,}, "
+        f"optimizer.decay_steps {options.decay_steps:,}"
+    )
+
+
 def make_optimizer(parameters: Iterable[Any], options: OptimizerOptions) -> torch.optim.AdamW:
     """Returns fused AdamW over the parameters that train.
 

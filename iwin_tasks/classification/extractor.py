@@ -36,5 +36,5 @@ class ClassifierExtractor(ModelExtractor):
         load_weights(network, checkpoint)
         size = input_format(network).image_size
         super().__init__("classifier", network, list(state["class_names"]), size)
-        self.colours = state.get("colours")
+        self.colours, self.accuracy = state.get("colours"), state.get("top1")
         self.weights_sha256 = file_sha256(checkpoint / "ema" / "model.safetensors")

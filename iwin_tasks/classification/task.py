@@ -183,6 +183,7 @@ class ClassifierTask(Task):
             "class_names": self.images.class_names,
             "data_name": self.config.data["name"],
             "colours": self.colours,
+            "top1": None if self.accuracy is None else self.accuracy.top1,
         }
 
 

@@ -40,6 +40,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and what Theorem 3 says; draws the picture where `--output` is given."""
     arguments = parse(argv)
+    if arguments.token and not arguments.output:
+        raise ValueError(f"--token is for the picture that --output names, got {arguments.token} without it")
     grid = tuple(arguments.size) * (2 if len(arguments.size) == 1 else 1)
     if len(grid) != 2 or min(grid) < 1 or math.prod(grid) > MAX_TOKENS:
         raise ValueError(
@@ -50,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from iwin_core.analysis.reach import table, verdict
 
     sizes = (grid, arguments.window, arguments.kernel, arguments.blocks)
-    print(table(*sizes), verdict(*sizes[:3]), sep="\n\n")
+    shown = [table(*sizes), verdict(*sizes[:3])]
     if arguments.output:
         tokens = [arguments.token] if arguments.token else [(grid[0] // 2, grid[1] // 2), (0, 0)]
         from iwin_tasks.commands.drawing import draw_reach, save_drawing
 
         with only_writer(arguments.output, is_file=True, mark=DRAWN):
             save_drawing(draw_reach(*sizes, tokens), arguments.output)
-        print(f"\nwrote {arguments.output}")
+        shown.append(f"wrote {arguments.output}")
+    print(*shown, sep="\n\n")

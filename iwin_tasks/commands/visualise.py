@@ -142,6 +142,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the picture; prints how concentrated each receptive field is."""
     arguments = parse(argv)
+    for option, kind in (("class_index", "gradcam"), ("position", "erf")):
+        if getattr(arguments, option) is not None and arguments.kind != kind:
+            name = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{name} is for --kind {kind}, got it with --kind {arguments.kind}")
     check_outside(arguments.output, arguments.images, "--output", "--images")
     with only_writer(arguments.output, is_file=True, mark=DRAWN):
         visualise(arguments)

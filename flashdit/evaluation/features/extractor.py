@@ -26,6 +26,7 @@ class Extractor(nn.Module):
         weights_sha256: Of the weights file; None where there is none.
         warnings: What a report must say of its weights.
         colours: What it was trained on, `grey` or `colour` images; None where that is unknown.
+        accuracy: Share of images held out from its training that its logits name rightly; None where unknown.
         built_as: (name, weights) as `build_extractor` takes them from any folder; None where it did not.
         is_inception: Whether its scores may be called FID, KID and IS; those of another carry its name.
     """
@@ -38,6 +39,7 @@ class Extractor(nn.Module):
     weights_sha256: str | None = None
     warnings: tuple[str, ...] = ()
     colours: str | None = None
+    accuracy: float | None = None
     built_as: tuple[str, str | None] | None = None
     is_inception: bool = False
 

@@ -228,6 +228,8 @@ def build_extractor(name: str, weights: str | None = None) -> Extractor:
         extractor = TorchFidelityExtractor(name, weights)
     else:
         kinds = {*EXTRACTORS.names(), *others, "timm/MODEL", "RUN", "package.module:callable"}
+        if "/" in name:
+            raise ValueError(f"an extractor must be a known name or a run's folder, {name} does not exist")
         raise unknown("extractor", name, kinds)
     extractor = completed(extractor, name)
     is_run = name not in EXTRACTORS.names() and Path(name).is_dir()

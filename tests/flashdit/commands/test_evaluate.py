@@ -124,6 +124,7 @@ def test_checkpoint_is_sampled_and_its_recipe_recorded_in_the_run(main, generato
     ("arguments", "message"),
     [
         (["--metrics", "fid,recal"], "unknown metric 'recal'; did you mean 'recall'"),
+        (["--extractor", "runs/nix"], "a known name or a run's folder, runs/nix does not exist"),
         (["--extractor", "incepton"], "unknown extractor 'incepton'; did you mean 'inception'"),
         (
             ["--reference", "absent.npz", "--extractor", "digits"],

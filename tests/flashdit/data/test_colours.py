@@ -20,7 +20,7 @@ def decoded(tmp_path):
 
     def read(data):
         (tmp_path / "a.png").write_bytes(data)
-        picture, transparent = decode_image(tmp_path / "a.png", BACKGROUND)
+        picture, transparent, _ = decode_image(tmp_path / "a.png", BACKGROUND)
         assert picture.mode == "RGB"
         return np.asarray(picture).astype(int), transparent
 

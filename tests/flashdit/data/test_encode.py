@@ -56,13 +56,13 @@ class Broken:
     def read(self, row):
         if row == 1:
             raise self.error
-        return CroppedImage(torch.full((3, 2, 2), row), 5 + row, transparent=row == 2)
+        return CroppedImage(torch.full((3, 2, 2), row), 5 + row, row == 2, animated=row == 0)
 
 
 def test_a_broken_image_is_left_out_and_named_but_a_full_memory_ends_the_reading():
     read = ReadableImages(Broken(ValueError("not a PNG file")))[range(3)]
     assert (read.rows, read.unreadable) == ([0, 2], {1: "not a PNG file"})
-    assert (read.short_sides, read.transparent) == ([5, 7], 1)
+    assert (read.short_sides, read.transparent, read.animated) == ([5, 7], 1, 1)
     assert read.images[:, 0, 0, 0].tolist() == [0, 2]
     with pytest.raises(MemoryError):
         ReadableImages(Broken(MemoryError()))[range(3)]

@@ -27,6 +27,7 @@ from flashdit.data.images import centre_crop
 from flashdit.data.latents import LatentOptions
 from flashdit.data.manifest import MANIFEST, verify
 from flashdit.data.shards import LatentShards
+from flashdit.data.sources import ImageFolder, ImagesOptions
 from flashdit.digits.images import digits
 from flashdit.shared import process
 from flashdit.shared.files import OWN_CHECKSUM, file_sha256, read_checked_json
@@ -375,14 +376,33 @@ def test_images_that_the_background_shows_through_are_counted(options, tmp_path,
     line = (
         "2 smaller than 32 px were enlarged, formes/small.png 1.6 times; 5 with transparency are shown over "
     )
-    assert f"1 unreadable; {line}#0a0b0c: {options.out}/manifest.json" in capsys.readouterr().out
+    frames = "of 1 with several frames the first is taken"
+    assert f"1 unreadable; {line}#0a0b0c; {frames}: {options.out}/manifest.json" in capsys.readouterr().out
     record = Path(options.out, "records", "shard000.json")
     content = read_checked_json(record)
-    del content["transparent"]  # as an earlier version wrote it
+    del content["transparent"], content["animated"]  # as an earlier version wrote it
     record.write_text(json.dumps(content))
-    assert encode(options)["transparent"] is None
+    manifest = encode(options)
+    assert manifest["transparent"] is manifest["animated"] is None
     encode_latents.main(arguments(options))
     assert "transparency" not in capsys.readouterr().out
+
+
+def test_files_with_several_frames_are_counted(options, tmp_path, capsys):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    (tmp_path / "moving").mkdir()
+    for suffix in ("gif", "png", "webp", "tiff"):
+        frames[0].save(tmp_path / "moving" / f"a.{suffix}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / "moving" / f"b.{suffix}")
+    frames[0].save(tmp_path / "moving" / "c.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    source = ImageFolder(ImagesOptions(path=str(tmp_path / "moving"), image_size=32))
+    assert {name for row, name in enumerate(source.names) if source.decode(row).animated} == {
+        f"a.{suffix}" for suffix in ("gif", "png", "webp", "tiff")
+    }
+    reds = torch.stack([source.image(row) for row in range(len(source.names))]).float().mean((2, 3))
+    assert (reds - torch.tensor([255.0, 0, 0])).abs().max() < 3
+    encode_latents.main(arguments(replace(options, images=str(tmp_path / "moving"))))
+    assert "; of 4 with several frames the first is taken: " in capsys.readouterr().out
 
 
 def test_enlarged_images_are_told_at_once_and_at_the_end(options, caplog):

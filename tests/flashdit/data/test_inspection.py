@@ -64,7 +64,7 @@ def test_broken_images_are_left_out_and_told_with_all_else_in_one_line(folder, r
     assert line.endswith(
         "pictures: 12 images in 3 classes; left out: 3 hidden, 1 loose beside the class folders, 1 .txt, "
         "1 unreadable; 2 smaller than 32 px were enlarged, formes/small.png 1.6 times; "
-        "5 with transparency are shown over white"
+        "5 with transparency are shown over white; of 1 with several frames the first is taken"
     )
 
 
@@ -72,8 +72,8 @@ def test_the_record_keeps_names_bytes_and_sizes(folder, record):
     inspect(open_folder(folder), record)
     content = json.loads(record.read_text())
     path = folder / "10 squares" / "phone.jpg"
-    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60, False]
-    assert content["images"]["2 discs/rgba.png"][1:] == [48, 48, True]
+    assert content["images"]["10 squares/phone.jpg"] == [path.stat().st_size, 40, 60, False, False]
+    assert content["images"]["2 discs/rgba.png"][1:] == [48, 48, True, False]
     size, why = content["unreadable"]["formes/broken.png"]
     assert size == (folder / "formes" / "broken.png").stat().st_size
     assert why

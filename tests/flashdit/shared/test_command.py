@@ -85,7 +85,27 @@ def test_an_unknown_option_names_the_nearest(capsys, words, hint):
     with pytest.raises(SystemExit) as exit_info:
         parser.parse_args(words)
     assert exit_info.value.code == 2
-    assert capsys.readouterr().err.endswith(f"bake: error: unrecognized arguments: {hint}\n")
+    assert capsys.readouterr().err == (
+        f"bake: error: unrecognized arguments: {hint} (bake --help lists the options)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--scale", "two"], "--scale must be a number, got 'two'"),
+        (["--seed", "1.5"], "-s/--seed must be a whole number, got '1.5'"),
+        (["--seed"], "argument -s/--seed: expected one argument"),
+    ],
+)
+def test_a_wrong_number_is_one_sentence(capsys, words, rule):
+    parser = CommandParser(prog="bake")
+    parser.add_argument("--scale", type=float)
+    parser.add_argument("-s", "--seed", type=int)
+    with pytest.raises(SystemExit) as exit_info:
+        parser.parse_args(words)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == f"bake: error: {rule} (bake --help lists the options)\n"
 
 
 @pytest.mark.parametrize("entry", [flashdit.__main__, iwin_tasks.__main__], ids=["flashdit", "iwin"])

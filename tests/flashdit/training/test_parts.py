@@ -1,14 +1,17 @@
 import json
+import logging
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from flashdit import config
 from flashdit.flow.examples import Examples
+from flashdit.trainer import Trainer
 from flashdit.training.batches import positions
 from flashdit.training.ema import Ema, EmaOptions
-from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer
+from flashdit.training.optim import OptimizerOptions, learning_rate, make_optimizer, unfinished_decay
 from flashdit.training.tracking import Tracker, TrackingOptions
 
 
@@ -18,6 +21,15 @@ def test_learning_rate_warms_up_holds_and_decays():
     assert learning_rate(60, options) == pytest.approx(0.55)
     assert learning_rate(110, options) == learning_rate(500, options) == pytest.approx(0.1)
     assert learning_rate(10**6, OptimizerOptions(lr=1.0, warmup_steps=10)) == 1.0
+    said = "the learning rate ends at 55% of its peak: training.steps is 60, optimizer.decay_steps 110"
+    assert unfinished_decay(60, options) == said
+    assert unfinished_decay(110, options) == unfinished_decay(60, OptimizerOptions()) == ""
+
+
+def test_a_run_that_ends_before_its_learning_rate_has_fallen_says_so(tiny_overrides, caplog):
+    caplog.set_level(logging.INFO)
+    Trainer(config.load(None, [*tiny_overrides, "optimizer.decay_steps=400"])).fit()
+    assert caplog.text.count("of its peak: training.steps is 6, optimizer.decay_steps 400") == 1
 
 
 def test_frozen_parameters_are_left_out_and_bad_rates_named():

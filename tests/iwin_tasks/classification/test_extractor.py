@@ -49,6 +49,9 @@ def test_the_command_scores_by_a_run_with_accuracy(classifier_run, tmp_path, cap
     assert scores["metrics"]["fd_8"] == pytest.approx(0, abs=1e-3)
     assert 0 <= scores["metrics"]["accuracy"] <= 1
     assert scores["extractor"]["name"] == "classifier"
+    top1 = json.loads((classifier_run / "metrics.jsonl").read_text().splitlines()[-1])["ema_top1"]
+    said = f"the judge of accuracy, 'classifier', is right on {top1:.1%} of its held-out images"
+    assert said in capsys.readouterr().out
 
 
 def digit_folder(tmp_path):

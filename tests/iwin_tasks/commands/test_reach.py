@@ -28,6 +28,18 @@ def test_command_ends_with_one_line(size, capsys):
     assert printed.count("\n") == 1
 
 
+def test_a_start_of_the_picture_without_a_picture_is_refused():
+    with pytest.raises(ValueError, match=r"--token is for the picture that --output names, got \[1, 2\]"):
+        reach.main(["--size", "8", "--token", "1", "2"])
+
+
+def test_nothing_is_printed_before_the_picture_is_written(tmp_path, capsys):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises((OSError, ValueError), match=r"a.png"):
+        reach.main(["--size", "8", "--output", str(tmp_path / "a.png")])
+    assert capsys.readouterr().out == ""
+
+
 def test_more_blocks_than_a_table_shows_are_refused():
     with pytest.raises(ValueError, match="--blocks must be at most 100, got 1000000000"):
         reach.main(["--blocks", "1000000000"])

@@ -73,6 +73,14 @@ def test_command_draws_any_timm_model(model, layer, kind, size, photographs, tmp
             "must be a file of weights or a run, got nowhere.pth",
         ),
         (["--layer", "layer1", "--checkpoint", __file__], "checkpoint must hold the weights of resnet10t"),
+        (
+            ["--layer", "layer1", "--class-index", "3"],
+            "--class-index is for --kind gradcam, got it with --kind erf",
+        ),
+        (
+            ["--layer", "layer1", "--kind", "gradcam", "--position", "0", "0"],
+            "--position is for --kind erf, got it with --kind gradcam",
+        ),
         (["--layer", "layer1", "--size", "0", "8"], "size and num_images must be positive"),
         (
             ["--layer", "layer1", "--output", "/proc/nowhere/out.png"],
