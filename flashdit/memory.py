@@ -23,6 +23,7 @@ from flashdit.models.costs import (
 from flashdit.models.dit import FlashDiT
 from flashdit.models.sizes import IWIN
 from flashdit.shared.process import AUTO, check_memory, device_memory
+from flashdit.training.optim import MUON, linear_weights
 from flashdit.training.options import share_of_batch
 from iwin_core.kernels.cpu_attention import FUSED
 
@@ -37,6 +38,8 @@ class Counts:
 
     all: int
     trained: int
+    linear: int
+    """Of these, the weights of linear layers in blocks, which Muon takes."""
     block: int
     """Of the largest block."""
     outside: int
@@ -71,14 +74,25 @@ def count_parameters(config: RunConfig) -> Counts:
     """Returns the parameters of the configured model, whose blocks of one attention kind are alike."""
 
     def count(arguments: dict[str, Any]) -> np.ndarray:
-        parameters = list(model_without_memory(arguments).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        return np.array([sum(p.numel() for p in parameters), trained], dtype=object)  # integers of any size
+        model = model_without_memory(arguments)
+        parameters = list(model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        numbers = [
+            sum(p.numel() for p in some) for some in (parameters, trained, linear_weights(model.blocks))
+        ]
+        return np.array(numbers, dtype=object)  # integers of any size
 
     parts = measure_parts(config.model_arguments, count)
-    whole, trained = parts.outside + sum(blocks * counts for blocks, counts in parts.blocks)
+    whole, trained, linear = parts.outside + sum(blocks * counts for blocks, counts in parts.blocks)
     block = max(int(counts[0]) for _, counts in parts.blocks)
-    return Counts(all=int(whole), trained=int(trained), block=block, outside=int(parts.outside[0]))
+    return Counts(
+        all=int(whole), trained=int(trained), linear=int(linear), block=block, outside=int(parts.outside[0])
+    )
+
+
+def optimizer_bytes(config: RunConfig, counts: Counts) -> int:
+    """Returns the bytes of the optimiser's state: AdamW has two moments of a number, Muon has one."""
+    return 8 * counts.trained - (4 * counts.linear if config.optimizer.name == MUON else 0)
 
 
 def memory_bytes(
@@ -100,7 +114,8 @@ def memory_bytes(
     rows: dict[str, float] = {
         "weights": 4 * counts.all / shards,
         "EMA": 4 * counts.all * (1 + len(config.ema.power_widths)) / shards,
-        "AdamW": 8 * counts.trained / shards,
+        "Muon and AdamW" if config.optimizer.name == MUON else "AdamW": optimizer_bytes(config, counts)
+        / shards,
         "gradients": 4 * counts.trained / (1 if accumulated else shards),
         "DDP's buckets": 0 if sharded or gpus == 1 else 4 * counts.trained,
         "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,

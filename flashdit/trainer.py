@@ -35,7 +35,7 @@ from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT, default_arguments
 from flashdit.models.recompute import keep_matmuls
 from flashdit.models.weights import start_from
-from flashdit.sampling.generator import ImageGenerator
+from flashdit.sampling.generator import ImageGenerator, check_channels
 from flashdit.sampling.imagenet import shown_names
 from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import InvalidPixels, labelled_grid, rows_by_class
@@ -157,6 +157,7 @@ class FlashDiTTask(Task):
         preview_every = config.training.preview_every if self.space.vae is not None else 0
         self.actions = [PeriodicAction(every=preview_every, run=self._write_preview)]
         generator = TrainedGenerator(self.model, self.space, self.class_names, 0)
+        check_channels(config.sampling.cfg_channels, self.model, "sampling.cfg_channels")
         if preview_every:
             generator.check_batch_fits(config.sampling, 1)
         if config.evaluation.every:

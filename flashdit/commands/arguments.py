@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flashdit.sampling.options import SamplingOptions
 
 SAMPLING_ARGUMENTS = (
-    *("sampler", "sampler_option", "steps", "cfg_scale", "cfg_interval", "shift", "seed"),
+    *("sampler", "sampler_option", "steps", "cfg_scale", "cfg_interval", "cfg_channels", "shift", "seed"),
     *("height", "width", "precision"),
 )
 WEIGHTS = "ema (default), model for the raw weights, or another"
@@ -53,6 +53,19 @@ def add_weights(parser: argparse._ActionsContainer) -> None:
     add("--vae", type=path_text, help="folder of the VAE, where it is no longer where it was in training")
 
 
+def add_guide(parser: argparse._ActionsContainer) -> None:
+    """Adds what names the model that autoguidance leads away from."""
+    add = parser.add_argument
+    add(
+        "--guide",
+        type=path_text,
+        metavar="RUN",
+        help="autoguidance: lead away from this run or checkpoint, a smaller or less trained model of the "
+        "same data, in place of the model without a class; --cfg-scale is its scale",
+    )
+    add("--guide-ema", metavar="WEIGHTS", help="weights of --guide: " + WEIGHTS)
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds the options of sampling from a checkpoint; what is not given stays None."""
     group = parser.add_argument_group(
@@ -81,6 +94,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="updates of the sampler; for an adaptive one it is refused")
     add("--cfg-scale", type=float, metavar="W", help="guidance scale; 1 is the conditional model")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times in which guidance acts")
+    add(
+        "--cfg-channels",
+        type=int,
+        metavar="N",
+        help="guide the first N channels alone, as DiT and LightningDiT do with 3 (default: all)",
+    )
+    add_guide(group)
     add("--shift", type=float, help="below 1, finer steps near noise; likewise")
     add("--seed", type=int)
     add(
@@ -108,6 +128,8 @@ def chosen_sampling(arguments: argparse.Namespace, generator: CheckpointGenerato
 
     names = (*SAMPLING_ARGUMENTS, "batch_size")
     options = sampling_options(generator, {name: getattr(arguments, name) for name in names})
+    if generator.guide is not None and options.cfg_scale == 1:
+        raise ValueError("--guide requires a --cfg-scale other than 1, at which no guidance acts, got 1")
     for name in ("steps", "shift") if options.is_adaptive else ():
         value = getattr(arguments, name)
         if value is not None:
@@ -116,6 +138,17 @@ def chosen_sampling(arguments: argparse.Namespace, generator: CheckpointGenerato
                 f"got {value}"
             )
     return options
+
+
+def guide_of(arguments: argparse.Namespace) -> tuple[str | None, str]:
+    """Returns the run or checkpoint of `--guide`, None where there is none, and the name of its weights.
+
+    Raises:
+        ValueError: If weights are named, but no run.
+    """
+    if arguments.guide is None and arguments.guide_ema is not None:
+        raise ValueError(f"--guide-ema requires --guide, got {arguments.guide_ema} alone")
+    return arguments.guide, arguments.guide_ema or "ema"
 
 
 def open_generator(
@@ -128,5 +161,11 @@ def open_generator(
     where = arguments.device if device is None else device
     if str(where).startswith("cpu"):
         keep_freed_memory()
+    compiled = bool(arguments.compile)
     given = (arguments.checkpoint, where, arguments.vae, arguments.ema)
-    return load_generator(*given, compiled=bool(arguments.compile))
+    generator = load_generator(*given, compiled=compiled)
+    guide, weights = guide_of(arguments)
+    if guide is not None:
+        opened = load_generator(guide, where, arguments.vae, weights, compiled=compiled, called="--guide")
+        generator.guide_by(opened)
+    return generator

@@ -21,7 +21,7 @@ from flashdit.config import (
 )
 from flashdit.data.fit import DataFacts, check_fit
 from flashdit.data.sources import DATASETS
-from flashdit.memory import Counts, memory_bytes, model_without_memory
+from flashdit.memory import Counts, memory_bytes, model_without_memory, optimizer_bytes
 from flashdit.models.attention import describe_attention
 from flashdit.models.costs import Activations, of_one_block
 from flashdit.models.dit import default_arguments
@@ -87,7 +87,7 @@ def kept_checkpoints(training: TrainingOptions) -> int:
 
 def checkpoint_bytes(config: RunConfig, counts: Counts) -> float:
     """Returns the bytes of one checkpoint."""
-    return 4 * counts.all * (2 + len(config.ema.power_widths)) + 8 * counts.trained
+    return 4 * counts.all * (2 + len(config.ema.power_widths)) + optimizer_bytes(config, counts)
 
 
 def snapshot_bytes(config: RunConfig, counts: Counts) -> float:

@@ -8,7 +8,8 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
   time             images × FLOPs / (N × --peak-tflops × --mfu); peak and MFU are assumed, not measured;
                    with --here the peak is measured on this machine
   weights, EMA     4 P bytes each (float32), and 4 P for each of ema.power_widths
-  AdamW            8 P bytes (two moments, float32)
+  AdamW            8 P bytes (two moments, float32); with optimizer.name=muon 4 bytes (one) for each weight of
+                   linear layers in blocks
   gradients        4 P bytes; under DDP as much again for the buckets that processes exchange
   activations      b × what autograd saves for an image, and beside them low-precision copies of the weights:
                    both read off a model of full size without memory, as it runs without torch.compile;

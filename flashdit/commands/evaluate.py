@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(
             f"give --samples or --checkpoint, got {arguments.samples} and {arguments.checkpoint}"
         )
-    for option in (*SAMPLING_ARGUMENTS, "vae", "compile", "labels"):
+    for option in (*SAMPLING_ARGUMENTS, "guide", "guide_ema", "vae", "compile", "labels"):
         if getattr(arguments, option) is not None:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for sampling from a --checkpoint, got it with --samples"
@@ -86,7 +86,8 @@ def open_all(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Plan, Path]:
     plan = open_plan(request, ranks)
     with ranks.agree():
         if arguments.csv is not None:
-            read_columns(arguments.csv, score_names(plan.metrics, plan.extractor).values())
+            names = score_names(plan.metrics, plan.extractor).values()
+            read_columns(arguments.csv, names, plan.samples.recipe())
     return plan, output
 
 

@@ -63,7 +63,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cfg-scale", dest="scales", required=True, metavar="LOW:HIGH:STEP|A,B,...", help="scales to score")
     add("--output", type=path, metavar="FOLDER", help="default: the run's eval/sweep")
-    parser.set_defaults(cfg_scale=None)
     return parser.parse_args(argv)
 
 
@@ -82,8 +81,11 @@ def output_folder(given: Path | None, generator: CheckpointGenerator) -> Path:
 
 def recipe_of(plan: Plan) -> dict[str, Any]:
     """Returns what two points of a plot must have in common."""
+    from flashdit.sampling.records import current_sampling
+
     samples = {name: value for name, value in plan.samples.identity().items() if name != "code"}
-    samples["sampling"] = {name: value for name, value in samples["sampling"].items() if name != "cfg_scale"}
+    sampling = current_sampling(samples["sampling"])
+    samples["sampling"] = {name: value for name, value in sampling.items() if name != "cfg_scale"}
     return {
         "samples": samples,
         "reference": plan.reference.recipe(),
@@ -94,11 +96,16 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
 def sweep_title(plan: Plan, generator: CheckpointGenerator, options: SamplingOptions) -> str:
     """Returns what a plot says of its recipe."""
+    from flashdit.sampling.records import guided_by
+
     sampler, _, _ = str(options).partition(", guidance")
     low, high = options.cfg_interval
+    channels = "" if options.cfg_channels is None else f", {options.cfg_channels} channels guided"
     times = "" if (low, high) == (0, 1) else f", guidance for t in {low:g}–{high:g}"
     run = f"{generator.run_dir.name}, step {generator.step}, {generator.weights} weights"
-    return f"{run}: {counted(plan.samples.count, 'image')}, {sampler}{times}, against {plan.reference.spec}"
+    run += guided_by(generator.recipe())
+    images = counted(plan.samples.count, "image")
+    return f"{run}: {images}, {sampler}{channels}{times}, against {plan.reference.spec}"
 
 
 def add_result(sweep: Sweep, scale: float, result: EvalResult) -> None:
@@ -142,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     scales = parse_scales(arguments.scales)
     arguments.device = resolve_device(arguments.device)
+    arguments.cfg_scale = max(scales)  # each of them is scored
 
     from flashdit.evaluation.evaluate import evaluate
     from flashdit.evaluation.features.ranks import processes

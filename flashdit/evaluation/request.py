@@ -143,7 +143,7 @@ def open_plan(request: EvaluationRequest, ranks: Ranks) -> Plan:
     Raises:
         ValueError: If something of it is missing or does not fit; every process raises where one does.
     """
-    mine = getattr(request.generator, "checkpoint", None)  # that of a training has none
+    mine = getattr(request.generator, "read_from", None)  # that of a training has none
     first = ranks.broadcast(mine)
     with ranks.agree():
         if mine != first:  # beside a training each may find another one to be the newest of a run

@@ -106,6 +106,8 @@ def _usage(class_names: Sequence[str], recipe: Mapping[str, Any]) -> str:
     steps, scale = sampling.get("steps", 50), sampling.get("cfg_scale", 1.0)
     low, high = sampling.get("cfg_interval", (0.0, 1.0))
     guidance = f"guidance_scale={scale}, guidance_interval=({low}, {high})"
+    if sampling.get("cfg_channels") is not None:
+        guidance += f", guidance_channels={sampling['cfg_channels']}"
     call = f"""image = pipe(
     {_example(class_names)}, {guidance}, num_inference_steps={steps}
 ).images[0]"""
@@ -126,7 +128,7 @@ from diffusers import DiffusionPipeline
 folder = "PATH_OR_REPOSITORY"
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 {call}
-```{_native(sampling)}"""
+```{_native(sampling)}{_guided(recipe)}"""
 
 
 def _native(sampling: Mapping[str, Any]) -> str:
@@ -137,12 +139,23 @@ def _native(sampling: Mapping[str, Any]) -> str:
     return f"\n\nThe run samples by {name}; this pipeline takes Euler steps unless its scheduler is changed."
 
 
+def _guided(recipe: Mapping[str, Any]) -> str:
+    """Returns what guidance leads away from where a model in `guide/` takes the place of the null label."""
+    if "guide_step" not in recipe:
+        return ""
+    return (
+        "\n\nGuidance is autoguidance (arXiv 2406.02507): it leads away from the model in `guide/`, where "
+        "`guidance_scale` is not 1."
+    )
+
+
 def _metrics(metrics: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:
     """Returns the scores as a table, how they came about, and whether the card's own call samples so."""
     rows = [f"| {name} | {value:.4g} |" for name, value in metrics["values"].items() if value is not None]
     images = counted(metrics["num_images"], "image")
     origin = f"{images} against {metrics['reference']}; {metrics['sampling']}."
-    given = {key: sampling[key] for key in ("steps", "cfg_scale", "cfg_interval") if key in sampling}
+    taken = ("steps", "cfg_scale", "cfg_interval", "cfg_channels")
+    given = {key: sampling[key] for key in taken if key in sampling}
     call = str(SamplingOptions(**given))
     if not f"{metrics['sampling']},".startswith(f"{call},"):
         origin += f" The call above samples otherwise: {call}."
@@ -155,6 +168,9 @@ def _facts(recipe: Mapping[str, Any]) -> str:
         "step": "training step",
         "weights": "weights",
         "weights_sha256": "SHA-256",
+        "guide_step": "training step of the guide",
+        "guide_weights": "weights of the guide",
+        "guide_weights_sha256": "SHA-256 of the guide",
         "vae_identity": "VAE",
     }
     rows = [f"- {text}: {recipe[key]}" for key, text in names.items() if recipe.get(key) is not None]

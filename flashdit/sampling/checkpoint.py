@@ -18,7 +18,7 @@ from flashdit.data.sources import spec_of
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.generator import ImageGenerator
 from flashdit.sampling.options import SamplingOptions
-from flashdit.sampling.records import change_sampler, current_sampling
+from flashdit.sampling.records import change_sampler, current_sampling, reading
 from flashdit.shared.process import decided
 from flashdit.shared.registry import unknown
 from flashdit.shared.runs import (
@@ -37,6 +37,8 @@ from flashdit.training.meter import warn_if_slow
 logger = logging.getLogger(__name__)
 ALWAYS_THERE = ("ema", "model")
 """Weights that every checkpoint has."""
+MOST_SHOWN = 60
+"""Characters of a value in a message."""
 
 
 def load_model(folder: Path) -> FlashDiT:
@@ -78,6 +80,12 @@ def hash_weights(folder: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def shortened(value: Any) -> str:
+    """Returns a value as a text of at most one line, for messages."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 
 class CheckpointGenerator(ImageGenerator):
@@ -131,6 +139,44 @@ class CheckpointGenerator(ImageGenerator):
         self._config = stored_config(checkpoint)
         self.images_path = images_of(self._config)
 
+    def guide_by(self, guide: CheckpointGenerator) -> None:
+        """Samples by autoguidance from now on.
+
+        Args:
+            guide: Of a worse model: a smaller one, or an earlier checkpoint.
+
+        Raises:
+            ValueError: If it makes other latents, knows other classes, or is this model itself.
+        """
+        mine, theirs = self.space, guide.space
+        sides = {
+            "latent channels": (self.shape[0], guide.shape[0]),
+            "sample size": (self.shape[1], guide.shape[1]),
+            "latents.space": (mine.options.space, theirs.options.space),
+            "autoencoder": (str(mine.identity)[:12], str(theirs.identity)[:12]),
+            "latents.multiplier": (mine.options.multiplier, theirs.options.multiplier),
+            "latents' mean": (mine.mean.flatten().tolist(), theirs.mean.flatten().tolist()),
+            "latents' std": (mine.std.flatten().tolist(), theirs.std.flatten().tolist()),
+            "classes": (self.class_names, guide.class_names),
+        }
+        for name, (wanted, got) in sides.items():
+            if wanted != got:
+                raise ValueError(
+                    f"--guide must have the {name} of the model that it guides, {guide.checkpoint} has "
+                    f"{shortened(got)} for {shortened(wanted)}"
+                )
+        if guide.weights_sha256 == self.weights_sha256:
+            raise ValueError(
+                f"--guide must be another model than the one that it guides, got the weights of "
+                f"{self.checkpoint} twice"
+            )
+        self.guide = guide
+
+    @property
+    def read_from(self) -> str:
+        """The folder that it was read from, and that of its guide."""
+        return reading(self.recipe())
+
     @property
     def data_spec(self) -> str:
         """The data set that it was trained on, with its options where what it brings depends on them."""
@@ -149,7 +195,15 @@ class CheckpointGenerator(ImageGenerator):
             "vae": self.space.options.vae,
             "vae_identity": self.space.identity,
             "compile": self.is_compiled,
+            **self._recipe_of_guide(),
         }
+
+    def _recipe_of_guide(self) -> dict[str, Any]:
+        """Returns what identifies the guide, where there is one."""
+        if not isinstance(self.guide, CheckpointGenerator):
+            return {}
+        names = ("checkpoint", "step", "weights", "weights_sha256")
+        return {f"guide_{name}": value for name, value in self.guide.recipe().items() if name in names}
 
 
 def load_generator(
@@ -223,6 +277,6 @@ def sampling_options(generator: CheckpointGenerator, given: Mapping[str, Any]) -
     device = generator.space.mean.device
     options = replace(options, precision=decided(options.precision, device))
     generator.check_batch_fits(options, 1)
-    generator.warn_of_guidance(options)
+    generator.check_guidance(options)
     warn_if_slow(options.precision, device)
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +15,8 @@ from flashdit.sampling.card import CODE
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.pipeline import FlashDiTPipeline
-from flashdit.sampling.records import current_sampling
+from flashdit.sampling.recipe import FOLDERS
+from flashdit.sampling.records import current_sampling, weights_of
 from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_outside, resolved
@@ -29,7 +31,7 @@ from flashdit.shared.runs import (
 
 logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
-PARTS = (INDEX, "README.md", CODE, EXPORT_FILE, "scheduler", "transformer", "vae")
+PARTS = (INDEX, "README.md", CODE, EXPORT_FILE, "scheduler", "transformer", "guide", "vae")
 """All that an export holds."""
 
 
@@ -46,9 +48,10 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
     if options.sampler_name != "euler":
         logger.warning("the run samples by %s, its pipeline by Euler steps", options.sampler_name)
     recipe = generator.recipe() | {"name": name, "sampling": asdict(options)}
-    for path in ("checkpoint", "vae"):  # of no use to anybody else
-        recipe.pop(path)
-    metrics = read_metrics(generator.run_dir, recipe["weights_sha256"])
+    for path in FOLDERS:  # of no use to anybody else
+        recipe.pop(path, None)
+    metrics = read_metrics(generator.run_dir, recipe)
+    channels = {} if options.cfg_channels is None else {"guidance_channels": options.cfg_channels}
     return FlashDiTPipeline(
         transformer=generator.model,
         vae=space.need_vae().module,
@@ -63,23 +66,25 @@ def make_pipeline(generator: CheckpointGenerator, name: str = "FlashDiT") -> Fla
             "num_inference_steps": options.steps,
             "guidance_scale": options.cfg_scale,
             "guidance_interval": list(options.cfg_interval),
+            **channels,
         },
+        guide=None if generator.guide is None else generator.guide.model,
     )
 
 
-def read_metrics(run_dir: Path, weights_sha256: str) -> dict[str, Any] | None:
-    """Returns the newest scores of these weights in a run's eval folder, or None.
+def read_metrics(run_dir: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the newest scores of these weights, and of this guide or of none, in a run's eval folder.
 
     Args:
         run_dir: The run.
-        weights_sha256: What the scored weights must be.
+        recipe: What the scored weights and their guide must be.
     """
     files = sorted(run_dir.glob("eval/**/metrics.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(files):
         try:
             content = read_checked_json(path)
             samples, labels = content.get("samples", {}), content.get("labels", {})
-            if samples.get("weights_sha256") != weights_sha256:
+            if weights_of(samples) != weights_of(recipe):
                 continue
             check_type("num_images", content["num_images"], int)
             return {
@@ -137,7 +142,13 @@ def _write(pipeline: FlashDiTPipeline, folder: Path) -> None:
 
 
 def export_run(
-    run: Path | str, out: Path, name: str | None = None, vae: str | None = None, weights: str = "ema"
+    run: Path | str,
+    out: Path,
+    name: str | None = None,
+    vae: str | None = None,
+    weights: str = "ema",
+    guide: str | None = None,
+    guide_weights: str = "ema",
 ) -> str | None:
     """Writes the pipeline of a checkpoint, whole or not at all.
 
@@ -147,6 +158,9 @@ def export_run(
         name: The title of the model card; None means the run's name.
         vae: Folder of the VAE, where it is no longer where it was in training.
         weights: Which of the checkpoint's weights.
+        guide: A run, or one of its checkpoint folders, that the pipeline's guidance leads away from; None is
+            classifier-free guidance.
+        guide_weights: Which of its weights.
 
     Returns:
         What was replaced, in words; None where there was nothing.
@@ -157,6 +171,8 @@ def export_run(
     """
     read_export(out)
     generator = load_generator(run, "cpu", vae, weights, called="RUN")
+    if guide is not None:
+        generator.guide_by(load_generator(guide, "cpu", vae, guide_weights, called="--guide"))
     check_outside(out, generator.images_path, "OUT", f"the run {generator.run_dir}")
     pipeline = make_pipeline(generator, name or f"FlashDiT {generator.run_dir.absolute().name}")
     target = resolved(out)

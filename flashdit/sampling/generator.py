@@ -80,6 +80,13 @@ def warn_of_guidance(num_classes: int, class_dropout_prob: float, scale: float) 
         logger.warning("guidance changes nothing in a model without classes, got cfg_scale=%g", scale)
 
 
+def check_channels(channels: int | None, model: FlashDiT, called: str = "cfg_channels") -> None:
+    """Raises ValueError if more channels are to be guided than a model has; None guides all."""
+    has = model.config["in_channels"]
+    if channels is not None and not 1 <= channels <= has:
+        raise ValueError(f"{called} must be 1 to the model's {has} channels, got {channels}")
+
+
 def check_latents(
     latents: Tensor, model: FlashDiT, space: LatentSpace, sampling: str, ids: Sequence[int] | None = None
 ) -> None:
@@ -132,6 +139,9 @@ class ImageGenerator:
 
     on_progress: Callable[[float], None] | None = None
     """What `watching` sets; None where nobody watches."""
+    guide: ImageGenerator | None = None
+    """Of a worse model in the same latent space, which autoguidance leads away from; None is classifier-free
+    guidance."""
 
     def __init__(self, model: FlashDiT, space: LatentSpace, class_names: list[str]):
         self.model, self.space, self.class_names = model, space, class_names
@@ -148,9 +158,11 @@ class ImageGenerator:
         self.velocity = lambda x, t, y: compiled(x, t, y).clone()
         self.is_compiled = True
 
-    def warn_of_guidance(self, options: SamplingOptions) -> None:
-        """Warns, once, of guidance by a null label that was never trained."""
-        warn_of_guidance(self.num_classes, self.model.class_dropout_prob, options.cfg_scale)
+    def check_guidance(self, options: SamplingOptions) -> None:
+        """Refuses guidance of more channels than there are; warns of a null label that was not trained."""
+        check_channels(options.cfg_channels, self.model)
+        if self.guide is None:
+            warn_of_guidance(self.num_classes, self.model.class_dropout_prob, options.cfg_scale)
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         """Returns (C, H, W) of the latents of images of the options' size."""
@@ -190,7 +202,7 @@ class ImageGenerator:
             ids: int64, which samples to make, in this order; None makes all N.
         """
         self.latent_shape(options)
-        self.warn_of_guidance(options)
+        self.check_guidance(options)
         wanted = torch.arange(len(labels)) if ids is None else ids
         self.check_batch_fits(options, min(len(wanted), options.batch_size))
         for place, batch in enumerate(wanted.split(options.batch_size) if len(wanted) else ()):
@@ -238,16 +250,27 @@ class ImageGenerator:
         """Returns the latents of samples that share every step, and the evaluations an image took."""
         shape, device, rows = self.latent_shape(options), self.space.mean.device, 0
 
-        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            nonlocal rows
-            rows += len(x)
-            with computing_in(options.precision, device):
-                return self.velocity(x, t, y)
+        def counted(velocity: VelocityModel) -> VelocityModel:
+            def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                nonlocal rows
+                rows += len(x)
+                with computing_in(options.precision, device):
+                    return velocity(x, t, y)
+
+            return model
 
         def noise(step: int) -> Tensor:
             return self.noise(ids, options.seed, shape, f"sde {step}").to(device)
 
-        guided = guide(model, labels.to(device), self.num_classes, options.cfg_scale, options.cfg_interval)
+        guided = guide(
+            counted(self.velocity),
+            labels.to(device),
+            self.num_classes,
+            options.cfg_scale,
+            options.cfg_interval,
+            options.cfg_channels,
+            None if self.guide is None else counted(self.guide.velocity),
+        )
 
         def v(x: Tensor, t: float) -> Tensor:
             self._report(done + len(ids) * t)

@@ -13,7 +13,7 @@ from flashdit.flow.guidance import check_interval, evaluations
 from flashdit.flow.samplers import SAMPLERS, Draw, Sampler, check_grid, time_grid
 from flashdit.sampling.records import current_sampling, sampler_name
 from flashdit.shared.process import AUTO, AUTOCAST
-from flashdit.shared.registry import check_finite, unknown
+from flashdit.shared.registry import check_finite, counted, unknown
 from flashdit.shared.seeds import check_seed
 
 
@@ -29,6 +29,9 @@ class SamplingOptions:
     """Guidance scale; 1 is the conditional model, 0 the unconditional one."""
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Times in which guidance acts, 0 noise and 1 data."""
+    cfg_channels: int | None = None
+    """How many leading channels are guided; None guides all, 3 is how LightningDiT's and DiT's numbers came
+    about."""
     shift: float = 1.0
     """Below 1, finer steps near noise."""
     seed: int = 0
@@ -52,7 +55,7 @@ class SamplingOptions:
         check_interval(self.cfg_interval, "cfg_interval")
         if self.precision not in (*AUTOCAST, AUTO):
             raise unknown("precision", self.precision, (*AUTOCAST, AUTO))
-        for key in ("batch_size", "height", "width"):
+        for key in ("batch_size", "cfg_channels", "height", "width"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
@@ -90,7 +93,7 @@ class SamplingOptions:
 
         def v(x: Tensor, t: float) -> Tensor:
             nonlocal count
-            count += evaluations(t, self.cfg_scale, self.cfg_interval)
+            count += evaluations(t, self.cfg_scale, self.cfg_interval, self.cfg_channels)
             return x
 
         self.make_sampler(lambda _step: torch.zeros(1))(v, torch.zeros(1), self.times)
@@ -106,4 +109,6 @@ class SamplingOptions:
         low, high = self.cfg_interval
         steps = "" if self.is_adaptive else f" {self.steps}"
         times = "" if (low, high) == (0, 1) or self.cfg_scale == 1 else f" for t in {low:g} to {high:g}"
-        return f"{self.sampler_name}{steps}, guidance {self.cfg_scale:g}{times}"
+        guided = self.cfg_scale != 1 and self.cfg_channels is not None
+        channels = f" on {counted(self.cfg_channels or 0, 'channel')}" if guided else ""
+        return f"{self.sampler_name}{steps}, guidance {self.cfg_scale:g}{channels}{times}"

@@ -21,11 +21,11 @@ from torch import Tensor
 from flashdit.data.autoencoders import Autoencoder
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.pixels import Pixels
-from flashdit.flow.guidance import check_interval, guide
+from flashdit.flow.guidance import VelocityModel, check_interval, guide
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import CODE, CODE_TEXT, model_card
 from flashdit.sampling.classes import class_ids, flattened
-from flashdit.sampling.generator import check_latents, latent_shape, warn_of_guidance
+from flashdit.sampling.generator import check_channels, check_latents, latent_shape, warn_of_guidance
 from flashdit.sampling.schedulers import (
     check_scheduler,
     is_flow_matching,
@@ -41,8 +41,22 @@ from flashdit.shared.registry import unknown
 SIGMA_ROUNDING = 1e-6
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULTS: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
+DEFAULTS |= {"guidance_channels": None}
 """Of calls of a pipeline that stores none."""
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Any]]
+
+
+def velocity_in_float32(model: FlashDiT) -> VelocityModel:
+    """Returns a model whose velocity is in float32, whatever its own dtype."""
+    return lambda x, t, y: model(x.to(model.dtype), t, y).float()
+
+
+def check_guide(model: FlashDiT, guide: FlashDiT) -> None:
+    """Raises ValueError for a guide that makes other latents, or knows another number of classes."""
+    for name in ("in_channels", "sample_size", "num_classes"):
+        wanted, got = model.config[name], guide.config[name]
+        if wanted != got:
+            raise ValueError(f"guide must have the transformer's {name}, got {got} for {wanted}")
 
 
 class FlashDiTPipeline(DiffusionPipeline):
@@ -58,17 +72,20 @@ class FlashDiTPipeline(DiffusionPipeline):
         latents_multiplier: Factor on normalised latents.
         latents_space: `vae`, or `pixels` where the model makes pixels.
         recipe: What the model card states: checkpoint, sampling, metrics.
-        call_defaults: `num_inference_steps`, `guidance_scale` and `guidance_interval` of calls that do not
-            give them; what is missing is 50, 1 and (0, 1).
+        call_defaults: `num_inference_steps`, `guidance_scale`, `guidance_interval` and `guidance_channels` of
+            calls that do not give them; what is missing is 50, 1, (0, 1) and None.
+        guide: A worse model of the same data, which guidance leads away from; None is classifier-free
+            guidance, away from the model without a class.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 - diffusers' protocol
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = ["vae", "guide"]  # noqa: RUF012 - diffusers' protocol
     _num_timesteps, _interrupt = 0, False
     _guidance_scale: float = 1.0
     _measured_vae: Autoencoder | None = None
     _callback_tensor_inputs = ("latents",)
     transformer: FlashDiT
+    guide: FlashDiT | None
     vae: ModelMixin | None
     scheduler: Any
 
@@ -84,6 +101,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         latents_space: str = "vae",
         recipe: dict[str, Any] | None = None,
         call_defaults: dict[str, Any] | None = None,
+        guide: FlashDiT | None = None,
     ):
         super().__init__()
         for name in call_defaults or {}:
@@ -92,7 +110,9 @@ class FlashDiTPipeline(DiffusionPipeline):
         self.defaults: dict[str, Any] = DEFAULTS | (call_defaults or {})
         if is_flow_matching(scheduler):
             remember_flow(scheduler)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        if guide is not None:
+            check_guide(transformer, guide)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
         channels = transformer.config["in_channels"]
         mean, std = latents_mean or [0.0] * channels, latents_std or [1.0] * channels
         if not len(mean) == len(std) == channels:
@@ -122,6 +142,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -133,13 +154,15 @@ class FlashDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: A class's number or name, or several.
-            guidance_scale: 1 is the conditional model, 0 the unconditional one; None is the stored one.
+            guidance_scale: 1 is the conditional model, 0 the unconditional one, or the pipeline's guide; None
+                is the stored one.
             num_inference_steps: Updates of the scheduler; None is the stored number.
             generator: Where the noise comes from; a list gives each image its own.
             height: In pixels, a multiple of the VAE's factor times the patch size; None is the training size.
             width: Likewise.
             guidance_interval: Times (low, high) in which guidance acts, 0 noise and 1 data; None is the
                 stored interval.
+            guidance_channels: How many leading channels are guided; None is the stored number, or else all.
             latents: The noise (B, C, H, W) itself.
             output_type: `pil`, `np`, `pt`, or `latent` for the normalised latents.
             return_dict: Whether to return an ImagePipelineOutput rather than a tuple.
@@ -157,11 +180,14 @@ class FlashDiTPipeline(DiffusionPipeline):
         interval = stored["guidance_interval"] if guidance_interval is None else guidance_interval
         if output_type not in OUTPUT_TYPES:
             raise unknown("output_type", output_type, OUTPUT_TYPES)
+        channels = stored["guidance_channels"] if guidance_channels is None else guidance_channels
         check_interval(interval)
+        check_channels(channels, self.transformer, "guidance_channels")
         check_scheduler(self.scheduler)
         inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         model, device = self.transformer, self._execution_device
-        warn_of_guidance(model.num_classes, model.class_dropout_prob, scale)
+        if self.guide is None:
+            warn_of_guidance(model.num_classes, model.class_dropout_prob, scale)
         labels = self._labels(class_labels, num_images_per_prompt, device)
         space = self._space(device)
         x = self._noise((len(labels), *latent_shape(model, space, height, width)), generator, latents, device)
@@ -175,7 +201,7 @@ class FlashDiTPipeline(DiffusionPipeline):
             given = {name: x for name in inputs}
             return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", x)
 
-        x = self._denoise(x, labels, interval, generator, after)
+        x = self._denoise(x, labels, interval, channels, generator, after)
         check_latents(x, model, space, f"guidance_scale={scale:g} and dtype={model.dtype}")
         images: Any = x if output_type == "latent" else self._decode(x, space, output_type)
         self.maybe_free_model_hooks()
@@ -186,6 +212,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         x: Tensor,
         labels: Tensor,
         interval: tuple[float, float],
+        channels: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         after: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
@@ -195,11 +222,13 @@ class FlashDiTPipeline(DiffusionPipeline):
         times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
         takes = inspect.signature(self.scheduler.step).parameters
         draws = {"generator": generator} if "generator" in takes else {}
+        main, null = velocity_in_float32(self.transformer), self.transformer.num_classes
+        guiding = None if self.guide is None else velocity_in_float32(self.guide)
         bar: Any = self.progress_bar
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            v = guide(self._velocity, labels, self.transformer.num_classes, self._guidance_scale, wider)
+            v = guide(main, labels, null, self._guidance_scale, wider, channels, guiding)
             slope = -v(x, times[step])  # theirs is dx/dσ
             x = after(step, timestep, self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0])
         return x
@@ -267,10 +296,6 @@ class FlashDiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         return latents.to(device, torch.float32)
 
-    def _velocity(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Returns the model's velocity in float32, whatever its own dtype."""
-        return self.transformer(x.to(self.transformer.dtype), t, y).float()
-
     def _autoencoder(self) -> Autoencoder | Pixels:
         """Returns what decodes: the pipeline's `vae`, or nothing but the scale of pixels."""
         if self.config["latents_space"] == "pixels":
@@ -312,8 +337,11 @@ class FlashDiTPipeline(DiffusionPipeline):
         for path in (folder / self.config_name, *folder.glob("*/*config.json")):
             content = json.loads(path.read_text())
             content.pop("_name_or_path", None)
-            if content.get("transformer", [None])[0] == FlashDiT.__module__:  # refused in a repository
-                content["transformer"] = ["diffusers", FlashDiT.__name__]
+            for name in ("transformer", "guide"):
+                if content.get(name, [None])[0] == FlashDiT.__module__:  # refused in a repository
+                    content[name] = ["diffusers", FlashDiT.__name__]
+            if content.get("guide") == [None, None]:
+                del content["guide"]
             if path.parent.name == "scheduler" and is_flow_matching(self.scheduler):
                 content = without_flow(content)
             write_json(path, content)

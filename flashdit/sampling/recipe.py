@@ -13,12 +13,13 @@ from torch import Tensor
 
 from flashdit.sampling.checkpoint import CheckpointGenerator
 from flashdit.sampling.options import SamplingOptions
-from flashdit.sampling.records import current_sampling
+from flashdit.sampling.records import current_sampling, guided_by
 from flashdit.shared.files import read_checked_json
 from flashdit.shared.registry import check_type
 
 MEASURED = ("nfe", "nfe_max")
-CHANGES_NO_IMAGE = (*MEASURED, "checkpoint", "vae", "batch_size", "finished", "device", "class_names")
+FOLDERS = ("checkpoint", "guide_checkpoint", "vae")
+CHANGES_NO_IMAGE = (*MEASURED, *FOLDERS, "batch_size", "finished", "device", "class_names")
 
 
 def make_recipe(
@@ -50,7 +51,7 @@ def make_recipe(
         "labels_sha256": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "num_images": len(labels),
         "format": form,
-        "title": f"step {generator.step}, {options}",
+        "title": f"step {generator.step}, {options}{guided_by(generator.recipe())}",
     }
 
 

@@ -1,4 +1,4 @@
-"""How samplers and sampling options are written down, in configurations and beside what was sampled."""
+"""How samplers, sampling options and models are written down, in configurations and beside samples."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def current_sampling(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns recorded sampling options under today's keys.
 
     `dtype` is now `precision`; `atol` and `rtol` are options of the sampler `dopri5`, and dropped for others.
+    `cfg_channels` is left out where it is None, which records of before it lack.
     """
     found = {RENAMED.get(key, key): value for key, value in record.items() if key not in TOLERANCES}
+    if found.get("cfg_channels", 0) is None:
+        del found["cfg_channels"]
     tolerances = {key: record[key] for key in TOLERANCES if key in record}
     if tolerances and "sampler" in found and sampler_name(found["sampler"]) == "dopri5":
         found["sampler"] = sampler_spec(found["sampler"]) | tolerances
@@ -56,3 +59,21 @@ def change_sampler(
     before = sampler_spec(sampler)
     after = {**options, "name": name or before["name"]}
     return merge_settings({"sampler": before}, {"sampler": after})["sampler"]
+
+
+def weights_of(recipe: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the hashes of the weights, and of the guide's, that samples were drawn with."""
+    return recipe.get("weights_sha256"), recipe.get("guide_weights_sha256")
+
+
+def reading(recipe: Mapping[str, Any]) -> str:
+    """Returns which folders the models of a recipe lie in, for messages."""
+    guide = recipe.get("guide_checkpoint")
+    return f"{recipe['checkpoint']}{'' if guide is None else f' guided by {guide}'}"
+
+
+def guided_by(recipe: Mapping[str, Any]) -> str:
+    """Returns what a title says of a recipe's guide, empty where there is none; it names no folder."""
+    if "guide_step" not in recipe:
+        return ""
+    return f", guided by step {recipe['guide_step']} ({recipe['guide_weights_sha256'][:8]})"

@@ -16,6 +16,7 @@ from flashdit.sampling.folder import RECIPE, SampleFolder, least_bytes
 from flashdit.sampling.generator import watching
 from flashdit.sampling.options import SamplingOptions
 from flashdit.sampling.recipe import digest, make_recipe
+from flashdit.sampling.records import reading
 from flashdit.shared.locks import only_writer
 from flashdit.shared.paths import check_disk, check_outside, check_writable
 from flashdit.shared.progress import move_to, progress_bar
@@ -62,7 +63,7 @@ def check_one_recipe(recipe: Mapping[str, Any]) -> None:
     first, *others = gather_object([recipe])
     for other in others:
         if other != first:
-            read = f"{first['checkpoint']} and {other['checkpoint']}"
+            read = f"{reading(first)} and {reading(other)}"
             raise ValueError(f"all processes must read one checkpoint, got {read}: give its folder")
 
 

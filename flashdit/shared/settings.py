@@ -87,11 +87,11 @@ def read_settings(
     path = find_config(path)
     merged: dict[str, Any] = {}
     try:
-        stated = merge_settings(_stated(path), nested((options or {}).items()))
-        changed = merge_settings(stated, _parsed(overrides, stated, config_type))
+        stated = merge_settings(_stated(path), nested((options or {}).items()), config_type)
+        changed = merge_settings(stated, _parsed(overrides, stated, config_type), config_type)
         _check_not_empty(changed)
         defaults = _plain(OmegaConf.structured(config_type))
-        merged = _expanded(_resolved(merge_settings(defaults, current(changed, config_type))))
+        merged = _expanded(_resolved(merge_settings(defaults, current(changed, config_type), config_type)))
         check_keys(merged, config_type)
         values = _plain(OmegaConf.merge(OmegaConf.structured(config_type), merged))
     except OmegaConfBaseException as error:
@@ -130,7 +130,7 @@ def _parsed(overrides: Sequence[str], stated: Mapping[str, Any], config_type: ty
         if times > 1 and is_first_process():
             logger.warning("%s is given %d times, the last one counts: %s", key, times, dict(pairs)[key])
     names = [(key, text) for key, text in pairs if "." not in key or key.endswith(".name")]
-    return values(pairs, merge_settings(stated, values(names, stated)))
+    return values(pairs, merge_settings(stated, values(names, stated), config_type))
 
 
 def _type_of(key: str, given: Mapping[str, Any], options_type: type) -> Any:
@@ -212,15 +212,22 @@ def _plain(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], plain)
 
 
-def merge_settings(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns base with the changes; a part that gets another `name` loses the old one's options."""
-    merged = dict(base)
+def merge_settings(
+    base: Mapping[str, Any], change: Mapping[str, Any], options_type: type | None = None
+) -> dict[str, Any]:
+    """Returns base with the changes; a part that gets another `name` loses the old one's options.
+
+    Args:
+        base: Values by key.
+        change: What replaces them.
+        options_type: The dataclass of these keys: the dataclasses in it keep their other keys under any name.
+    """
+    merged, known = dict(base), {} if options_type is None else sections(options_type)
     for key, value in change.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = (
-                merge_settings(old, value) if value.get("name", old.get("name")) == old.get("name") else value
-            )
+            same = key in known or value.get("name", old.get("name")) == old.get("name")
+            value = merge_settings(old, value, known.get(key)) if same else value
         merged[key] = value
     return merged
 

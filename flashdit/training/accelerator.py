@@ -22,6 +22,7 @@ from flashdit.shared.files import mend
 from flashdit.shared.process import AUTOCAST, check_processes
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.settings import to_yaml
+from flashdit.training.optim import MUON
 from flashdit.training.options import LoopConfig, TrainingOptions, share_of_batch
 from flashdit.training.resume import check_run_folder, check_unchanged, main_first, settle
 from flashdit.training.task import Task
@@ -42,6 +43,9 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     """
     settle(config, task, resolve_device(None))
     accelerator, run_dir = make_accelerator(config.training), Path(config.run.dir)
+    if config.optimizer.name == MUON and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        rule = "optimizer.name=muon requires whole matrices on every process"
+        raise ValueError(f"{rule}, got FSDP, which splits them: launch without it, or take adamw")
     share_of_batch(config.training, accelerator.num_processes)
 
     def check_folder() -> None:

@@ -4,7 +4,7 @@ runs/<name>/checkpoints/step_XXXXXXXX/
     model/ ema/           the weights and their average as safetensors; FlashDiT.from_pretrained reads either
     ema_tracks/           power-function averages, where `ema.power_widths` names some
     …                     what the task writes beside them
-    optimizer.pt          AdamW's moments by parameter name, and the loss scaler
+    optimizer.pt          the optimiser's moments by parameter name, and the loss scaler
     processes.pt          of each process: random states and what it has measured since the last record
     state.json            step, images seen, EMA updates, steps skipped, what the task adds, and the CRC-32 of
                           every file but config.yaml, and of itself
@@ -159,7 +159,7 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None, *, ends:
 
 
 def check_room(run_dir: Path, model: nn.Module, tracks: int = 0) -> None:
-    """Refuses a disk that cannot hold two checkpoints: weights, average and the two moments of AdamW each.
+    """Refuses a disk that cannot hold two checkpoints: weights, average and two moments each, as AdamW's.
 
     Args:
         run_dir: The run's folder.

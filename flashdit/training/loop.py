@@ -31,7 +31,13 @@ from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak, warn_if_slow
-from flashdit.training.optim import learning_rate, make_optimizer, unfinished_decay
+from flashdit.training.optim import (
+    MUON,
+    learning_rate,
+    linear_weights,
+    make_optimizer,
+    unfinished_decay,
+)
 from flashdit.training.options import LoopConfig, share_of_batch
 from flashdit.training.position import restore_run, save_checkpoint, what_is_trained
 from flashdit.training.resume import main_first, newest_whole, open_run_folder
@@ -99,7 +105,8 @@ class TrainingLoop(Generic[AnyTask]):
         elif training.compile == "block":
             for block in self.task.blocks():
                 block.compile()
-        optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer)
+        hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
+        optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = Ema(self.model, self.config.ema)
 

@@ -1,26 +1,59 @@
-"""AdamW and the learning rate as a pure function of the step."""
+"""AdamW, Muon beside it, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from flashdit.shared.registry import check_finite
+from flashdit.shared.registry import check_finite, unknown
+
+ADAMW, MUON = "adamw", "muon"
+OPTIMIZERS = (ADAMW, MUON)
+
+
+@dataclass(kw_only=True)
+class MuonOptions:
+    """Options of Muon, for `optimizer.name=muon`.
+
+    Raises:
+        ValueError: If the scale is not positive, the momentum is not a share, or there is no iteration.
+    """
+
+    lr_scale: float = 1.0
+    """Muon's learning rate as a multiple of AdamW's; an update's root mean square is 0.2 of it, as AdamW's
+    typically is."""
+    momentum: float = 0.95
+    """Decay of the average of the gradient; Nesterov's step is taken from it."""
+    iterations: int = 5
+    """Newton–Schulz iterations, which make the singular values of an update nearly equal."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_finite(self, "optimizer.muon.")
+        if self.lr_scale <= 0:
+            raise ValueError(f"optimizer.muon.lr_scale must be positive, got {self.lr_scale}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.muon.momentum must be at least 0 and below 1, got {self.momentum}")
+        if not 1 <= self.iterations < 100:
+            raise ValueError(f"optimizer.muon.iterations must be 1 to 99, got {self.iterations}")
 
 
 @dataclass(kw_only=True)
 class OptimizerOptions:
-    """Options of AdamW and its schedule; the defaults are LightningDiT's recipe.
+    """Options of the optimiser and its schedule; the defaults are LightningDiT's recipe.
 
     Raises:
-        ValueError: If the learning rate or the clipping norm is not positive, a decay is not a share, or a
-            number is negative or not finite.
+        ValueError: If the name is unknown, torch has no Muon, the learning rate or the clipping norm is not
+            positive, a decay is not a share, or a number is negative or not finite.
     """
 
+    name: str = ADAMW
+    """`adamw`, or `muon` for the weights of linear layers in blocks and AdamW for all others."""
     lr: float = 2e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -36,10 +69,16 @@ class OptimizerOptions:
     """Learning rate at `decay_steps` and after it."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; None leaves them."""
+    muon: MuonOptions = field(default_factory=MuonOptions)
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_finite(self, "optimizer.")
+        if self.name not in OPTIMIZERS:
+            raise unknown("optimizer.name", self.name, OPTIMIZERS)
+        if self.name == MUON and not hasattr(torch.optim, "Muon"):
+            rule = "optimizer.name=muon requires PyTorch 2.9 or newer, which has torch.optim.Muon"
+            raise ValueError(f"{rule}, got {torch.__version__}")
         for name in ("lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -73,15 +112,101 @@ def unfinished_decay(steps: int, options: OptimizerOptions) -> str:
     )
 
 
-def make_optimizer(parameters: Iterable[Any], options: OptimizerOptions) -> torch.optim.AdamW:
-    """Returns fused AdamW over the parameters that train.
+def linear_weights(blocks: Iterable[nn.Module]) -> list[Tensor]:
+    """Returns the weights that Muon takes: those of the linear layers in blocks that train."""
+    layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear))
+    return [layer.weight for layer in layers if layer.weight.requires_grad]
+
+
+def make_optimizer(
+    parameters: Iterable[Any], options: OptimizerOptions, hidden: Collection[Tensor] = ()
+) -> torch.optim.Optimizer:
+    """Returns the optimiser of the parameters that train: fused AdamW, or Muon beside it.
 
     Args:
         parameters: Parameters, or groups of them as torch's optimisers take them.
-        options: Of AdamW.
+        options: Of the optimiser.
+        hidden: Which of them Muon takes, each a matrix; AdamW takes all others.
+
+    Raises:
+        ValueError: If there is nothing for Muon.
     """
-    trained = [item for item in parameters if isinstance(item, dict) or item.requires_grad]
+    given = list(parameters)
+    single = [item for item in given if not isinstance(item, dict) and item.requires_grad]
+    groups = [*([{"params": single}] if single else []), *(item for item in given if isinstance(item, dict))]
+    if options.name == ADAMW:
+        return make_adamw(groups, options)
+    if not hidden:
+        raise ValueError("optimizer.name=muon requires linear layers in the model's blocks, got none")
+    return MuonBesideAdamW(groups, options, hidden)
+
+
+def make_adamw(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.AdamW:
+    """Returns fused AdamW over groups of parameters."""
     betas = (options.betas[0], options.betas[1])
     return torch.optim.AdamW(
-        trained, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True
+        groups, lr=options.lr, betas=betas, weight_decay=options.weight_decay, fused=True
     )
+
+
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """Torch's Muon over matrices and AdamW over the rest, with one state and one list of groups.
+
+    Both decay weights by lr · weight_decay. Of Muon's update all singular values are near
+    0.2 · sqrt(max(rows, columns)) · lr.
+
+    Args:
+        groups: Of parameters, whose further options both take over.
+        options: Of the optimiser.
+        hidden: The matrices that Muon takes; the groups hold them.
+
+    Source: Jordan et al. 2024, Muon; the length of an update: Liu et al. 2025 (arXiv 2502.16982), eq. (4).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], options: OptimizerOptions, hidden: Collection[Tensor]):
+        ids = {id(parameter) for parameter in hidden}
+
+        def chosen(is_hidden: bool) -> list[dict[str, Any]]:
+            parts = [
+                {**group, "params": [p for p in group["params"] if (id(p) in ids) == is_hidden]}
+                for group in groups
+            ]
+            return [part for part in parts if part["params"]]
+
+        muon = options.muon
+        matrices = [
+            {**group, "lr_scale": group.get("lr_scale", 1.0) * muon.lr_scale} for group in chosen(True)
+        ]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                matrices,
+                lr=options.lr * muon.lr_scale,
+                weight_decay=options.weight_decay,
+                momentum=muon.momentum,
+                ns_steps=muon.iterations,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        ]
+        if others := chosen(False):
+            self.parts.append(make_adamw(others, options))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Makes both read and write the one state and the one list of groups."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over a state that was loaded, in both."""
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Makes one update of all parameters."""
+        assert closure is None
+        for part in self.parts:
+            part.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,18 @@ from flashdit.shared.runs import (
 )
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.contents import CONTENTS, value_at
+from flashdit.training.optim import ADAMW, MuonOptions
 from flashdit.training.snapshots import SNAPSHOTS
 from flashdit.training.task import Task
 from iwin_core.kernels.cpu_attention import FUSED
 
 logger = logging.getLogger(__name__)
 DAMAGED = "damaged_"
-OF_BEFORE = {"training.cpu_attention": FUSED}
+OF_BEFORE = {
+    "training.cpu_attention": FUSED,
+    "optimizer.name": ADAMW,
+    "optimizer.muon": asdict(MuonOptions()),
+}
 """What keys stood for before there were such."""
 CONFIG_MARK = "\n  max_skips: "
 """Text that the resolved configuration of every run holds."""
@@ -179,7 +185,10 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
         before, after = changed[key]
         if key in task.by_content or key == "run.dir":
             continue
-        if key.startswith(task.fixed_on_resume):
+        before = OF_BEFORE.get(key) if before is None else before
+        if before == after:
+            continue
+        if key.startswith((*task.fixed_on_resume, "optimizer.name")):
             rule = f"{run_dir} holds a run whose {key} is {before}, not {after}"
             raise ValueError(f"{rule}: give another run.dir")
         lines.append(f"resumed with another {key}: {after}, was {before}")

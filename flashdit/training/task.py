@@ -94,7 +94,7 @@ class Task(ABC):
         return self.model.parameters()
 
     def blocks(self) -> Iterable[nn.Module]:
-        """Returns the parts that are compiled one by one."""
+        """Returns the parts that are compiled one by one; Muon trains their linear layers."""
         return cast(Iterable[nn.Module], self.model.blocks)
 
     def checkpoint_activations(self) -> None:

@@ -113,9 +113,10 @@ class Watched:
 
     def _keep(self, x_t: Tensor, time: float, found: Tensor) -> None:
         """Keeps x̂_1 of the first image, of its v, or of its v_cond and v_uncond."""
-        labels, scale = self.plan.labels[:1], self.plan.options.cfg_scale
+        labels, options, null = self.plan.labels[:1], self.plan.options, self.plan.generator.num_classes
         is_guided = len(found) == 2
-        v_t = guide(lambda *_: found, labels, self.plan.generator.num_classes, scale) if is_guided else None
+        both = guide(lambda *_: found, labels, null, options.cfg_scale, channels=options.cfg_channels)
+        v_t = both if is_guided else None
         # Where a sampler asks twice at one time (Heun), the later state is the better one.
         self.predictions[time] = data_prediction(x_t, v_t(x_t, time) if v_t else found, time)
 

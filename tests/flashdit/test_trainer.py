@@ -356,7 +356,7 @@ def test_a_model_without_classes_trains_on_any_data_and_samples(tiny_overrides, 
     assert choose_labels(generator.class_names, None, 3).tolist() == [0, 0, 0]
     with caplog.at_level("WARNING"):
         warn_of_guidance.cache_clear()
-        generator.warn_of_guidance(SamplingOptions(cfg_scale=2.0))
+        generator.check_guidance(SamplingOptions(cfg_scale=2.0))
     assert "guidance changes nothing in a model without classes, got cfg_scale=2" in caplog.text
 
 

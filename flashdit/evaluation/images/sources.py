@@ -20,6 +20,7 @@ from flashdit.evaluation.images.npz import NpzSource
 from flashdit.evaluation.images.reading import label_mode
 from flashdit.evaluation.images.recorded import check_samples, sample_recipe
 from flashdit.sampling.folder import ARRAYS
+from flashdit.sampling.records import guided_by
 from flashdit.shared.files import code_sha256
 
 TAKE_ROWS = 100  # images in memory beside those that are taken
@@ -102,7 +103,11 @@ class GeneratedSource:
         """Returns the hashes of weights, labels and code, and the sampling options."""
         space = self.generator.space
         sampling = {name: value for name, value in vars(self.options).items() if name != "batch_size"}
-        recipe = {name: value for name, value in self.generator.recipe().items() if name != "checkpoint"}
+        recipe = {
+            name: value
+            for name, value in self.generator.recipe().items()
+            if name not in ("checkpoint", "guide_checkpoint")
+        }
         return {
             "kind": "generated",
             **recipe,
@@ -115,13 +120,14 @@ class GeneratedSource:
 
     def recipe(self) -> dict[str, Any]:
         """Returns the checkpoint, the sampling options and the cost of a sample."""
-        nfe = self.options.nfe
+        nfe, recipe = self.options.nfe, self.generator.recipe()
+        how = f"{self.options}{guided_by(recipe)}"
         return {
             "source": "checkpoint",
-            **self.generator.recipe(),
+            **recipe,
             "sampling": vars(self.options),
             "nfe": nfe,
-            "summary": f"{self.options}, {nfe or 'as many as needed'} model evaluations each",
+            "summary": f"{how}, {nfe or 'as many as needed'} model evaluations each",
             "labels": label_mode(self.labels, self.mode),
             "num_images": self.count,
         }

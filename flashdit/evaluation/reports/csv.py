@@ -6,7 +6,7 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flashdit.evaluation.metrics.metric import ScoreName
 from flashdit.evaluation.reports.report import EvalResult
 
 LONGEST_HEADER = 2**16  # characters
+GUIDANCE_COLUMNS = ("cfg_channels", "guide")  # of a file that begins with such a row, at its end
 SAMPLING_COLUMNS = ("sampler", "steps", "cfg_scale", "cfg_interval", "shift", "seed")
 CSV_COLUMNS = (  # of every such file; a metric with another column adds it at the end
     "created",
@@ -62,20 +63,29 @@ def row_of(result: EvalResult) -> dict[str, Any]:
         "device": result.device,
         "processes": result.processes,
         "seconds": round(sum(result.timings_s.values()), 3),
+        **guidance_of(samples),
     }
 
 
-def read_columns(path: Path, names: Iterable[ScoreName]) -> list[str]:
+def guidance_of(samples: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the GUIDANCE_COLUMNS of samples that have values, of what a report says of them."""
+    guide, channels = samples.get("guide_checkpoint"), samples.get("sampling", {}).get("cfg_channels")
+    values = channels, None if guide is None else f"{guide}/{samples['guide_weights']}"
+    return {name: value for name, value in zip(GUIDANCE_COLUMNS, values, strict=True) if value is not None}
+
+
+def read_columns(path: Path, names: Iterable[ScoreName], samples: Mapping[str, Any]) -> list[str]:
     """Returns the columns of a file, those of a new one where there is none.
 
     Args:
         path: The file.
         names: Of the scores that its next row holds.
+        samples: What a report says of that row's samples.
 
     Raises:
-        ValueError: If the file is no such CSV, or has no column for one of the scores.
+        ValueError: If the file is no such CSV, or has no column for a score or for how samples were guided.
     """
-    needed = list(dict.fromkeys([*CSV_COLUMNS, *(name.column for name in names)]))
+    needed = list(dict.fromkeys([*CSV_COLUMNS, *(name.column for name in names), *guidance_of(samples)]))
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return needed
     if path.is_dir():
@@ -91,7 +101,7 @@ def read_columns(path: Path, names: Iterable[ScoreName]) -> list[str]:
     lacks = [column for column in needed if column not in header]
     if lacks:
         raise ValueError(
-            f"--csv must be a new file or have a column for every metric, {path} has none for "
+            f"--csv must be a new file or have a column for every value, {path} has none for "
             f"{', '.join(lacks)}"
         )
     return header
@@ -103,7 +113,9 @@ def append_csv(result: EvalResult, path: Path) -> None:
     text = io.StringIO()
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation may write its header now
-        writer = csv.DictWriter(text, read_columns(path, result.names.values()), lineterminator="\n")
+        writer = csv.DictWriter(
+            text, read_columns(path, result.names.values(), result.samples), lineterminator="\n"
+        )
         if not os.fstat(file.fileno()).st_size:
             writer.writeheader()
         writer.writerow(row_of(result))

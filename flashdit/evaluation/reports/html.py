@@ -16,6 +16,7 @@ from PIL import Image
 from flashdit.evaluation.reports.by_class import ClassScore
 from flashdit.evaluation.reports.gallery import Gallery, Picture
 from flashdit.evaluation.reports.report import EvalResult, footnotes, table_rows
+from flashdit.sampling.records import weights_of
 from flashdit.shared.files import read_checked_json, write_atomically
 from flashdit.shared.pictures import to_pil
 
@@ -96,11 +97,11 @@ def sweep_uri(folder: Path, result: EvalResult) -> str | None:
     if not (plot.is_file() and content.is_file()):
         return None
     try:
-        swept = read_checked_json(content)["recipe"]["samples"].get("weights_sha256")
+        swept = weights_of(read_checked_json(content)["recipe"]["samples"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is no sweep's JSON, so the page does without it: %s", content, error)
         return None
-    same = swept is not None and swept == result.samples.get("weights_sha256")
+    same = swept[0] is not None and swept == weights_of(result.samples)
     return file_uri(plot.read_bytes()) if same else None
 
 

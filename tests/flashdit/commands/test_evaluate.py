@@ -40,7 +40,7 @@ def samples(tmp_path_factory) -> Path:
 class StandInGenerator:
     """Gives a training digit of the class that is asked for."""
 
-    num_classes, class_names, data_spec, images_path = 10, DIGIT_NAMES, "digits", None
+    num_classes, class_names, data_spec, images_path, guide = 10, DIGIT_NAMES, "digits", None, None
     sampling = SamplingOptions()
     vae = SimpleNamespace(config={"block_out_channels": (8, 16)})
     space = SimpleNamespace(
@@ -50,7 +50,7 @@ class StandInGenerator:
     def __init__(self, run_dir: Path):
         self.run_dir, self.drawn = run_dir, 0
 
-    def warn_of_guidance(self, options) -> None:
+    def check_guidance(self, options) -> None:
         """It was trained with dropped labels, as it were."""
 
     def recipe(self) -> dict:

@@ -165,7 +165,7 @@ def test_half_precision_weights_give_nearly_the_same_images(pipe, generator):
     assert half.dtype == np.float32
     assert 0 < abs(half - full).max() < 0.1
     pipe.to(torch.float32)
-    assert set(pipe.model_cpu_offload_seq.split("->")) == {"transformer", "vae"}
+    assert set(pipe.model_cpu_offload_seq.split("->")) == {"transformer", "guide", "vae"}
 
 
 def test_a_tuple_comes_back_where_it_is_asked_for(pipe):

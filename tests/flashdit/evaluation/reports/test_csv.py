@@ -45,7 +45,7 @@ def test_a_table_of_other_columns_is_refused_and_left_as_it_was(tmp_path, result
 
 def test_an_empty_file_is_a_new_one(tmp_path, result_of):
     (tmp_path / "scores.csv").touch()
-    assert read_columns(tmp_path / "scores.csv", []) == list(CSV_COLUMNS)
+    assert read_columns(tmp_path / "scores.csv", [], {}) == list(CSV_COLUMNS)
     append_csv(result_of(Scores(count=360, values={"fid": 1.0})), tmp_path / "scores.csv")
     assert len(rows(tmp_path / "scores.csv")) == 1
 
@@ -65,6 +65,6 @@ def test_a_score_of_another_column_adds_it_to_a_new_table_and_is_refused_by_one_
     assert (first["delta"], second["delta"], second["frechet"]) == ("2.0", "", "1.0")
     append_csv(result, tmp_path / "old.csv")
     before = (tmp_path / "old.csv").read_text()
-    with pytest.raises(ValueError, match=r"have a column for every metric, .*old\.csv has none for delta"):
+    with pytest.raises(ValueError, match=r"have a column for every value, .*old\.csv has none for delta"):
         append_csv(other, tmp_path / "old.csv")
     assert (tmp_path / "old.csv").read_text() == before
