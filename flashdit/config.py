@@ -15,6 +15,7 @@ from flashdit.data.latents import LatentOptions
 from flashdit.data.sources import DATASETS
 from flashdit.evaluation.options import EvaluationOptions
 from flashdit.flow.loss import LossOptions
+from flashdit.flow.mean_flow import MeanFlowOptions, check_guidance
 from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.flow.times import TIMES
 from flashdit.models.attention import check_attention
@@ -43,6 +44,8 @@ class FlowOptions:
     prediction: str | None = None
     """What the network predicts: `velocity`, or the `data`, which pays where a patch has many numbers; null
     means velocity."""
+    mean_flow: MeanFlowOptions = field(default_factory=MeanFlowOptions)
+    """Average velocities instead of the loss above."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -74,16 +77,21 @@ class RunConfig:
 
     @property
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of FlashDiT: `model`, and what it predicts where `flow.prediction` says so."""
-        predicted = self.flow.prediction
-        return dict(self.model) if predicted is None else {**self.model, "prediction": predicted}
+        """Arguments of FlashDiT: `model`, and what `flow` says of what it predicts."""
+        arguments = dict(self.model)
+        if self.flow.prediction is not None:
+            arguments["prediction"] = self.flow.prediction
+        if self.flow.mean_flow.enabled:
+            arguments["most_guidance"] = self.flow.mean_flow.most_guidance
+        return arguments
 
 
 def configuration_keys() -> list[Key]:
     """Returns every key of a run's configuration, the model's arguments in place of `model`."""
     keys = describe(RunConfig)
     position = next(place for place, key in enumerate(keys) if key.name == "model")
-    arguments = [key for key in describe(FlashDiT, "model.") if key.name != "model.prediction"]
+    of_flow = ("model.prediction", "model.most_guidance")
+    arguments = [key for key in describe(FlashDiT, "model.") if key.name not in of_flow]
     return [*keys[:position], *arguments, *keys[position + 1 :]]
 
 
@@ -120,8 +128,24 @@ def check_run_config(config: RunConfig) -> None:
             "model.prediction must be what flow.prediction says, which alone needs to be given, "
             f"got {config.model['prediction']} and {predicted}"
         )
+    check_mean_flow(config)
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
+
+
+def check_mean_flow(config: RunConfig) -> None:
+    """Raises ValueError for options of a run that mean flows have no way to follow."""
+    options, training = config.flow.mean_flow, config.training
+    if "most_guidance" in config.model:
+        raise ValueError("model.most_guidance is flow.mean_flow.most_guidance, which alone is to be given")
+    if not options.enabled:
+        return
+    check_guidance(config.sampling.cfg_scale, config.sampling.cfg_interval, options.most_guidance)
+    if training.gradient_checkpointing or training.compile != "none":
+        raise ValueError(
+            "flow.mean_flow requires training.gradient_checkpointing=false and training.compile=none, whose "
+            "models have no forward derivative"
+        )
 
 
 def check_model(config: RunConfig) -> None:

@@ -27,6 +27,7 @@ from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
+from flashdit.flow.mean_flow import COST, RANDOM_NUMBERS, draw_stretch, mean_flow_loss
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.memory import check_step_fits
@@ -171,9 +172,10 @@ class FlashDiTTask(Task):
         if self.main and len(each_attention(attention)) > 1:
             logger.info("attention: %s", describe_attention(attention, len(self.model.blocks)))
         self.space.to(self.device)
-        times = TIMES.build(config.flow.times)
+        self.times = TIMES.build(config.flow.times)
         dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
-        self.examples = Examples(self.data, times, config.seed, dropped)
+        more = RANDOM_NUMBERS if config.flow.mean_flow.enabled else 0
+        self.examples = Examples(self.data, self.times, config.seed, dropped, more)
         self.images_per_epoch = len(self.data.labels)
 
     def _check_same_space(self) -> None:
@@ -199,8 +201,14 @@ class FlashDiTTask(Task):
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""
         x_1, x_0, t = self.space.normalise(batch["latent"]), batch["noise"], batch["time"]
-        v_t = network(interpolate(x_0, x_1, t), t, batch["label"], drop=batch["drop"])
-        loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
+        mean_flow = self.config.flow.mean_flow
+        if mean_flow.enabled:
+            at = draw_stretch(t, self.times, batch["more"], batch["drop"], mean_flow)
+            given = (network, self.model, x_0, x_1, batch["label"], batch["drop"])
+            loss, terms = mean_flow_loss(*given, at, mean_flow)
+        else:
+            v_t = network(interpolate(x_0, x_1, t), t, batch["label"], drop=batch["drop"])
+            loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
         return loss.mean(), {name: value.mean() for name, value in terms.items()}
 
     def checkpoint_activations(self) -> None:
@@ -208,8 +216,9 @@ class FlashDiTTask(Task):
         self.model.enable_gradient_checkpointing(keep_matmuls if self.config.training.keep_matmuls else None)
 
     def forward_flops(self) -> float:
-        """Returns the FLOPs of one forward pass."""
-        return forward_flops(self.config.model_arguments)
+        """Returns a third of a training step's FLOPs: those of a forward pass, or more for mean flows."""
+        flops = forward_flops(self.config.model_arguments)
+        return flops * COST if self.config.flow.mean_flow.enabled else flops
 
     @cached_property
     def copy(self) -> FlashDiT:
@@ -315,6 +324,8 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
     config = with_sizes_of_data(config)
     accelerator = start_run(config, FlashDiTTask)
     sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    if sharded and config.flow.mean_flow.enabled:
+        raise ValueError("flow.mean_flow requires whole models on each device (DDP), got FSDP2")
     check_step_fits(config, accelerator.device, accelerator.num_processes, sharded)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)

@@ -21,6 +21,7 @@ from flashdit.config import (
 )
 from flashdit.data.fit import DataFacts, check_fit
 from flashdit.data.sources import DATASETS
+from flashdit.flow.mean_flow import COST
 from flashdit.memory import Counts, memory_bytes, model_without_memory, optimizer_bytes
 from flashdit.models.attention import describe_attention
 from flashdit.models.costs import Activations, of_one_block
@@ -99,7 +100,7 @@ def snapshot_bytes(config: RunConfig, counts: Counts) -> float:
 def train_flops(config: RunConfig, multiply_adds: float) -> float:
     """Returns the FLOPs of training on one image, of whose forward pass the multiply-adds are given."""
     again = config.training.gradient_checkpointing and not config.training.keep_matmuls
-    return 6 * multiply_adds * (4 / 3 if again else 1)
+    return 6 * multiply_adds * (4 / 3 if again else 1) * (COST if config.flow.mean_flow.enabled else 1)
 
 
 def train_seconds(flops: float, images: int, gpus: int, peak_tflops: float, mfu: float) -> float:

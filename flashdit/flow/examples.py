@@ -35,11 +35,18 @@ class Examples(Dataset):
         times: Turns uniform draws into training times.
         seed: The run's seed.
         class_dropout_prob: Share of labels that become null.
+        more_draws: How many further uniform draws an example has, as `more` (n,).
     """
 
     def __init__(
-        self, data: Latents, times: Callable[[Tensor], Tensor], seed: int, class_dropout_prob: float
+        self,
+        data: Latents,
+        times: Callable[[Tensor], Tensor],
+        seed: int,
+        class_dropout_prob: float,
+        more_draws: int = 0,
     ):
+        self.more_draws = more_draws
         self.data, self.times, self.seed, self.class_dropout_prob = data, times, seed, class_dropout_prob
         self.order = EpochOrder(len(data.labels), seed)
 
@@ -56,7 +63,13 @@ class Examples(Dataset):
             torch.rand(3, generator=generator, out=uniform[row])
             torch.randn(self.data.shape, generator=generator, out=noise[row])
         mirrored, drop, when = uniform.unbind(1)
+        more = [
+            torch.rand(self.more_draws, generator=generator_for(self.seed, "more draws", position))
+            for position in positions
+            if self.more_draws
+        ]
         return {
+            **({"more": torch.stack(more)} if more else {}),
             "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),
             "label": self.data.labels[indices],
             "noise": noise,

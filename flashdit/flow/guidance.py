@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t (B, …), t (B,), y (B,)) → v."""
+VelocityModel = Callable[..., Tensor]
+"""(x_t (B, …), t (B,), y (B,)) → v; one of mean flows takes `duration` and `guidance` (B,) too."""
 Velocity = Callable[[Tensor, float], Tensor]
 """(x_t, t) → v, at one time for the whole batch."""
 TIME_ROUNDING = 1e-9  # a grid time that means an end of the interval meets it this closely

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from flashdit.flow.prediction import PREDICTIONS, VELOCITY
 from flashdit.models.attention import Attention, AttentionShape, each_attention, make_attention
 from flashdit.models.block import FinalLayer, FlashDiTBlock
-from flashdit.models.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_table
+from flashdit.models.embed import (
+    LabelEmbedder,
+    PatchEmbed,
+    StretchEmbedder,
+    TimestepEmbedder,
+    sincos_table,
+)
 from flashdit.models.layers import RMSNorm, mlp_width
 from flashdit.models.lightningdit import load_lightningdit
 from flashdit.models.sizes import IWIN, SIZES
@@ -58,6 +64,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
             either.
         registers: Learned tokens n beside the map, which every window reads and writes; the next block gets
             the mean over the windows. They carry across the map what no window does.
+        most_guidance: Of a model of average velocities (`flow.mean_flow`), which takes durations and guidance
+            scales, the largest scale it is trained on; None is a model of velocities.
 
     Raises:
         ValueError: If an option is invalid.
@@ -90,6 +98,7 @@ class FlashDiT(ModelMixin, ConfigMixin):
         label_init_std: float = 0.02,
         prediction: str = VELOCITY,
         registers: int = 0,
+        most_guidance: float | None = None,
     ):
         super().__init__()
         check_arguments(**self.config)
@@ -117,6 +126,9 @@ class FlashDiT(ModelMixin, ConfigMixin):
             for attend in attentions
         )
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, norm)
+        self.stretch_embedder = None
+        if most_guidance is not None:
+            self.stretch_embedder = StretchEmbedder(hidden_size, time_scale)
         self._initialise(label_init_std)
 
     @classmethod
@@ -162,6 +174,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
         y: Tensor | None = None,
         drop: Tensor | None = None,
         return_dict: bool = False,
+        duration: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor | Transformer2DModelOutput:
         """Returns the velocity at x_t, whatever the last layer predicts.
 
@@ -171,12 +185,16 @@ class FlashDiT(ModelMixin, ConfigMixin):
             y: Labels (B,) int64; `num_classes` is the null label, None means null for all.
             drop: Which labels become null, bool (B,); None draws them in training mode, else none.
             return_dict: Whether v comes as the `sample` of diffusers' output class.
+            duration: Of a model of average velocities, over how much time from t on (B,); None means 0.
+            guidance: Of such a model, under which guidance scale (B,), 1 or more; None means 1.
 
         Returns:
-            v (B, C, H, W), in the dtype that the last layer computes in: the weights', or autocast's.
+            v, or its average over the duration, (B, C, H, W), in the dtype that the last layer computes in:
+            the weights', or autocast's.
 
         Raises:
-            ValueError: If the channels or the size of x does not fit.
+            ValueError: If the channels or the size of x does not fit, or a model of velocities is given a
+                duration or a guidance scale.
         """
         self._check_input(x)
         if y is None:
@@ -187,6 +205,14 @@ class FlashDiT(ModelMixin, ConfigMixin):
         if self.pos_embed is not None:
             tokens = tokens + self._positions(tokens)
         cond = self.t_embedder(t, x.dtype) + self.y_embedder(y, drop)  # (b, c)
+        if self.stretch_embedder is not None:
+            cond = cond + self.stretch_embedder(
+                torch.zeros_like(t) if duration is None else duration,
+                torch.ones_like(t) if guidance is None else guidance,
+                x.dtype,
+            )
+        elif duration is not None or guidance is not None:
+            raise ValueError("duration and guidance are for models of average velocities (most_guidance)")
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         checkpoint = self._gradient_checkpointing_func if again else None
         registers = []
@@ -239,6 +265,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
             elif name.startswith("t_embedder") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
+        if self.stretch_embedder is not None:
+            self.stretch_embedder.initialise()
         if self.register_tokens is not None:  # last: one seed draws the other weights alike
             nn.init.normal_(self.register_tokens, std=REGISTER_STD)
 
@@ -265,6 +293,7 @@ def check_arguments(
     label_init_std: float,
     attention: Attention,
     registers: int,
+    most_guidance: float | None,
     **_others: Any,
 ) -> None:
     """Raises ValueError for arguments of FlashDiT that no model can be made with; parts check the others."""
@@ -279,6 +308,8 @@ def check_arguments(
         raise ValueError(f"depth must be at least 1 and num_classes at least 0, got {depth=}, {num_classes=}")
     if registers < 0:
         raise ValueError(f"registers must be at least 0, got {registers=}")
+    if most_guidance is not None and not 1 <= most_guidance < math.inf:
+        raise ValueError(f"most_guidance must be at least 1, got {most_guidance=}")
     if not 1 <= (entries := len(each_attention(attention))) <= depth:
         rule = "attention as a list must have an entry, and no more entries than there are blocks"
         raise ValueError(f"{rule}, got {entries} for {depth=}")

@@ -83,6 +83,29 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t * self.scale).to(dtype))
 
 
+class StretchEmbedder(nn.Module):
+    """Durations (B,) and guidance scales (B,) → (B, dim): the sum of what a TimestepEmbedder makes of each.
+
+    Of a guidance scale w it is given 1 − 1/w, from 0 to 1. A new one gives zeros, so that a model that starts
+    from one of velocities is that one.
+    """
+
+    def __init__(self, dim: int, scale: float):
+        super().__init__()
+        self.duration, self.guidance = TimestepEmbedder(dim, scale), TimestepEmbedder(dim, scale)
+
+    def initialise(self) -> None:
+        """Draws new weights as those of times, but zeros for the last layers."""
+        for embedder in (self.duration, self.guidance):
+            first, _, last = embedder.mlp
+            nn.init.normal_(first.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(last.weight)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, duration: Tensor, guidance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the embedding; `dtype` is what the layers compute in."""
+        return self.duration(duration, dtype) + self.guidance(1 - 1 / guidance, dtype)
+
+
 class LabelEmbedder(nn.Module):
     """(B,) int64 → (B, dim): one row per class, and the last for the null label `num_classes`."""
 

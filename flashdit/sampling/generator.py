@@ -15,6 +15,7 @@ from torch import Tensor
 from flashdit.data.autoencoders import latent_size
 from flashdit.data.latents import LatentSpace
 from flashdit.flow.guidance import VelocityModel, guide
+from flashdit.flow.mean_flow import along, check_guidance
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.pictures import InvalidPixels, invalid_rows
@@ -155,13 +156,18 @@ class ImageGenerator:
         """Compiles the model, on a GPU into CUDA graphs: the first batch of each size takes long."""
         compiled = torch.compile(self.model, mode="reduce-overhead")
         # A graph's next run overwrites its output, which a multistep sampler still needs.
-        self.velocity = lambda x, t, y: compiled(x, t, y).clone()
+        self.velocity = lambda x, t, y, **given: compiled(x, t, y, **given).clone()
         self.is_compiled = True
 
     def check_guidance(self, options: SamplingOptions) -> None:
         """Refuses guidance of more channels than there are; warns of a null label that was not trained."""
         check_channels(options.cfg_channels, self.model)
-        if self.guide is None:
+        most = self.model.config["most_guidance"]
+        if most is not None:
+            if self.guide is not None or options.cfg_channels is not None:
+                raise ValueError("a model of mean flows has guidance as a condition, and takes no other kind")
+            check_guidance(options.cfg_scale, options.cfg_interval, most)
+        elif self.guide is None:
             warn_of_guidance(self.num_classes, self.model.class_dropout_prob, options.cfg_scale)
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
@@ -251,26 +257,30 @@ class ImageGenerator:
         shape, device, rows = self.latent_shape(options), self.space.mean.device, 0
 
         def counted(velocity: VelocityModel) -> VelocityModel:
-            def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            def model(x: Tensor, t: Tensor, y: Tensor, **given: Tensor) -> Tensor:
                 nonlocal rows
                 rows += len(x)
                 with computing_in(options.precision, device):
-                    return velocity(x, t, y)
+                    return velocity(x, t, y, **given)
 
             return model
 
         def noise(step: int) -> Tensor:
             return self.noise(ids, options.seed, shape, f"sde {step}").to(device)
 
-        guided = guide(
-            counted(self.velocity),
-            labels.to(device),
-            self.num_classes,
-            options.cfg_scale,
-            options.cfg_interval,
-            options.cfg_channels,
-            None if self.guide is None else counted(self.guide.velocity),
-        )
+        if self.model.config["most_guidance"] is not None:
+            stretches = options.times if options.sampler_name == "euler" else ()
+            guided = along(counted(self.velocity), labels.to(device), options.cfg_scale, stretches)
+        else:
+            guided = guide(
+                counted(self.velocity),
+                labels.to(device),
+                self.num_classes,
+                options.cfg_scale,
+                options.cfg_interval,
+                options.cfg_channels,
+                None if self.guide is None else counted(self.guide.velocity),
+            )
 
         def v(x: Tensor, t: float) -> Tensor:
             self._report(done + len(ids) * t)

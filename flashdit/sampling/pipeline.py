@@ -14,6 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -22,6 +23,7 @@ from flashdit.data.autoencoders import Autoencoder
 from flashdit.data.latents import LatentOptions, LatentSpace
 from flashdit.data.pixels import Pixels
 from flashdit.flow.guidance import VelocityModel, check_interval, guide
+from flashdit.flow.mean_flow import along, check_guidance
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import CODE, CODE_TEXT, model_card
 from flashdit.sampling.classes import class_ids, flattened
@@ -48,7 +50,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Any]]
 
 def velocity_in_float32(model: FlashDiT) -> VelocityModel:
     """Returns a model whose velocity is in float32, whatever its own dtype."""
-    return lambda x, t, y: model(x.to(model.dtype), t, y).float()
+    return lambda x, t, y, **given: model(x.to(model.dtype), t, y, **given).float()
 
 
 def check_guide(model: FlashDiT, guide: FlashDiT) -> None:
@@ -224,11 +226,17 @@ class FlashDiTPipeline(DiffusionPipeline):
         draws = {"generator": generator} if "generator" in takes else {}
         main, null = velocity_in_float32(self.transformer), self.transformer.num_classes
         guiding = None if self.guide is None else velocity_in_float32(self.guide)
+        most = self.transformer.config["most_guidance"]
         bar: Any = self.progress_bar
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
             if self._interrupt:
                 break
-            v = guide(main, labels, null, self._guidance_scale, wider, channels, guiding)
+            if most is None:
+                v = guide(main, labels, null, self._guidance_scale, wider, channels, guiding)
+            else:
+                check_guidance(self._guidance_scale, interval, most)
+                is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+                v = along(main, labels, self._guidance_scale, times if is_euler else ())
             slope = -v(x, times[step])  # theirs is dx/dσ
             x = after(step, timestep, self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0])
         return x

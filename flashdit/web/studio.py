@@ -94,7 +94,7 @@ class Watched:
         self.predictions: dict[float, Tensor] = {}
         self.time, self.started = 1.0, 0
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, **given: Tensor) -> Tensor:
         """Returns the model's velocity."""
         time, size = float(t[0]), self.plan.first_batch
         if time == 0 and self.time > 0:  # the next batch starts
@@ -106,7 +106,7 @@ class Watched:
         done, total = self.work.finished_images, self.work.num_images
         share = min(1.0, (done + size * time) / total)
         self.say(share, f"{done} of {counted(total, 'image')}, t = {time:.2f}")
-        v = self.model(x, t, y)
+        v = self.model(x, t, y, **given)
         if self.started == size:
             self._keep(x[:1], time, v[::size].float())
         return v
