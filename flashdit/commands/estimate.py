@@ -17,7 +17,7 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
                    blocks the products, where those are kept
   FSDP2            weights, EMA, AdamW and gradients / N, but gradients whole where batches are accumulated;
                    gathered: what is in no block and two blocks, at 2 bytes a parameter in bf16 and fp16 and
-                   4 in fp32, and the gradients of one at 4
+                   4 in fp32, and the gradients of one at 4; muon refuses it
   checkpoint       weights + EMA + AdamW; how many are kept follows from training.steps, save_every, keep_last
                    and keep_every
   snapshots        4 P bytes for each of ema.power_widths every ema.snapshot_every steps
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.memory import activations_on, count_parameters
     from flashdit.models.costs import forward_flops
     from flashdit.shared.process import AUTO, precision_here
+    from flashdit.training.optim import MUON
 
     config = read_config(arguments.config, arguments.overrides)
     if config.training.precision == AUTO:
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = open_console()
     console.print(about)
     ways = activations_on(config, machine.measured or "cuda")
-    for sharded in (False, True) if machine.devices > 1 else (False,):
+    can_shard = machine.devices > 1 and config.optimizer.name != MUON
+    for sharded in (False, True) if can_shard else (False,):
         console.print(memory_table(config, counts, ways, machine.devices, sharded))
     console.print(
         "recomputed: training.gradient_checkpointing=true; products kept: training.keep_matmuls=true too"

@@ -51,6 +51,14 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_every_other_weight():
         assert name in adamw
 
 
+def test_a_frozen_matrix_is_left_out():
+    model = model_of()
+    frozen = model.blocks[0].attn.proj.weight.requires_grad_(False)
+    kept = linear_weights(model.blocks)
+    assert len(kept) == 9
+    assert all(weight is not frozen for weight in kept)
+
+
 def test_the_name_changes_no_other_key_of_the_optimiser():
     settings = config.load("digits", ["run.dir=x", MUON, "optimizer.muon.momentum=0.9"]).optimizer
     assert (settings.name, settings.lr, settings.decay_steps) == ("muon", 3e-3, 4200)
@@ -186,6 +194,14 @@ def test_memory_and_checkpoints_count_one_moment_of_muons_weights(tiny_overrides
     assert held == rows["Muon and AdamW"]
     size = sum(path.stat().st_size for path in step_folder(tmp_path / "run", 2).rglob("*"))
     assert size == pytest.approx(checkpoint_bytes(settings, counts), rel=0.1)
+
+
+def test_an_estimate_leaves_out_the_sharding_that_muon_refuses(capsys):
+    from flashdit.commands.estimate import main
+
+    for overrides, shown in ([], True), ([MUON], False):
+        main(overrides)
+        assert ("FSDP2: each holds" in capsys.readouterr().out) == shown
 
 
 @pytest.mark.parametrize(
