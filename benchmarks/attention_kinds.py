@@ -16,8 +16,8 @@ from flashdit.shared.files import write_atomically
 from iwin_core.attention import DepthwiseConv
 
 BASELINE = "global"
-RATES = (1.5e-3, 3e-3, 6e-3)
-"""Learning rates that every kind is tried with."""
+RATES = (3e-3, 6e-3, 1.2e-2)
+"""Learning rates that every kind is tried with; then twice or half the best one, while that is at an end."""
 
 
 @dataclass(kw_only=True)

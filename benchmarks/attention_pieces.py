@@ -99,6 +99,22 @@ def points_of(seconds: dict[str, float], steps: int) -> dict[str, list[int]]:
     return {kind: sorted({*early, round(budget_s / taken)}) for kind, taken in seconds.items()}
 
 
+def next_rate(losses: dict[str, float]) -> float | None:
+    """Returns the learning rate that is tried next; None where the best one has worse ones on both sides.
+
+    Args:
+        losses: Of what was tried, by the rate as text.
+    """
+    tried = {float(rate): loss for rate, loss in losses.items()}
+    best = min(tried, key=lambda rate: tried[rate], default=RATES[0])
+    left = [rate for rate in RATES if rate not in tried]
+    if best == max(tried, default=best):
+        left.append(2 * best)
+    if best == min(tried, default=best):
+        left.append(best / 2)
+    return left[0] if left else None
+
+
 def part_of(steps: int, part: float) -> int:
     """Returns a part of a budget of steps, at least one step."""
     return max(1, round(part * steps))

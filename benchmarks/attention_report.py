@@ -205,10 +205,13 @@ def missing(pieces: Pieces) -> list[str]:
     lines = []
     for side in pieces.sizes:
         runs = [run for run in pieces.runs() if run.side == side]
-        left = [f"{KINDS[run.kind].label} (seed {run.seed})" for run in runs if not pieces.is_made(run)]
-        if left:
-            made = len(runs) - len(left)
-            lines.append(f"- {side}² tokens: {made} of {len(runs)} runs; not made: {'; '.join(left)}")
+        for seed in SEEDS:
+            of_seed = [run for run in runs if run.seed == seed]
+            left = [KINDS[run.kind].label for run in of_seed if not pieces.is_made(run)]
+            if left:
+                made = len(of_seed) - len(left)
+                which = f"; not made: {'; '.join(left)}" if made else ""
+                lines.append(f"- {side}² tokens, seed {seed}: {made} of {len(of_seed)} runs{which}")
     return lines
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention_kinds import RATES, RECIPE, SEEDS, SIZES, run_config
+from benchmarks.attention_kinds import RECIPE, SEEDS, SIZES, run_config
 from benchmarks.attention_pieces import (
     EARLY,
     LOSS_IMAGES,
@@ -33,6 +33,7 @@ from benchmarks.attention_pieces import (
     SPLITS,
     Pieces,
     Run,
+    next_rate,
     part_of,
     plan,
     points_of,
@@ -119,12 +120,11 @@ class Study:
         """Returns the kind's learning rate: the one of the least loss after a short run at 16² tokens."""
         found = self.pieces.read(f"rate_{kind}") or {"side": RATE_SIDE, "seed": SEEDS[0], "losses": {}}
         found["steps"] = part_of(self.pieces.sizes[RATE_SIDE].steps, EARLY[0])
-        for rate in RATES:
-            if f"{rate:g}" not in found["losses"]:
-                run = Run(side=RATE_SIDE, kind=kind, seed=SEEDS[0])
-                checkpoint, config = self.train(run, rate, found["steps"])
-                found["losses"][f"{rate:g}"] = losses_of(checkpoint, config)["held-out"]
-                self.pieces.write(f"rate_{kind}", found)
+        run = Run(side=RATE_SIDE, kind=kind, seed=SEEDS[0])
+        while (rate := next_rate(found["losses"])) is not None:
+            checkpoint, config = self.train(run, rate, found["steps"])
+            found["losses"][f"{rate:g}"] = losses_of(checkpoint, config)["held-out"]
+            self.pieces.write(f"rate_{kind}", found)
         return float(min(found["losses"], key=lambda rate: found["losses"][rate]))
 
     def train(self, run: Run, rate: float, step: int) -> tuple[Path, RunConfig]:
@@ -148,6 +148,8 @@ class Study:
         rate, size = self.rate(run.kind), self.pieces.sizes[run.side]
         new = {"side": run.side, "kind": run.kind, "seed": run.seed, "rate": rate, "points": {}}
         record = self.pieces.read(run.name) or new
+        if record["rate"] != rate:  # of before another one was found to be better
+            record = new
         for step in self.points(run):
             if str(step) in record["points"]:
                 continue
