@@ -112,6 +112,8 @@ def test_the_plan_counts_what_is_left_and_guesses_what_is_not_timed(tmp_path):
     # 9 steps of 36 s; 4 points of 2,080 evaluations, 2 of them of 13,000 more; 100 a second
     assert cost(pieces, Run(side=16, kind=BASELINE, seed=0), known) == pytest.approx(9 * 36 + 4 * 20.8 + 260)
     text = plan(pieces, {16: known})
+    pieces.write(Run(side=16, kind=BASELINE, seed=1).name, {"points": {"2": {}, "3": {}}})
+    assert cost(pieces, Run(side=16, kind=BASELINE, seed=1), known) == pytest.approx(6 * 36 + 2 * 20.8 + 260)
     assert "16² tokens, seed 1: 0 of 2 runs made" in text
     assert "32² tokens, seed 0: 0 of 1 runs made" in text
     assert "not timed" in text
