@@ -206,6 +206,9 @@ def main() -> None:
         write_report(study.pieces, TEXT, FIGURE)
     if arguments.plan or arguments.report:
         return
+    for side in SIZES:
+        if f"timing_{side}".startswith(wanted):
+            study.time(side)
     for run in study.pieces.runs():
         if run.name.startswith(wanted) and not study.pieces.is_made(run):
             study.make_run(run)
