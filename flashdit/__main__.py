@@ -10,7 +10,9 @@ COMMANDS = {
     "new": Command("flashdit.commands.new", "write a configuration for a folder of one's own images"),
     "train": Command("flashdit.commands.train", "train a model; without arguments, a small one on digits"),
     "sample": Command("flashdit.commands.sample", "draw images from a checkpoint"),
-    "eval": Command("flashdit.commands.evaluate", "score images or a checkpoint; make-reference, compare"),
+    "eval": Command(
+        "flashdit.commands.evaluate", "score images or a checkpoint; make-reference, compare, loss"
+    ),
     "sweep": Command("flashdit.commands.sweep", "score a checkpoint over guidance scales"),
     "autoencoder": Command("flashdit.commands.autoencoder", "train an autoencoder on one's own images"),
     "encode": Command("flashdit.commands.encode", "encode a folder of images into latent shards"),

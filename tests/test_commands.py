@@ -157,7 +157,9 @@ def test_an_unknown_kind_of_part_names_the_nearest(python):
     )
 
 
-@pytest.mark.parametrize("words", [("eval", "make-reference"), ("eval", "compare"), ("eval", "sweep")])
+@pytest.mark.parametrize(
+    "words", [("eval", "make-reference"), ("eval", "compare"), ("eval", "loss"), ("eval", "sweep")]
+)
 def test_the_sub_commands_of_scoring_name_themselves(python, words):
     done, modules = python(code_of("flashdit", *words, "--help"))
     assert done.stdout.startswith(f"usage: flashdit {' '.join(words)} ")

@@ -108,7 +108,7 @@ def unknown_options(path):
     """Returns the options of shell lines that the command's help does not have."""
     found = []
     for words in command_lines(path):
-        command = words[: 3 if words[2:3] in (["make-reference"], ["compare"]) else 2]
+        command = words[: 3 if words[2:3] in (["make-reference"], ["compare"], ["loss"]) else 2]
         text = help_text(tuple(word for word in command if not word.startswith("-")))
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         found += [f"{words[1]} {option}" for option in options if not re.search(rf"{option}\b", text)]

@@ -95,6 +95,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
     "flashdit/glyphs": ["tests/flashdit/glyphs"],
     "flashdit/shared": ["tests/flashdit/shared", "tests/flashdit/data", "tests/flashdit/training", *COMMANDS],
     "flashdit/web": ["tests/flashdit/web", "tests/flashdit/commands/test_app.py"],
+    "flashdit/commands/loss.py": ["tests/flashdit/commands/test_loss.py"],
     "flashdit/commands/autoencoder.py": ["tests/flashdit/autoencoder", *COMMANDS],
     "flashdit/commands": COMMANDS,
     "flashdit/memory.py": ["tests/flashdit/test_memory.py", "tests/flashdit/commands/test_estimate.py"],
@@ -104,6 +105,7 @@ TESTS = {  # files that tests elsewhere or without their name are for; folders t
         "tests/test_scripts.py",
     ],
     "flashdit/config.py": ["tests/flashdit/test_config.py", *COMMANDS],
+    "benchmarks": ["tests/benchmarks/test_attention_study.py"],
     "iwin_core": ["tests/iwin_core"],
     "iwin_tasks": ["tests/iwin_tasks"],
 }

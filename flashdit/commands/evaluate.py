@@ -30,8 +30,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(
         description="Scores images: Fréchet distances, inception score, precision, recall, accuracy.",
-        epilog="Also: flashdit eval make-reference | compare and flashdit sweep, with --help. One or many "
-        "processes (accelerate launch, torchrun) give the same numbers.",
+        epilog="Also: flashdit eval make-reference | compare | loss and flashdit sweep, with --help. One or "
+        "many processes (accelerate launch, torchrun) give the same numbers.",
     )
     what = add_evaluation(parser)
     what.add_argument("--samples", type=path, metavar="NPZ|FOLDER", help="images that exist already")
@@ -260,7 +260,14 @@ def sweep(argv: Sequence[str]) -> None:
     main(argv)
 
 
-SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep}
+def loss(argv: Sequence[str]) -> None:
+    """Prints a checkpoint's loss on a data set."""
+    from flashdit.commands.loss import main
+
+    main(argv)
+
+
+SUBCOMMANDS = {"make-reference": make_reference, "compare": compare, "sweep": sweep, "loss": loss}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def companions_of(spec: str | None) -> Companions:
     Raises:
         ValueError: If the options are invalid.
     """
-    given = _parse_spec(spec)
+    given = parse_spec(spec)
     if given["name"] is None or given["name"] not in DATASETS.names():
         return Companions()
     brought = getattr(cast(Buildable, DATASETS[given["name"]]).build, "companions", Companions())
@@ -79,8 +79,12 @@ def companions_of(spec: str | None) -> Companions:
     return brought if isinstance(brought, Companions) else brought(options)
 
 
-def _parse_spec(spec: str | None) -> dict[str, Any]:
-    """Returns a data set's name and options of a text, None for none."""
+def parse_spec(spec: str | None) -> dict[str, Any]:
+    """Returns a data set's name and options of a text as `companions_of` takes it; a name of None for None.
+
+    Raises:
+        ValueError: If it is neither a name nor a name with options.
+    """
     if spec is None or not (spec.startswith("{") and spec.endswith("}")):
         return {"name": spec}
     try:

@@ -125,8 +125,8 @@ def mean_flow_loss(
     """Returns the loss of each sample and its terms.
 
     The network's u gives V = u − d·sg(du/dt), a velocity (d·u = ∫ v, differentiated), and V meets the guided
-    velocity v + (1 − 1/w)(v_cond − v_uncond) of a guidance scale w that the network is told. du/dt follows the
-    network's own velocity, not that of the example.
+    velocity v + (1 − 1/w)(v_cond − v_uncond) of a guidance scale w that the network is told. du/dt follows
+    the network's own velocity, not that of the example.
 
     Args:
         network: (x, t, y, drop=, duration=, guidance=) → u, as the run computes it.
@@ -141,9 +141,9 @@ def mean_flow_loss(
     Returns:
         Loss (B,), and its terms by name, (B,) each.
 
-    Source: arXiv 2512.02012, u(x_t, t, 0) being the velocity (no head of its own), guidance a condition, without
-    an interval. Differs: conditions are added to those of time and class instead of being tokens; where a label
-    is dropped, the derivative follows the velocity without class.
+    Source: arXiv 2512.02012, u(x_t, t, 0) being the velocity (no head of its own), guidance a condition,
+    without an interval. Differs: conditions are added to those of time and class instead of being tokens;
+    where a label is dropped, the derivative follows the velocity without class.
     """
     x_t, v_t = interpolate(x_0, x_1, at.t), velocity(x_0, x_1)
     with torch.no_grad():
