@@ -28,7 +28,7 @@ RANDOM_NUMBERS = 3
 """Uniform draws that an example takes beside those of flow matching."""
 COST = 7 / 3
 """FLOPs of a training step over those of flow matching: 3 forward passes, 2 for guidance, 2 for du/dt."""
-EPS = 0.01
+ERROR_FLOOR = 0.01
 """Added to a sample's squared error before it is divided by a power of itself, as in the source."""
 
 
@@ -164,7 +164,7 @@ def mean_flow_loss(
     u = network(x_t, at.t, labels, drop=drop, duration=at.duration, guidance=scale)
     squares = (u.float() - per_sample(at.duration, x_t) * change - (v_t + toward).float()).square().flatten(1)
     error = squares.sum(1)
-    return error / (error.detach() + EPS) ** options.power, {"mse": squares.mean(1)}
+    return error / (error.detach() + ERROR_FLOOR) ** options.power, {"mse": squares.mean(1)}
 
 
 def along(
