@@ -142,6 +142,7 @@ def unknown_keys(path):
         return []
     known = {key.name for key in config.configuration_keys()}
     sections = "|".join({name.partition(".")[0] for name in known if "." in name})
+    known |= {key.rpartition(".")[0] for key in known}  # sections in sections, whose keys are named in full
     named = re.findall(rf"`((?:{sections})\.[a-z_]+)(?=[`.= ])", prose(path))
     return sorted({*named} - known)
 
