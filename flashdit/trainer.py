@@ -27,7 +27,13 @@ from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
 from flashdit.flow.loss import flow_loss
-from flashdit.flow.mean_flow import COST, RANDOM_NUMBERS, draw_stretch, mean_flow_loss
+from flashdit.flow.mean_flow import (
+    COST,
+    RANDOM_NUMBERS,
+    MeanFlowOptions,
+    draw_stretch,
+    mean_flow_loss,
+)
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.memory import check_step_fits
@@ -287,6 +293,7 @@ class FlashDiTTask(Task):
         flow = {**config.get("flow", {})}
         flow["times"] = TIMES.filled(flow.get("times"))
         flow["prediction"] = flow.get("prediction") or model["prediction"]
+        flow["mean_flow"] = asdict(MeanFlowOptions(**(flow.get("mean_flow") or {})))
         latents = {"space": LatentOptions.space, **config.get("latents", {})}
         data = DATASETS.filled(config.get("data"))
         return {**config, "data": data, "latents": latents, "model": model, "flow": flow}

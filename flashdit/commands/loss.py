@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from flashdit.commands.arguments import add_weights, open_generator, path, path_text
 from flashdit.shared.command import CommandParser, add_device, resolve_device
+from flashdit.shared.registry import counted
 
 LOSS_EXAMPLES = 1000
 
@@ -30,7 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=100, help="images at a time (default: 100)")
     add_weights(parser)
     add_device(parser)
-    parser.set_defaults(compile=None)
+    parser.set_defaults(compile=None, guide=None, guide_ema=None)
     arguments = parser.parse_args(argv)
     for name in ("num_images", "batch_size"):
         value = getattr(arguments, name)
@@ -73,5 +74,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in losses.items():
         error = f" ± {values.std() / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
         print(f"{name}: {values.mean():.4f}{error}")
-    count = f"{arguments.num_images:,} images"
+    count = counted(arguments.num_images, "image")
     print(f"{count} of {spec['name']}, step {generator.step}, {generator.weights} weights")

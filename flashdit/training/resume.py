@@ -172,12 +172,12 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
             f"config.yaml: bring it back, or start another run.dir with weights={checkpoint}"
         )
     given = yaml.safe_load(config_text)
-    check_same_task(checkpoint, stored, given)
     for name, value in stored.items():
         if isinstance(given.get(name), dict) and not isinstance(value, dict):
             raise ValueError(
                 f"a run's config.yaml must be as training wrote it, that of {checkpoint} has {name}: {value}"
             )
+    check_same_task(checkpoint, stored, given)
     old, new = task.filled(stored), task.filled(given)
     lines = []
     changed = changes(old, new)

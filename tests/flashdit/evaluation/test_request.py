@@ -59,9 +59,9 @@ def test_a_request_is_checked_where_it_is_made(changes, message):
 def test_processes_that_read_different_checkpoints_are_refused():
     class SecondOfTwo(Ranks):
         def broadcast(self, value):
-            return Path("step_1")
+            return "step_1"
 
-    request = drawn(generator=generator(checkpoint=Path("step_2")))
+    request = drawn(generator=generator(read_from="step_2"))
     with pytest.raises(ValueError, match="must read one checkpoint, got step_1 and step_2: give its folder"):
         open_plan(request, SecondOfTwo(1, 2))
 

@@ -275,7 +275,7 @@ def test_classes_of_imagenet_go_by_word_and_the_card_lists_words():
     for given in (207, "207", "n02099601", "golden retriever", "Golden Retriever"):
         assert pipe.label_ids(given) == [207]
     card = pipe.card()
-    assert "1000 classes: tench, goldfish, great white shark," in card
+    assert "1,000 classes: tench, goldfish, great white shark," in card
     assert "    'tench', guidance_scale" in card
 
 
