@@ -56,10 +56,12 @@ class Pieces:
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(self.folder / f"{name}.json", lambda path: path.write_text(text))
 
-    def timing(self, side: int, processor: str | None = None) -> dict[str, Any] | None:
-        """Returns the timing of a size: of the processor whose timing chose the points, or of a given one."""
-        chosen = (self.read(f"points_{side}") or {}).get("processor")
-        return self.read(f"timing_{side}_{processor or chosen}")
+    def timings(self, side: int) -> dict[str, dict[str, Any]]:
+        """Returns the timings of a size by processor."""
+        prefix = f"timing_{side}_"
+        names = sorted(path.stem for path in self.folder.glob(f"{prefix}*.json"))
+        found = {name.removeprefix(prefix): self.read(name) for name in names}
+        return {name: timing for name, timing in found.items() if timing}
 
     def points(self, side: int) -> dict[str, list[int]]:
         """Returns the steps at which each kind is scored, nothing where they are not chosen yet."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention_kinds import BASELINE, KINDS, SEEDS, Size
-from benchmarks.attention_pieces import Pieces, Run
+from benchmarks.attention_pieces import Pieces, Run, step_seconds
 from flashdit.evaluation.reports.report import markdown_table
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.files import write_atomically
@@ -27,15 +27,9 @@ SCORES = {
 }
 FRECHET = "Fréchet distance"
 OVER_FLOOR = "… over the floor"
+TITLES = {"loss, unseen families": "loss, unseen families", OVER_FLOOR: "Fréchet distance over the floor"}
 POSITIONS = "_sincos"
 MORE_COLOURS = ("#7d6b5d", "#c0392b", "#5bb0c4", "#222222", "#8d8d1f", "#8a7fc7")
-
-
-def seconds_of(pieces: Pieces, side: int, kind: str) -> float | None:
-    """Returns the processor seconds of a kind's step, None where it is not timed."""
-    timing = pieces.timing(side)
-    found = timing["kinds"].get(kind) if timing else None
-    return found["step"]["median_s"] if found else None
 
 
 def records(pieces: Pieces, side: int, kind: str) -> list[Record]:
@@ -105,17 +99,27 @@ def digits_of(score: str) -> str:
     )
 
 
-def comparison(pieces: Pieces, size: Size, in_time: bool) -> str:
-    """Returns the table of a size at the budget of time, or at that of steps; empty without runs."""
-    baseline_s = seconds_of(pieces, size.side, BASELINE)
+def comparison(pieces: Pieces, size: Size, timing: Record | None = None) -> str:
+    """Returns the scores of a size at the budget of steps; empty without runs.
+
+    Args:
+        pieces: Of the study.
+        size: Token count.
+        timing: That the budget of time is read from, for the scores at that one instead.
+    """
     scores = ["loss, unseen drawings", "loss, unseen families", FRECHET, OVER_FLOOR]
     scores += ["precision", "recall", "accuracy"]
     rows = []
     for kind in size.kinds:
-        runs, seconds = records(pieces, size.side, kind), seconds_of(pieces, size.side, kind)
-        if not runs or seconds is None or baseline_s is None:
+        if not (runs := records(pieces, size.side, kind)):
             continue
-        step = steps_in(seconds, baseline_s, size.steps) if in_time else size.steps
+        step: float = size.steps
+        if timing is not None:
+            seconds = step_seconds(timing)
+            if kind not in seconds:
+                rows.append([KINDS[kind].label, "not timed", *[""] * len(scores)])
+                continue
+            step = steps_in(seconds[kind], seconds[BASELINE], size.steps)
         cells = [
             shown((value_at(curve(run, name), step) for run in runs), digits_of(name)) for name in scores
         ]
@@ -124,14 +128,11 @@ def comparison(pieces: Pieces, size: Size, in_time: bool) -> str:
     return markdown_table([["attention", "steps", *scores], *rows]) if rows else ""
 
 
-def costs(pieces: Pieces, size: Size) -> str:
-    """Returns what the kinds of a size cost; empty without a timing."""
-    timing = pieces.timing(size.side)
-    if timing is None:
-        return ""
+def costs(timing: Record) -> str:
+    """Returns what the kinds of a timing cost."""
     header = [
         "attention",
-        "parameters",
+        "trained parameters",
         "multiply-adds",
         "ms a step",
         "spread",
@@ -141,7 +142,7 @@ def costs(pieces: Pieces, size: Size) -> str:
     rows = [
         [
             KINDS[kind].label,
-            f"{found['parameters']:,}",
+            f"{found['trained_parameters']:,}",
             f"{found['multiply_adds'] / 1e6:,.1f} M",
             f"{found['step']['median_s'] * 1e3:.0f}",
             f"{found['step']['min_s'] * 1e3:.0f}–{found['step']['max_s'] * 1e3:.0f}",
@@ -228,22 +229,18 @@ def table(pieces: Pieces) -> str:
         "",
     ]
     for side, size in pieces.sizes.items():
-        timing = pieces.timing(side)
-        about = timing["machine"] if timing else None
-        parts = {
-            f"In the time of {size.steps:,} steps of LightningDiT": comparison(pieces, size, in_time=True),
-            f"After {size.steps:,} steps": comparison(pieces, size, in_time=False),
-            "Costs": costs(pieces, size),
-            "Every point of every run": every_point(pieces, size),
-        }
+        parts = {f"After {size.steps:,} steps": comparison(pieces, size)}
+        for timing in pieces.timings(side).values():
+            about = timing["machine"]
+            budget = f"In the time of {size.steps:,} steps of LightningDiT on {about['processor']}"
+            load = f"one thread, load {about['load_before']:.1f} before the timing"
+            parts[budget] = comparison(pieces, size, timing)
+            parts[f"Costs on {about['processor']}, {load}"] = costs(timing)
+        parts["Every point of every run"] = every_point(pieces, size)
         if not any(parts.values()):
             continue
         patch = f"patches of {size.patch_size}×{size.patch_size} pixels, batches of {size.batch}"
-        lines += [f"## {side}² tokens", "", patch[0].upper() + patch[1:] + "."]
-        if about:
-            lines[-1] += (
-                f" {about['processor']}, one thread, load {about['load_before']:.1f} before the timing."
-            )
+        lines += [f"## {side}² tokens", "", f"{patch[0].upper()}{patch[1:]}."]
         for title, text in parts.items():
             if text:
                 lines += ["", f"### {title}", "", text]
@@ -259,25 +256,28 @@ def table(pieces: Pieces) -> str:
 
 def draw(pieces: Pieces, path: Path) -> None:
     """Draws loss and Fréchet distance against processor seconds, a column for each token count."""
-    shown_sizes = [
-        size for side, size in pieces.sizes.items() if any(records(pieces, side, kind) for kind in size.kinds)
+    timings = {side: next(iter(pieces.timings(side).values()), None) for side in pieces.sizes}
+    columns = [
+        (pieces.sizes[side], step_seconds(timing))
+        for side, timing in timings.items()
+        if timing and any(records(pieces, side, kind) for kind in pieces.sizes[side].kinds)
     ]
-    if not shown_sizes:
+    if not columns:
         return
     scores = ("loss, unseen families", OVER_FLOOR)
-    titles = [f"{size.side}² tokens: {score.strip('… ')}" for score in scores for size in shown_sizes]
-    figure, panels = new_axes(titles, "processor seconds", columns=len(shown_sizes))
+    titles = [f"{size.side}² tokens: {TITLES[score]}" for score in scores for size, _ in columns]
+    figure, panels = new_axes(titles, "processor seconds", columns=len(columns))
     groups = list(dict.fromkeys(kind.removesuffix(POSITIONS) for kind in KINDS))
-    colours = dict(zip(groups, (*COLOURS, *MORE_COLOURS), strict=True))
-    for axes, (score, size) in zip(panels, [(s, size) for s in scores for size in shown_sizes], strict=True):
+    colours = dict(zip(groups, (*COLOURS, *MORE_COLOURS), strict=False))
+    places = [(score, *column) for score in scores for column in columns]
+    for axes, (score, size, seconds) in zip(panels, places, strict=True):
         for kind in size.kinds:
-            runs, seconds = records(pieces, size.side, kind), seconds_of(pieces, size.side, kind)
-            points = mean_curve([curve(run, score) for run in runs])
-            if not points or seconds is None:
+            points = mean_curve([curve(run, score) for run in records(pieces, size.side, kind)])
+            if not points or kind not in seconds:
                 continue
             positioned = kind.endswith(POSITIONS) or kind == BASELINE
             axes.loglog(
-                [step * seconds for step, _ in points],
+                [step * seconds[kind] for step, _ in points],
                 [value for _, value in points],
                 "o-" if positioned else "o--",
                 color=colours[kind.removesuffix(POSITIONS)],

@@ -95,26 +95,25 @@ class Study:
         self.scored: Plan | None = None
 
     def time(self, side: int) -> dict[str, Any]:
-        """Returns the timing of a size on this processor, and makes it where it has not been made."""
+        """Returns the timing of a size on this processor, and makes it where it has not been made.
+
+        The first timing of a kind, on whatever processor, decides at which steps its runs are scored.
+        """
         name, size = f"timing_{side}_{this_machine()}", self.pieces.sizes[side]
         timing = self.pieces.read(name)
         if timing is None or list(timing["kinds"]) != list(size.kinds):
             self.pieces.write(name, timing := measure_size(size))
+        points = self.pieces.points(side)
+        if new := {*size.kinds} - {*points}:
+            found = points_of(step_seconds(timing), size.steps)
+            points |= {kind: found[kind] for kind in size.kinds if kind in new}
+            self.pieces.write(f"points_{side}", {"processor": this_machine(), "points": points})
         return timing
 
     def time_blocks(self) -> None:
         """Times attention and the rest of a block, where this processor has not done so yet."""
         if self.pieces.read(name := f"timing_blocks_{this_machine()}") is None:
             self.pieces.write(name, measure_blocks())
-
-    def points(self, run: Run) -> list[int]:
-        """Returns the steps at which a run is scored; the first timing decides, on whatever processor."""
-        points = self.pieces.points(run.side)
-        if run.kind not in points:
-            seconds, steps = step_seconds(self.time(run.side)), self.pieces.sizes[run.side].steps
-            points = points_of(seconds, steps) | points
-            self.pieces.write(f"points_{run.side}", {"processor": this_machine(), "points": points})
-        return points[run.kind]
 
     def rate(self, kind: str) -> float:
         """Returns the kind's learning rate: the one of the least loss after a short run at 16² tokens."""
@@ -150,7 +149,9 @@ class Study:
         record = self.pieces.read(run.name) or new
         if record["rate"] != rate:  # of before another one was found to be better
             record = new
-        for step in self.points(run):
+        if run.kind not in self.pieces.points(run.side):
+            self.time(run.side)
+        for step in self.pieces.points(run.side)[run.kind]:
             if str(step) in record["points"]:
                 continue
             started = time.process_time()
@@ -180,7 +181,7 @@ class Study:
     def plan(self) -> str:
         """Returns what is left and what it costs, by the timings of this processor."""
         self.time(RATE_SIDE)
-        known = {side: self.pieces.timing(side, this_machine()) for side in self.pieces.sizes}
+        known = {side: self.pieces.timings(side).get(this_machine()) for side in self.pieces.sizes}
         return plan(self.pieces, {side: timing for side, timing in known.items() if timing})
 
 

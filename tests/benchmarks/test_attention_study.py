@@ -20,7 +20,7 @@ RUN = Run(side=16, kind="convolution_sincos", seed=0)
 def timing(**seconds):
     kinds = {
         kind: {"step": {"median_s": taken, "min_s": taken, "max_s": taken, "times_as_fast": 1.0}}
-        | {"images_per_s": 100.0, "parameters": 5, "multiply_adds": 7, "peak_memory_gib": 0.1}
+        | {"images_per_s": 100.0, "trained_parameters": 5, "multiply_adds": 7, "peak_memory_gib": 0.1}
         for kind, taken in seconds.items()
     }
     return {"machine": {"processor": "Abacus", "load_before": 0.0}, "batch": 2, "kinds": kinds}
@@ -144,12 +144,12 @@ def test_the_report_is_made_of_the_pieces_alone_and_names_what_lacks(tmp_path):
     write_report(pieces, tmp_path / "report.md", tmp_path / "figure.png")
     text = (tmp_path / "report.md").read_text()
     assert f"16² tokens, seed 1: 1 of 2 runs; not made: {KINDS[BASELINE].label}\n" in text
-    table = comparison(pieces, TINY[16], in_time=True)
+    table = comparison(pieces, TINY[16], pieces.timings(16)["Abacus"])
     assert (
         "| 13 | 0.5000 (0.2500–0.7500) | 0.0385 (0.0192–0.0577) | 3.00 (3.00–3.00) | 2.0 (2.0–2.0) |" in table
     )
     assert "| 9 | 0.5000 (one seed) | 0.0556 (one seed) |" in table
-    assert "| 9 | 0.5000 (0.2500–0.7500) |" in comparison(pieces, TINY[16], in_time=False)
+    assert "| 9 | 0.5000 (0.2500–0.7500) |" in comparison(pieces, TINY[16])
     assert text.count("| 0.003 |") == 4 + 5 + 5, "every point of every run"
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((pieces.folder / "points_16.json").read_text())["processor"] == "Abacus"
