@@ -22,6 +22,7 @@ from flashdit.models.dit import FlashDiT, check_arguments, default_arguments
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
 from flashdit.shared.settings import REGISTRY, Key, describe, read_settings
+from flashdit.teachers.distillation import DistillationOptions
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -64,6 +65,7 @@ class RunConfig:
     weights: str | None = None
     """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)

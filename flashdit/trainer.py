@@ -26,7 +26,7 @@ from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
-from flashdit.flow.loss import flow_loss
+from flashdit.flow.loss import flow_loss, velocity_mse
 from flashdit.flow.path import interpolate, velocity
 from flashdit.flow.times import TIMES
 from flashdit.memory import check_step_fits
@@ -48,7 +48,8 @@ from flashdit.shared.runs import (
     newest_readable,
     read_state,
 )
-from flashdit.training.accelerator import start_run
+from flashdit.teachers.distillation import DistillationOptions, Teacher, open_teacher
+from flashdit.training.accelerator import compile_parts, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
@@ -132,8 +133,8 @@ class FlashDiTTask(Task):
         ValueError: If data, model and evaluation do not fit together.
     """
 
-    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.")
-    by_content = ("data.path",)
+    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.", "distillation.")
+    by_content = ("data.path", "distillation.teacher")
     automatic: ClassVar = {**Task.automatic, "sampling.precision": precision_here}
     model: FlashDiT
 
@@ -170,10 +171,21 @@ class FlashDiTTask(Task):
         if self.main and len(each_attention(attention)) > 1:
             logger.info("attention: %s", describe_attention(attention, len(self.model.blocks)))
         self.space.to(self.device)
+        self.teacher = self._open_teacher(accelerator)
         times = TIMES.build(config.flow.times)
         dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
         self.examples = Examples(self.data, times, config.seed, dropped)
         self.images_per_epoch = len(self.data.labels)
+
+    def _open_teacher(self, accelerator: Accelerator) -> Teacher | None:
+        """Returns the teacher that the run learns from, compiled as its model; None where it has none."""
+        source, training = self.config.distillation.teacher, self.config.training
+        if source is None:
+            return None
+        place = self.class_names, self.space, self.device
+        teacher = open_teacher(source, self.model, *place, accelerator.autocast)
+        compile_parts(teacher.model, teacher.model.blocks, training.compile)
+        return teacher
 
     def _check_same_space(self) -> None:
         """Raises ValueError if a run goes on in another space, or with another autoencoder, than it began.
@@ -198,8 +210,14 @@ class FlashDiTTask(Task):
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""
         x_1, x_0, t = self.space.normalise(batch["latent"]), batch["noise"], batch["time"]
-        v_t = network(interpolate(x_0, x_1, t), t, batch["label"], drop=batch["drop"])
+        x_t, label, drop = interpolate(x_0, x_1, t), batch["label"], batch["drop"]
+        # Before the model's own pass, whose activations wait for the backward pass.
+        taught = None if self.teacher is None else self.teacher.velocity(x_t, t, label, drop)
+        v_t = network(x_t, t, label, drop=drop)
         loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
+        if taught is not None:
+            terms["teacher"] = velocity_mse(v_t, taught)
+            loss = loss + self.config.distillation.weight * terms["teacher"]
         return loss.mean(), {name: value.mean() for name, value in terms.items()}
 
     def checkpoint_activations(self) -> None:
@@ -209,6 +227,10 @@ class FlashDiTTask(Task):
     def forward_flops(self) -> float:
         """Returns the FLOPs of one forward pass."""
         return forward_flops(self.config.model_arguments)
+
+    def frozen_flops(self) -> float:
+        """Returns the FLOPs of the teacher's forward pass."""
+        return 0.0 if self.teacher is None else forward_flops(self.teacher.arguments)
 
     @cached_property
     def copy(self) -> FlashDiT:
@@ -278,17 +300,28 @@ class FlashDiTTask(Task):
         flow["times"] = TIMES.filled(flow.get("times"))
         flow["prediction"] = flow.get("prediction") or model["prediction"]
         latents = {"space": LatentOptions.space, **config.get("latents", {})}
-        data = DATASETS.filled(config.get("data"))
-        return {**config, "data": data, "latents": latents, "model": model, "flow": flow}
+        teaching = asdict(DistillationOptions()) | config.get("distillation", {})
+        parts = {
+            "data": DATASETS.filled(config.get("data")),
+            "latents": latents,
+            "model": model,
+            "flow": flow,
+        }
+        return {**config, **parts, "distillation": teaching}
 
     def contents(self) -> dict[str, Any]:
-        """Returns what the data set's files are, wherever they lie."""
+        """Returns what the data set's files are, wherever they lie, and which model teaches, if one does."""
         identity = getattr(self.data, "identity", None)
-        return {"data.path": identity() if identity is not None else None}
+        taught = {} if self.teacher is None else {"distillation.teacher": self.teacher.identity}
+        return {"data.path": identity() if identity is not None else None, **taught}
 
     def known_contents(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns the classes that a checkpoint names."""
-        return {"data.path": {"classes": read_state(checkpoint).get("class_names")}}
+        """Returns the classes that a checkpoint names, and its teacher."""
+        state = read_state(checkpoint)
+        return {
+            "data.path": {"classes": state.get("class_names")},
+            "distillation.teacher": state.get("teacher"),
+        }
 
     def state(self) -> dict[str, Any]:
         """Returns what sampling needs to know of the run."""
@@ -296,6 +329,7 @@ class FlashDiTTask(Task):
             "class_names": self.class_names,
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
+            **({} if self.teacher is None else {"teacher": self.teacher.identity}),
         }
 
 

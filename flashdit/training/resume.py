@@ -174,7 +174,7 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
     old, new = task.filled(stored), task.filled(given)
     lines = []
     for key, (before, after) in changes(old, new).items():
-        if key in task.by_content or key == "run.dir":
+        if key == "run.dir" or (key in task.by_content and None not in (before, after)):
             continue
         if key.startswith(task.fixed_on_resume):
             rule = f"{run_dir} holds a run whose {key} is {before}, not {after}"
