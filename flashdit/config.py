@@ -23,6 +23,7 @@ from flashdit.models.dit import FlashDiT, check_arguments, default_arguments
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
 from flashdit.shared.settings import REGISTRY, Key, describe, read_settings
+from flashdit.teachers.distillation import DistillationOptions
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions, check_run
@@ -67,6 +68,7 @@ class RunConfig:
     weights: str | None = None
     """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
+    distillation: DistillationOptions = field(default_factory=DistillationOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -140,6 +142,8 @@ def check_mean_flow(config: RunConfig) -> None:
         raise ValueError("model.most_guidance is flow.mean_flow.most_guidance, which alone is to be given")
     if not options.enabled:
         return
+    if config.distillation.teacher is not None:
+        raise ValueError(f"a teacher teaches velocities, no mean flows, got {config.distillation.teacher}")
     check_guidance(config.sampling.cfg_scale, config.sampling.cfg_interval, options.most_guidance)
     if training.gradient_checkpointing or training.compile != "none":
         raise ValueError(

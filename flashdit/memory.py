@@ -23,6 +23,7 @@ from flashdit.models.costs import (
 from flashdit.models.dit import FlashDiT
 from flashdit.models.sizes import IWIN
 from flashdit.shared.process import AUTO, check_memory, device_memory
+from flashdit.teachers.distillation import teacher_arguments
 from flashdit.training.optim import MUON, linear_weights
 from flashdit.training.options import share_of_batch
 from iwin_core.kernels.cpu_attention import FUSED
@@ -44,6 +45,8 @@ class Counts:
     """Of the largest block."""
     outside: int
     """Of what is in no block."""
+    teacher: int = 0
+    """Of the frozen model that teaches."""
 
 
 def model_without_memory(arguments: Mapping[str, Any]) -> FlashDiT:
@@ -83,10 +86,17 @@ def count_parameters(config: RunConfig) -> Counts:
         return np.array(numbers, dtype=object)  # integers of any size
 
     parts = measure_parts(config.model_arguments, count)
-    whole, trained, linear = parts.outside + sum(blocks * counts for blocks, counts in parts.blocks)
+    whole, trained, linear = parts.sum
     block = max(int(counts[0]) for _, counts in parts.blocks)
+    source = config.distillation.teacher
+    teacher = 0 if source is None else int(measure_parts(teacher_arguments(source), count).sum[0])
     return Counts(
-        all=int(whole), trained=int(trained), linear=int(linear), block=block, outside=int(parts.outside[0])
+        all=int(whole),
+        trained=int(trained),
+        linear=int(linear),
+        block=block,
+        outside=int(parts.outside[0]),
+        teacher=teacher,
     )
 
 
@@ -120,6 +130,7 @@ def memory_bytes(
         "DDP's buckets": 0 if sharded or gpus == 1 else 4 * counts.trained,
         "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
         "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
+        "teacher": 4 * counts.teacher,  # whole on each GPU
         "activations": images * saved.per_image,
     }
     return rows | {"sum": sum(rows.values())}

@@ -26,7 +26,7 @@ from flashdit.evaluation.evaluate import evaluate
 from flashdit.evaluation.features.ranks import Ranks
 from flashdit.evaluation.request import EvaluationRequest, open_plan
 from flashdit.flow.examples import Examples
-from flashdit.flow.loss import flow_loss
+from flashdit.flow.loss import flow_loss, velocity_mse
 from flashdit.flow.mean_flow import (
     COST,
     RANDOM_NUMBERS,
@@ -55,7 +55,8 @@ from flashdit.shared.runs import (
     newest_readable,
     read_state,
 )
-from flashdit.training.accelerator import start_run
+from flashdit.teachers.distillation import DistillationOptions, Teacher, open_teacher
+from flashdit.training.accelerator import compile_parts, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
@@ -139,8 +140,8 @@ class FlashDiTTask(Task):
         ValueError: If data, model and evaluation do not fit together.
     """
 
-    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.")
-    by_content = ("data.path",)
+    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.", "distillation.")
+    by_content = ("data.path", "distillation.teacher")
     automatic: ClassVar = {**Task.automatic, "sampling.precision": precision_here}
     model: FlashDiT
 
@@ -178,11 +179,22 @@ class FlashDiTTask(Task):
         if self.main and len(each_attention(attention)) > 1:
             logger.info("attention: %s", describe_attention(attention, len(self.model.blocks)))
         self.space.to(self.device)
+        self.teacher = self._open_teacher(accelerator)
         self.times = TIMES.build(config.flow.times)
         dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
         more = RANDOM_NUMBERS if config.flow.mean_flow.enabled else 0
         self.examples = Examples(self.data, self.times, config.seed, dropped, more)
         self.images_per_epoch = len(self.data.labels)
+
+    def _open_teacher(self, accelerator: Accelerator) -> Teacher | None:
+        """Returns the teacher that the run learns from, compiled as its model; None where it has none."""
+        source, training = self.config.distillation.teacher, self.config.training
+        if source is None:
+            return None
+        place = self.class_names, self.space, self.device
+        teacher = open_teacher(source, self.model, *place, accelerator.autocast)
+        compile_parts(teacher.model, teacher.model.blocks, training.compile)
+        return teacher
 
     def _check_same_space(self) -> None:
         """Raises ValueError if a run goes on in another space, or with another autoencoder, than it began.
@@ -207,14 +219,19 @@ class FlashDiTTask(Task):
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the mean flow-matching loss of a batch, and its terms."""
         x_1, x_0, t = self.space.normalise(batch["latent"]), batch["noise"], batch["time"]
-        mean_flow = self.config.flow.mean_flow
+        mean_flow, label, drop = self.config.flow.mean_flow, batch["label"], batch["drop"]
         if mean_flow.enabled:
-            at = draw_stretch(t, self.times, batch["more"], batch["drop"], mean_flow)
-            given = (network, self.model, x_0, x_1, batch["label"], batch["drop"])
-            loss, terms = mean_flow_loss(*given, at, mean_flow)
-        else:
-            v_t = network(interpolate(x_0, x_1, t), t, batch["label"], drop=batch["drop"])
-            loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
+            at = draw_stretch(t, self.times, batch["more"], drop, mean_flow)
+            loss, terms = mean_flow_loss(network, self.model, x_0, x_1, label, drop, at, mean_flow)
+            return loss.mean(), {name: value.mean() for name, value in terms.items()}
+        x_t = interpolate(x_0, x_1, t)
+        # Before the model's own pass, whose activations wait for the backward pass.
+        taught = None if self.teacher is None else self.teacher.velocity(x_t, t, label, drop)
+        v_t = network(x_t, t, label, drop=drop)
+        loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
+        if taught is not None:
+            terms["teacher"] = velocity_mse(v_t, taught)
+            loss = loss + self.config.distillation.weight * terms["teacher"]
         return loss.mean(), {name: value.mean() for name, value in terms.items()}
 
     def checkpoint_activations(self) -> None:
@@ -225,6 +242,10 @@ class FlashDiTTask(Task):
         """Returns a third of a training step's FLOPs: those of a forward pass, or more for mean flows."""
         flops = forward_flops(self.config.model_arguments)
         return flops * COST if self.config.flow.mean_flow.enabled else flops
+
+    def frozen_flops(self) -> float:
+        """Returns the FLOPs of the teacher's forward pass."""
+        return 0.0 if self.teacher is None else forward_flops(self.teacher.arguments)
 
     @cached_property
     def copy(self) -> FlashDiT:
@@ -295,17 +316,28 @@ class FlashDiTTask(Task):
         flow["prediction"] = flow.get("prediction") or model["prediction"]
         flow["mean_flow"] = asdict(MeanFlowOptions(**(flow.get("mean_flow") or {})))
         latents = {"space": LatentOptions.space, **config.get("latents", {})}
-        data = DATASETS.filled(config.get("data"))
-        return {**config, "data": data, "latents": latents, "model": model, "flow": flow}
+        teaching = asdict(DistillationOptions()) | config.get("distillation", {})
+        parts = {
+            "data": DATASETS.filled(config.get("data")),
+            "latents": latents,
+            "model": model,
+            "flow": flow,
+        }
+        return {**config, **parts, "distillation": teaching}
 
     def contents(self) -> dict[str, Any]:
-        """Returns what the data set's files are, wherever they lie."""
+        """Returns what the data set's files are, wherever they lie, and which model teaches, if one does."""
         identity = getattr(self.data, "identity", None)
-        return {"data.path": identity() if identity is not None else None}
+        taught = {} if self.teacher is None else {"distillation.teacher": self.teacher.identity}
+        return {"data.path": identity() if identity is not None else None, **taught}
 
     def known_contents(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns the classes that a checkpoint names."""
-        return {"data.path": {"classes": read_state(checkpoint).get("class_names")}}
+        """Returns the classes that a checkpoint names, and its teacher."""
+        state = read_state(checkpoint)
+        return {
+            "data.path": {"classes": state.get("class_names")},
+            "distillation.teacher": state.get("teacher"),
+        }
 
     def state(self) -> dict[str, Any]:
         """Returns what sampling needs to know of the run."""
@@ -313,6 +345,7 @@ class FlashDiTTask(Task):
             "class_names": self.class_names,
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
+            **({} if self.teacher is None else {"teacher": self.teacher.identity}),
         }
 
 

@@ -15,7 +15,7 @@ flashdit/flow
 flashdit/models flashdit/data flashdit/training
 flashdit/sampling flashdit/autoencoder
 flashdit/evaluation
-flashdit/digits flashdit/glyphs
+flashdit/teachers flashdit/digits flashdit/glyphs
 flashdit/config.py
 flashdit/memory.py
 flashdit/trainer.py

@@ -24,12 +24,13 @@ from flashdit.data.sources import DATASETS
 from flashdit.flow.mean_flow import COST
 from flashdit.memory import Counts, memory_bytes, model_without_memory, optimizer_bytes
 from flashdit.models.attention import describe_attention
-from flashdit.models.costs import Activations, of_one_block
+from flashdit.models.costs import Activations, forward_flops, of_one_block
 from flashdit.models.dit import default_arguments
 from flashdit.shared.command import resolve_device
 from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.registry import Buildable, counted
 from flashdit.shared.settings import read_settings
+from flashdit.teachers.distillation import teacher_arguments
 from flashdit.training.meter import matmul_peak
 from flashdit.training.options import TrainingOptions, share_of_batch
 
@@ -100,7 +101,14 @@ def snapshot_bytes(config: RunConfig, counts: Counts) -> float:
 def train_flops(config: RunConfig, multiply_adds: float) -> float:
     """Returns the FLOPs of training on one image, of whose forward pass the multiply-adds are given."""
     again = config.training.gradient_checkpointing and not config.training.keep_matmuls
-    return 6 * multiply_adds * (4 / 3 if again else 1) * (COST if config.flow.mean_flow.enabled else 1)
+    own = 6 * multiply_adds * (4 / 3 if again else 1) * (COST if config.flow.mean_flow.enabled else 1)
+    return own + teacher_flops(config)
+
+
+def teacher_flops(config: RunConfig) -> float:
+    """Returns the FLOPs of the teacher's forward pass of one image, 0 without a teacher."""
+    source = config.distillation.teacher
+    return 0.0 if source is None else forward_flops(teacher_arguments(source))
 
 
 def train_seconds(flops: float, images: int, gpus: int, peak_tflops: float, mfu: float) -> float:
@@ -211,6 +219,9 @@ def facts(
         **({} if machine.measured else {"GPU hours": f"{run_s * devices / 3600:,.1f}"}),
         "checkpoints": f"{kept} kept × {size(one)} = {size(kept * one)}",
     }
+    if config.distillation.teacher is not None:
+        once = scaled(teacher_flops(config) / 2, 1000, prefixes)
+        lines["teacher"] = f"{counts.teacher:,} frozen parameters, {once} multiply-adds an image"
     if config.ema.power_widths:
         lines["snapshots"] = f"{size(snapshot_bytes(config, counts))} of the power-function averages"
     return lines

@@ -59,6 +59,11 @@ class Parts(Generic[Value]):
     blocks: Sequence[tuple[int, Value]]
     """How many blocks there are of a kind, and what one of them has."""
 
+    @property
+    def sum(self) -> Value:
+        """Of the whole model."""
+        return self.outside + sum(count * value for count, value in self.blocks)
+
 
 def measure_parts(options: Mapping[str, Any], measure: Callable[[dict[str, Any]], Value]) -> Parts[Value]:
     """Returns what is measured of a model's parts, by models of one block and of two of each attention kind.
@@ -95,7 +100,7 @@ def forward_flops(options: Mapping[str, Any]) -> int:
         return counter.get_total_flops()
 
     parts = measure_parts(options, count)
-    return parts.outside + sum(blocks * flops for blocks, flops in parts.blocks)
+    return parts.sum
 
 
 def activations(

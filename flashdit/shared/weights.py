@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Mapping
@@ -82,6 +83,15 @@ def tensors_crc32(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         found = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """Returns the SHA-256 of a text and of tensors, their names, types and shapes, as hexadecimal digits."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flashdit.shared.command import resolve_device
@@ -113,6 +113,12 @@ def gradient_strides_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         yield
+
+
+def compile_parts(model: nn.Module, blocks: Iterable[nn.Module], compiled: str) -> None:
+    """Has a model compiled when it first computes: the `model` whole, each `block`, or `none` of it."""
+    for part in {"none": (), "block": blocks, "model": (model,)}[compiled]:
+        part.compile()
 
 
 def blocks_compiled_whole(compiled: str) -> AbstractContextManager[Any]:

@@ -24,7 +24,12 @@ from flashdit.shared.readers import read_batches
 from flashdit.shared.runs import list_checkpoints
 from flashdit.shared.seeds import generator_for
 from flashdit.shared.settings import to_yaml
-from flashdit.training.accelerator import blocks_compiled_whole, gradient_strides_ignored, whole_norm
+from flashdit.training.accelerator import (
+    blocks_compiled_whole,
+    compile_parts,
+    gradient_strides_ignored,
+    whole_norm,
+)
 from flashdit.training.batches import StepBatches, as_batch, positions
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
@@ -83,7 +88,8 @@ class TrainingLoop(Generic[AnyTask]):
         self.known = list_checkpoints(self.run_dir)
         self.guard = SkipGuard(config.training.max_skips)
         forward = task.forward_flops()
-        self.flops_per_image = None if forward is None else 3 * forward  # the backward pass counts twice
+        # The backward pass counts twice.
+        self.flops_per_image = None if forward is None else 3 * forward + task.frozen_flops()
         self.meter = Meter(self.device, self.flops_per_image)
         self._prepare()
         rank_seed = generator_for(config.seed, "rank", accelerator.process_index).initial_seed()
@@ -100,11 +106,7 @@ class TrainingLoop(Generic[AnyTask]):
         training = self.config.training
         if training.gradient_checkpointing:
             self.task.checkpoint_activations()
-        if training.compile == "model":
-            self.model.compile()
-        elif training.compile == "block":
-            for block in self.task.blocks():
-                block.compile()
+        compile_parts(self.model, self.task.blocks(), training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
         optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)

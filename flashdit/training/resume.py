@@ -183,7 +183,7 @@ def check_unchanged(checkpoint: Path, config_text: str, task: type[Task]) -> lis
     changed = changes(old, new)
     for key in sorted(changed, key=lambda key: key != "data.name"):  # by which options of data come and go
         before, after = changed[key]
-        if key in task.by_content or key == "run.dir":
+        if key == "run.dir" or (key in task.by_content and None not in (before, after)):
             continue
         before = OF_BEFORE.get(key) if before is None else before
         if before == after:

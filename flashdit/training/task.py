@@ -104,3 +104,7 @@ class Task(ABC):
     def forward_flops(self) -> float | None:
         """Returns the FLOPs of one image's forward pass; None where that is unknown."""
         return None
+
+    def frozen_flops(self) -> float:
+        """Returns the FLOPs of one image through frozen networks beside the model: their forward passes."""
+        return 0.0

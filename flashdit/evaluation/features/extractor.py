@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from torch import Tensor, nn
 
 from flashdit.shared.registry import Registry
+from flashdit.shared.weights import tensors_sha256
 
 EXTRACTORS = Registry("extractor", "flashdit.extractors")
 
@@ -46,11 +45,7 @@ class Extractor(nn.Module):
     @property
     def fingerprint(self) -> str:
         """The class and the sha256 of every weight: equal fingerprints give comparable features."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return f"{type(self).__name__}:sha256={digest.hexdigest()}"
+        return f"{type(self).__name__}:sha256={tensors_sha256(self.state_dict())}"
 
 
 def colours_of(images: Tensor) -> str:

@@ -1,0 +1,1 @@
+"""Frozen networks from which a model learns besides its data."""
