@@ -91,6 +91,7 @@ def test_the_cost_of_a_step_is_told(tiny_overrides):
     ("override", "message"),
     [
         ("sampling.cfg_scale=5", "must be from 1 to 4, got 5"),
+        ("distillation.teacher=runs/teacher", "a teacher teaches velocities, no mean flows, got"),
         ("training.gradient_checkpointing=true", "requires training.gradient_checkpointing=false"),
         (
             "training.compile=block",
