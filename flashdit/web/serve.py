@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from flashdit.shared.command import need_extra
 from flashdit.shared.locks import held
@@ -133,4 +135,11 @@ def launch(studio: Studio, listener: socket.socket, host: str, allowed: Sequence
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
     if host in EVERYWHERE and not allowed:
         print("It listens on every address, and answers to loopback names alone: give --allow-host NAME")
-    uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    quiet_at_the_end(server)
+    server.run(sockets=[listener])
+
+
+def quiet_at_the_end(server: Any) -> None:
+    """Keeps the tracebacks of requests that are cut off when a uvicorn server ends off the terminal."""
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)

@@ -1,8 +1,10 @@
 """Serving the page: where it listens, and what goes with the process, however it ends."""
 
+import logging
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +75,15 @@ def test_a_port_is_held_while_the_models_are_loaded(tiny_checkpoint, monkeypatch
         port = probe.getsockname()[1]
     with pytest.raises(ValueError, match="loaded"):
         serve.serve([str(tiny_checkpoint)], "127.0.0.1", port, "cpu", None, "ema", [], 7.0)
+
+
+def test_requests_that_are_cut_off_at_the_end_are_no_faults(caplog):
+    server, errors = SimpleNamespace(should_exit=False), logging.getLogger("uvicorn.error")
+    serve.quiet_at_the_end(server)
+    try:
+        errors.error("broken while it serves")
+        server.should_exit = True
+        errors.error("cut off at the end")
+    finally:
+        errors.removeFilter(errors.filters[-1])
+    assert caplog.messages == ["broken while it serves"]
