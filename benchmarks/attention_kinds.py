@@ -28,10 +28,15 @@ class ConvolutionOptions:
     """Side of the depthwise kernel, odd."""
 
 
-@ATTENTIONS.register("convolution", ConvolutionOptions)
 def make_convolution(options: ConvolutionOptions, shape: AttentionShape) -> nn.Module:
     """Returns what Iwin attention is without attention: the depthwise convolution alone."""
     return DepthwiseConv(shape.dim, (options.kernel, options.kernel))
+
+
+def register_convolution() -> None:
+    """Makes the convolution alone an attention kind of this process; a control is none of the package's."""
+    if CONVOLUTION["name"] not in ATTENTIONS.names():
+        ATTENTIONS.register(CONVOLUTION["name"], ConvolutionOptions)(make_convolution)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention_kinds import RECIPE, SEEDS, SIZES, run_config
+from benchmarks.attention_kinds import RECIPE, SEEDS, SIZES, register_convolution, run_config
 from benchmarks.attention_pieces import (
     EARLY,
     LOSS_IMAGES,
@@ -198,6 +198,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
+    register_convolution()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     study, wanted = Study(Pieces(folder=FOLDER, sizes=SIZES), arguments.work), tuple(arguments.only)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.attention_kinds import KINDS, MODEL, RECIPE, SIZES, Size, model_arguments
+from benchmarks.attention_kinds import (
+    KINDS,
+    MODEL,
+    RECIPE,
+    SIZES,
+    Size,
+    model_arguments,
+    register_convolution,
+)
 from benchmarks.side_by_side import interleaved, machine, summary
 from flashdit.flow.loss import LossOptions, flow_loss
 from flashdit.flow.path import interpolate, velocity
@@ -157,6 +165,7 @@ def main() -> None:
     """Prints by how many bytes this process grows: `attention_timing SIDE BATCH KIND`."""
     side, batch, kind = sys.argv[1:]
     torch.set_num_threads(1)
+    register_convolution()
     before = memory_bytes("VmRSS")
     _, step = forward_and_step(replace(SIZES[int(side)], batch=int(batch)), kind)
     for _ in range(2):

@@ -6,15 +6,24 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import attention_study
-from benchmarks.attention_kinds import BASELINE, KINDS, SIZES, model_arguments
+from benchmarks.attention_kinds import BASELINE, KINDS, SIZES, model_arguments, register_convolution
 from benchmarks.attention_pieces import Pieces, Run, cost, expected, next_rate, plan, points_of, this_machine
 from benchmarks.attention_report import comparison, mean_curve, steps_in, value_at, write_report
 from benchmarks.attention_study import Study
 from flashdit.memory import model_without_memory
+from flashdit.models.attention import ATTENTIONS
 from flashdit.shared.runs import list_checkpoints
 
 TINY = {16: replace(SIZES[16], steps=9, batch=2, rounds=1, kinds=(BASELINE, "convolution_sincos"))}
 RUN = Run(side=16, kind="convolution_sincos", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def convolution():
+    """Makes the control an attention kind, for these tests alone."""
+    register_convolution()
+    yield
+    del ATTENTIONS.entries["convolution"]
 
 
 def timing(**seconds):
