@@ -193,7 +193,7 @@ class FlashDiTTask(Task):
             return None
         place = self.class_names, self.space, self.device
         teacher = open_teacher(source, self.model, *place, accelerator.autocast)
-        compile_parts(teacher.model, teacher.model.blocks, training.compile)
+        compile_parts(teacher.model, lambda: teacher.model.blocks, training.compile)
         return teacher
 
     def _check_same_space(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -115,9 +115,15 @@ def gradient_strides_ignored() -> Iterator[None]:
         yield
 
 
-def compile_parts(model: nn.Module, blocks: Iterable[nn.Module], compiled: str) -> None:
-    """Has a model compiled when it first computes: the `model` whole, each `block`, or `none` of it."""
-    for part in {"none": (), "block": blocks, "model": (model,)}[compiled]:
+def compile_parts(model: nn.Module, blocks: Callable[[], Iterable[nn.Module]], compiled: str) -> None:
+    """Has a model compiled when it first computes: the `model` whole, each `block`, or `none` of it.
+
+    Args:
+        model: The model.
+        blocks: Returns its blocks, if they are asked for: not every task has some.
+        compiled: Which of them.
+    """
+    for part in (model,) if compiled == "model" else blocks() if compiled == "block" else ():
         part.compile()
 
 

@@ -106,7 +106,7 @@ class TrainingLoop(Generic[AnyTask]):
         training = self.config.training
         if training.gradient_checkpointing:
             self.task.checkpoint_activations()
-        compile_parts(self.model, self.task.blocks(), training.compile)
+        compile_parts(self.model, self.task.blocks, training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
         optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
