@@ -88,15 +88,7 @@ def shown(values: Iterable[float | None], digits: str = ".4f") -> str:
 
 def digits_of(score: str) -> str:
     """Returns how a score is written."""
-    return (
-        ".4f"
-        if score.startswith("loss")
-        else ".1f"
-        if score == OVER_FLOOR
-        else ".2f"
-        if score == FRECHET
-        else ".3f"
-    )
+    return ".4f" if score.startswith("loss") else {FRECHET: ".2f", OVER_FLOOR: ".1f"}.get(score, ".3f")
 
 
 def comparison(pieces: Pieces, size: Size, timing: Record | None = None) -> str:

@@ -56,7 +56,7 @@ from flashdit.shared.runs import (
     read_state,
 )
 from flashdit.teachers.distillation import DistillationOptions, Teacher, open_teacher
-from flashdit.training.accelerator import compile_parts, start_run
+from flashdit.training.accelerator import compile_parts, is_sharded, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
@@ -217,13 +217,24 @@ class FlashDiTTask(Task):
         self.space.check_made_by(begun, f"the run in {self.run_dir}")
 
     def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
-        """Returns the mean flow-matching loss of a batch, and its terms."""
-        x_1, x_0, t = self.space.normalise(batch["latent"]), batch["noise"], batch["time"]
-        mean_flow, label, drop = self.config.flow.mean_flow, batch["label"], batch["drop"]
-        if mean_flow.enabled:
-            at = draw_stretch(t, self.times, batch["more"], drop, mean_flow)
-            loss, terms = mean_flow_loss(network, self.model, x_0, x_1, label, drop, at, mean_flow)
-            return loss.mean(), {name: value.mean() for name, value in terms.items()}
+        """Returns the mean loss of a batch, of flow matching or of mean flows, and its terms."""
+        losses = self._mean_flow_losses if self.config.flow.mean_flow.enabled else self._flow_losses
+        loss, terms = losses(network, self.space.normalise(batch["latent"]), batch)
+        return loss.mean(), {name: value.mean() for name, value in terms.items()}
+
+    def _mean_flow_losses(
+        self, network: Callable[..., Tensor], x_1: Tensor, batch: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """Returns the loss of each sample (B,), and its terms."""
+        options, label, drop = self.config.flow.mean_flow, batch["label"], batch["drop"]
+        at = draw_stretch(batch["time"], self.times, batch["more"], drop, options)
+        return mean_flow_loss(network, self.model, batch["noise"], x_1, label, drop, at, options)
+
+    def _flow_losses(
+        self, network: Callable[..., Tensor], x_1: Tensor, batch: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """Returns the loss of each sample (B,), and its terms."""
+        x_0, t, label, drop = (batch[name] for name in ("noise", "time", "label", "drop"))
         x_t = interpolate(x_0, x_1, t)
         # Before the model's own pass, whose activations wait for the backward pass.
         taught = None if self.teacher is None else self.teacher.velocity(x_t, t, label, drop)
@@ -232,7 +243,7 @@ class FlashDiTTask(Task):
         if taught is not None:
             terms["teacher"] = velocity_mse(v_t, taught)
             loss = loss + self.config.distillation.weight * terms["teacher"]
-        return loss.mean(), {name: value.mean() for name, value in terms.items()}
+        return loss, terms
 
     def checkpoint_activations(self) -> None:
         """Makes the model compute its blocks, or what is cheap in them, again in the backward pass."""
@@ -363,7 +374,7 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
     """
     config = with_sizes_of_data(config)
     accelerator = start_run(config, FlashDiTTask)
-    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    sharded = is_sharded(accelerator)
     if sharded and config.flow.mean_flow.enabled:
         raise ValueError("flow.mean_flow requires whole models on each device (DDP), got FSDP2")
     check_step_fits(config, accelerator.device, accelerator.num_processes, sharded)

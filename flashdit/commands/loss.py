@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from flashdit.commands.arguments import add_weights, open_generator, path, path_text
+from flashdit.commands.arguments import add_weights, path, path_text
 from flashdit.shared.command import CommandParser, add_device, resolve_device
 from flashdit.shared.registry import counted
 
@@ -31,7 +31,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=100, help="images at a time (default: 100)")
     add_weights(parser)
     add_device(parser)
-    parser.set_defaults(compile=None, guide=None, guide_ema=None)
     arguments = parser.parse_args(argv)
     for name in ("num_images", "batch_size"):
         value = getattr(arguments, name)
@@ -50,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from flashdit.data.fit import check_fit
     from flashdit.data.sources import parse_spec
     from flashdit.evaluation.loss import held_out_loss
+    from flashdit.sampling.checkpoint import load_generator
+    from flashdit.shared.process import keep_freed_memory
 
-    generator = open_generator(arguments)
+    if arguments.device.startswith("cpu"):
+        keep_freed_memory()
+    generator = load_generator(arguments.checkpoint, arguments.device, arguments.vae, arguments.ema)
     config = load(generator.checkpoint / "config.yaml")
     spec = config.data if arguments.data is None else parse_spec(arguments.data)
     data, made = open_latents(spec, generator.space.options, generator.model.device)

@@ -139,20 +139,6 @@ def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Im
     return decode_image(path, background).picture
 
 
-def check_still_there(root: Path, called: str, error: ValueError) -> None:
-    """Raises FileNotFoundError if an image could not be read because the whole folder is gone.
-
-    Args:
-        root: The folder.
-        called: What messages call it.
-        error: Of the image.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{called} must stay where it is while it is read, {printable(root)} is gone"
-        ) from error
-
-
 def image_sides(path: Path) -> tuple[int, int]:
     """Returns the two sides of an image file in pixels, as its head has them; nothing is decoded.
 

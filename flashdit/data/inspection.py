@@ -150,9 +150,8 @@ def leave_out_unreadable(
         name: seen.unreadable for name, seen in found.items() if seen.unreadable is not None
     }
     sides = {name: min(seen.size) for name, seen in found.items() if seen.size}
-    transparent, animated = (
-        sum(getattr(seen, name) for seen in found.values()) for name in ("transparent", "animated")
-    )
+    transparent = sum(seen.transparent for seen in found.values())
+    animated = sum(seen.animated for seen in found.values())
     line = source.found.describe(
         len(unreadable),
         enlarged_images(sides, source.image_size),

@@ -16,15 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from flashdit.data.colours import DecodedImage
-from flashdit.data.images import (
-    check_still_there,
-    crop_of_file,
-    decode_image,
-    find_images,
-    parse_background,
-)
+from flashdit.data.images import crop_of_file, decode_image, find_images, parse_background
 from flashdit.data.shards import LatentShards
-from flashdit.shared.paths import check_length
+from flashdit.shared.paths import check_length, printable
 from flashdit.shared.registry import Buildable, Registry
 
 DATASETS = Registry("data", "flashdit.data")
@@ -241,8 +235,10 @@ class ImageFolder:
         try:
             return decode_image(self.paths[index], self.background)
         except ValueError as error:
-            check_still_there(self.found.root, self.called, error)
-            raise
+            if self.found.root.is_dir():
+                raise
+            rule = f"{self.called} must stay where it is while it is read"
+            raise FileNotFoundError(f"{rule}, {printable(self.found.root)} is gone") from error
 
     def picture(self, index: int) -> Image.Image:
         """Returns one whole image, RGB."""

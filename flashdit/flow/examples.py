@@ -63,16 +63,14 @@ class Examples(Dataset):
             torch.rand(3, generator=generator, out=uniform[row])
             torch.randn(self.data.shape, generator=generator, out=noise[row])
         mirrored, drop, when = uniform.unbind(1)
-        more = [
-            torch.rand(self.more_draws, generator=generator_for(self.seed, "more draws", position))
-            for position in positions
-            if self.more_draws
-        ]
-        return {
-            **({"more": torch.stack(more)} if more else {}),
+        batch = {
             "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),
             "label": self.data.labels[indices],
             "noise": noise,
             "time": self.times(when),
             "drop": drop < self.class_dropout_prob,
         }
+        if self.more_draws:
+            generators = (generator_for(self.seed, "more draws", position) for position in positions)
+            batch["more"] = torch.stack([torch.rand(self.more_draws, generator=one) for one in generators])
+        return batch

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -88,6 +88,39 @@ def check_channels(channels: int | None, model: FlashDiT, called: str = "cfg_cha
         raise ValueError(f"{called} must be 1 to the model's {has} channels, got {channels}")
 
 
+def check_model_guidance(
+    model: FlashDiT,
+    scale: float,
+    interval: tuple[float, float],
+    channels: int | None,
+    *,
+    by_guide: bool,
+    called: str = "cfg_channels",
+) -> None:
+    """Refuses guidance that a model has no way to follow; warns of a null label that was not trained.
+
+    Args:
+        model: That is guided.
+        scale: Guidance scale.
+        interval: Times in which it acts.
+        channels: How many channels are guided; None guides all.
+        by_guide: Whether away from a worse model, instead of the null label.
+        called: What messages call `channels`.
+
+    Raises:
+        ValueError: If there are fewer channels, or a model of mean flows is to be guided otherwise than it
+            was trained for.
+    """
+    check_channels(channels, model, called)
+    most = model.config["most_guidance"]
+    if most is not None:
+        if by_guide or channels is not None:
+            raise ValueError("a model of mean flows has guidance as a condition, and takes no other kind")
+        check_guidance(scale, interval, most)
+    elif not by_guide:
+        warn_of_guidance(model.num_classes, model.class_dropout_prob, scale)
+
+
 def check_latents(
     latents: Tensor, model: FlashDiT, space: LatentSpace, sampling: str, ids: Sequence[int] | None = None
 ) -> None:
@@ -160,15 +193,14 @@ class ImageGenerator:
         self.is_compiled = True
 
     def check_guidance(self, options: SamplingOptions) -> None:
-        """Refuses guidance of more channels than there are; warns of a null label that was not trained."""
-        check_channels(options.cfg_channels, self.model)
-        most = self.model.config["most_guidance"]
-        if most is not None:
-            if self.guide is not None or options.cfg_channels is not None:
-                raise ValueError("a model of mean flows has guidance as a condition, and takes no other kind")
-            check_guidance(options.cfg_scale, options.cfg_interval, most)
-        elif self.guide is None:
-            warn_of_guidance(self.num_classes, self.model.class_dropout_prob, options.cfg_scale)
+        """Refuses or warns of guidance as `check_model_guidance` does."""
+        scale, interval, channels = options.cfg_scale, options.cfg_interval, options.cfg_channels
+        check_model_guidance(self.model, scale, interval, channels, by_guide=self.guide is not None)
+
+    def evaluations(self, options: SamplingOptions) -> int | None:
+        """Returns the model evaluations of an image as `options.nfe`, but of mean flows one at each time."""
+        is_mean_flow = self.model.config["most_guidance"] is not None
+        return (replace(options, cfg_scale=1.0) if is_mean_flow else options).nfe
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         """Returns (C, H, W) of the latents of images of the options' size."""
@@ -256,7 +288,7 @@ class ImageGenerator:
         """Returns the latents of samples that share every step, and the evaluations an image took."""
         shape, device, rows = self.latent_shape(options), self.space.mean.device, 0
 
-        def counted(velocity: VelocityModel) -> VelocityModel:
+        def counting(velocity: VelocityModel) -> VelocityModel:
             def model(x: Tensor, t: Tensor, y: Tensor, **given: Tensor) -> Tensor:
                 nonlocal rows
                 rows += len(x)
@@ -270,16 +302,16 @@ class ImageGenerator:
 
         if self.model.config["most_guidance"] is not None:
             stretches = options.times if options.sampler_name == "euler" else ()
-            guided = along(counted(self.velocity), labels.to(device), options.cfg_scale, stretches)
+            guided = along(counting(self.velocity), labels.to(device), options.cfg_scale, stretches)
         else:
             guided = guide(
-                counted(self.velocity),
+                counting(self.velocity),
                 labels.to(device),
                 self.num_classes,
                 options.cfg_scale,
                 options.cfg_interval,
                 options.cfg_channels,
-                None if self.guide is None else counted(self.guide.velocity),
+                None if self.guide is None else counting(self.guide.velocity),
             )
 
         def v(x: Tensor, t: float) -> Tensor:

@@ -27,7 +27,7 @@ from flashdit.flow.mean_flow import along, check_guidance
 from flashdit.models.dit import FlashDiT
 from flashdit.sampling.card import CODE, CODE_TEXT, model_card
 from flashdit.sampling.classes import class_ids, flattened
-from flashdit.sampling.generator import check_channels, check_latents, latent_shape, warn_of_guidance
+from flashdit.sampling.generator import check_latents, check_model_guidance, latent_shape
 from flashdit.sampling.schedulers import (
     check_scheduler,
     is_flow_matching,
@@ -184,12 +184,11 @@ class FlashDiTPipeline(DiffusionPipeline):
             raise unknown("output_type", output_type, OUTPUT_TYPES)
         channels = stored["guidance_channels"] if guidance_channels is None else guidance_channels
         check_interval(interval)
-        check_channels(channels, self.transformer, "guidance_channels")
         check_scheduler(self.scheduler)
         inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         model, device = self.transformer, self._execution_device
-        if self.guide is None:
-            warn_of_guidance(model.num_classes, model.class_dropout_prob, scale)
+        kind = {"by_guide": self.guide is not None, "called": "guidance_channels"}
+        check_model_guidance(model, scale, interval, channels, **kind)
         labels = self._labels(class_labels, num_images_per_prompt, device)
         space = self._space(device)
         x = self._noise((len(labels), *latent_shape(model, space, height, width)), generator, latents, device)
@@ -227,6 +226,7 @@ class FlashDiTPipeline(DiffusionPipeline):
         main, null = velocity_in_float32(self.transformer), self.transformer.num_classes
         guiding = None if self.guide is None else velocity_in_float32(self.guide)
         most = self.transformer.config["most_guidance"]
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
         bar: Any = self.progress_bar
         for step, timestep in enumerate(bar(self.scheduler.timesteps)):
             if self._interrupt:
@@ -234,8 +234,7 @@ class FlashDiTPipeline(DiffusionPipeline):
             if most is None:
                 v = guide(main, labels, null, self._guidance_scale, wider, channels, guiding)
             else:
-                check_guidance(self._guidance_scale, interval, most)
-                is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+                check_guidance(self._guidance_scale, interval, most)  # a callback may have changed it
                 v = along(main, labels, self._guidance_scale, times if is_euler else ())
             slope = -v(x, times[step])  # theirs is dx/dσ
             x = after(step, timestep, self.scheduler.step(slope, timestep, x, return_dict=False, **draws)[0])

@@ -43,7 +43,7 @@ def make_recipe(
     return {
         **generator.recipe(),
         "sampling": asdict(options),
-        "nfe": options.nfe,
+        "nfe": generator.evaluations(options),
         "device": generator.space.mean.device.type,
         "labels": f"{order}{', in order' if order == 'balanced' else ''}",
         "classes": classes,

@@ -43,7 +43,7 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     """
     settle(config, task, resolve_device(None))
     accelerator, run_dir = make_accelerator(config.training), Path(config.run.dir)
-    if config.optimizer.name == MUON and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    if config.optimizer.name == MUON and is_sharded(accelerator):
         rule = "optimizer.name=muon requires whole matrices on every process"
         raise ValueError(f"{rule}, got FSDP, which splits them: launch without it, or take adamw")
     share_of_batch(config.training, accelerator.num_processes)
@@ -58,6 +58,11 @@ def start_run(config: LoopConfig, task: type[Task]) -> Accelerator:
     main_first(accelerator, check_folder)
     torch.manual_seed(config.seed)
     return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Returns whether processes share the model's parameters (FSDP)."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def make_accelerator(training: TrainingOptions) -> Accelerator:

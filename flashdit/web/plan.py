@@ -88,6 +88,11 @@ class PagePlan:
         return math.prod(self.generator.image_size(self.options))
 
     @property
+    def evaluations(self) -> int | None:
+        """Model evaluations of an image; None where they differ by image."""
+        return self.generator.evaluations(self.options)
+
+    @property
     def first_batch(self) -> int:
         """How many images are sampled together; an adaptive sampler takes them singly."""
         return 1 if self.options.is_adaptive else min(len(self.labels), self.options.batch_size)
@@ -213,7 +218,7 @@ class Work:
         self.most, self.done, self.finished_images = most, 0, 0
         self.num_images = sum(len(plan.labels) for plan in plans)
         self.pixels = sum(plan.pixels * len(plan.labels) for plan in plans) / self.num_images
-        self.check(sum(plan.pixels * len(plan.labels) * (plan.options.nfe or 0) for plan in plans))
+        self.check(sum(plan.pixels * len(plan.labels) * (plan.evaluations or 0) for plan in plans))
 
     def check(self, total: float) -> None:
         """Raises ValueError if the request takes more in total than it may."""

@@ -8,6 +8,7 @@ from flashdit.commands import export
 from flashdit.flow.mean_flow import COST
 from flashdit.sampling.checkpoint import load_generator
 from flashdit.sampling.options import SamplingOptions
+from flashdit.sampling.recipe import make_recipe
 from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
 
@@ -62,6 +63,9 @@ def test_a_guided_sample_takes_as_many_evaluations_as_it_has_updates(run):
         second = generator.model(noise + first, torch.ones(2), labels, guidance=three)
         torch.testing.assert_close(heun, noise + (first + second) / 2)
     assert nfe.tolist() == [2, 2]
+    recipe = make_recipe(generator, labels, SamplingOptions(steps=2, cfg_scale=3.0))
+    assert recipe["nfe"] == generator.evaluations(SamplingOptions(steps=2, cfg_scale=3.0)) == 2
+    assert generator.evaluations(SamplingOptions(sampler="heun", steps=2, cfg_scale=3.0)) == 4
 
 
 def test_an_exported_model_makes_the_same_latents(run, tmp_path):
@@ -78,6 +82,12 @@ def test_an_exported_model_makes_the_same_latents(run, tmp_path):
     torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must be from 1 to 4, got 9"):
         pipe([1], 9.0, 1)
+    message = "has guidance as a condition, and takes no other kind"
+    with pytest.raises(ValueError, match=message):
+        pipe([1], 2.0, 1, guidance_channels=1)
+    pipe.guide = pipe.transformer
+    with pytest.raises(ValueError, match=message):
+        pipe([1], 2.0, 1)
 
 
 def test_the_cost_of_a_step_is_told(tiny_overrides):

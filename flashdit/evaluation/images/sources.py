@@ -120,7 +120,7 @@ class GeneratedSource:
 
     def recipe(self) -> dict[str, Any]:
         """Returns the checkpoint, the sampling options and the cost of a sample."""
-        nfe, recipe = self.options.nfe, self.generator.recipe()
+        nfe, recipe = self.generator.evaluations(self.options), self.generator.recipe()
         how = f"{self.options}{guided_by(recipe)}"
         return {
             "source": "checkpoint",

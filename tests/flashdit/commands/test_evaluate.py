@@ -56,6 +56,9 @@ class StandInGenerator:
     def recipe(self) -> dict:
         return {"checkpoint": "stand-in", "step": 7, "weights_sha256": "5" * 64}
 
+    def evaluations(self, options) -> int:
+        return options.nfe
+
     def image_size(self, options) -> tuple[int, int]:
         return 32, 32
 

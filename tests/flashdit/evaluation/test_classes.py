@@ -44,6 +44,9 @@ class ColourGenerator:
         self.class_names = class_names or self.class_names
         self.space = SimpleNamespace(mean=torch.zeros(1), std=torch.ones(1), options="")
 
+    def evaluations(self, options):
+        return options.nfe
+
     def image_size(self, options):
         return 4, 4
 

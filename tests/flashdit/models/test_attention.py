@@ -29,11 +29,9 @@ SIZES = {"sample_size": 8, "in_channels": 3, "hidden_size": DIM, "depth": 3, "nu
 
 
 def variants():
-    """Returns every attention kind of the package with each choice of its options that are true or false."""
+    """Returns every attention kind with each choice of its options that are true or false."""
     specs = []
     for name in ATTENTIONS.names():
-        if not ATTENTIONS[name].options_type.__module__.startswith("flashdit."):
-            continue  # a control of the attention study
         switches = [field.name for field in fields(ATTENTIONS[name].options_type) if field.type == "bool"]
         for values in itertools.product((False, True), repeat=len(switches)):
             specs.append({"name": name, **dict(zip(switches, values, strict=True))})
