@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks.side_by_side import machine, save
+from benchmarks.side_by_side import machine, results_path, save
 from flashdit.digits.classifier import load_digits_classifier
 from flashdit.sampling.checkpoint import CheckpointGenerator, load_generator
 from flashdit.sampling.classes import balanced_labels
@@ -28,7 +27,6 @@ from flashdit.shared.files import write_atomically
 from flashdit.shared.pictures import labelled_grid, rows_by_class
 from iwin_core.attention import IwinAttention
 
-RESULTS = Path(__file__).with_name("results")
 SIZES = ((16, 16), (24, 24), (16, 32))  # latents
 CROP = 32  # pixels of a training image
 CROP_STRIDE = 4
@@ -138,7 +136,7 @@ def draw(name: str, images: Tensor, labels: Tensor, class_names: list[str]) -> N
     """Saves a grid of the first images of each class."""
     first = torch.cat([(labels == label).nonzero()[:PER_CLASS, 0] for label in labels.unique()])
     grid = labelled_grid(rows_by_class(images[first], labels[first], class_names, PER_CLASS), name)
-    path = RESULTS / f"any_size_{name}.png"
+    path = results_path(f"any_size_{name}.png")
     write_atomically(path, lambda temporary: grid.save(temporary, format="png"))
 
 

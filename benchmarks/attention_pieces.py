@@ -19,7 +19,7 @@ LOSS_IMAGES = 1040  # 40 of each letter, in each split
 EARLY = (1 / 6, 1 / 3, 2 / 3)
 """Scored are the budget of steps, these parts of it, and the step that ends the budget of time;
 the first is where the learning rate is chosen."""
-SAMPLED_FROM = EARLY[-1]
+SAMPLED_FROM = 1
 """Samples are drawn from this part of the budget of steps on; the loss is computed at every point."""
 RATE_SIDE = 16
 

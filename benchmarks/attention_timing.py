@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.attention_kinds import (
     KINDS,
     MODEL,
+    PRECISION,
     RECIPE,
     SIZES,
     Size,
@@ -28,11 +29,12 @@ from flashdit.flow.path import interpolate, velocity
 from flashdit.models.costs import forward_flops
 from flashdit.models.dit import FlashDiT
 from flashdit.models.sizes import SIZES as WIDTHS
-from flashdit.shared.process import keep_freed_memory
+from flashdit.shared.process import computing_in, keep_freed_memory
 from flashdit.training.ema import Ema, EmaOptions
 from flashdit.training.optim import OptimizerOptions, make_optimizer
 
 BLOCK_ROUNDS, BLOCK_SIDES = 3, (16, 32)
+CPU = torch.device("cpu")
 
 
 def make_model(size: Size, kind: str) -> FlashDiT:
@@ -61,13 +63,14 @@ def forward_and_step(size: Size, kind: str) -> tuple[Callable[[], None], Callabl
 
     def forward() -> None:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(PRECISION, CPU):
             model(x_1, t, y)
 
     def step() -> None:
         model.train()
-        v_t = model(interpolate(x_0, x_1, t), t, y)
-        loss, _ = flow_loss(v_t, velocity(x_0, x_1), LossOptions(**RECIPE["flow"]["loss"]))
+        with computing_in(PRECISION, CPU):
+            v_t = model(interpolate(x_0, x_1, t), t, y)
+        loss, _ = flow_loss(v_t.float(), velocity(x_0, x_1), LossOptions(**RECIPE["flow"]["loss"]))
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -138,9 +141,15 @@ def block_runs(kind: str, model: FlashDiT, batch: int) -> dict[str, Callable[[],
     upstream, block = torch.randn(batch, side, side, width), model.blocks[0]
     attention = block.attn
     assert isinstance(attention, nn.Module)
+
+    def run(module: nn.Module, *inputs: torch.Tensor) -> None:
+        with computing_in(PRECISION, CPU):
+            out = module(*inputs)
+        out.backward(upstream.to(out.dtype))
+
     return {
-        f"{kind} attention": lambda: attention(x).backward(upstream),
-        f"{kind} block": lambda: block(x, cond).backward(upstream),
+        f"{kind} attention": lambda: run(attention, x),
+        f"{kind} block": lambda: run(block, x, cond),
     }
 
 

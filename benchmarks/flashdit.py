@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.dit_runs import DTYPES, FORWARD, MODELS, PARTS, Clock, Subject
-from benchmarks.side_by_side import RESULTS, machine, save
+from benchmarks.side_by_side import machine, results_path, save
 from flashdit.models.sizes import SIZES
 from flashdit.shared.charts import COLOURS, new_axes, save_figure
 from flashdit.shared.command import add_device, resolve_device, run_script
@@ -285,7 +285,7 @@ def main() -> None:
 
 def write(rows: Rows, peaks: list[float], about: dict[str, Any], name: str) -> None:
     """Writes JSON, table and plot of what has been measured so far, and at other sides before."""
-    path = RESULTS / f"{name}.json"
+    path = results_path(f"{name}.json")
     earlier = json.loads(path.read_text()) if path.is_file() else {"about": {}, "rows": []}
     if all(earlier["about"].get(key) == about[key] for key in SETTING):
         rows = rows + [row for row in earlier["rows"] if row["side"] not in about["sides"]]
@@ -293,7 +293,7 @@ def write(rows: Rows, peaks: list[float], about: dict[str, Any], name: str) -> N
     rows = sorted(rows, key=lambda row: row["side"])
     content = {"about": about, "matmul_peak_flops": max(peaks), "rows": rows, "exponents": exponents(rows)}
     save(name, content, table(content))
-    draw(rows, RESULTS / f"{name}.png")
+    draw(rows, results_path(f"{name}.png"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.side_by_side import RESULTS, machine
+from benchmarks.side_by_side import machine, results_path
 from flashdit.shared.command import run_script
 from flashdit.shared.files import code_sha256, write_json
 
@@ -134,7 +133,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise ValueError("make gpu needs a CUDA device, got none")
     about = machine() | {"code": code_sha256(ROOT / folder for folder in CODE)[:16]}
-    path = RESULTS / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', str(about['gpu']))}.json"
+    path = results_path("gpu.json")
     found = make_all(PARTS, path, about, arguments.seconds)
     for name, record in found.items():
         print(f"{record['status']}: {name}")

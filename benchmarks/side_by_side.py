@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from iwin_core.kernels.cpu_attention import this_processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,9 +81,19 @@ def summary(seconds: list[float], baseline: list[float]) -> dict[str, float]:
     }
 
 
+def results_path(name: str) -> Path:
+    """Returns where a file of this machine's results lies: results/MACHINE/NAME.
+
+    The machine is its GPU, else the maker of its processor and the fastest instructions of that.
+    """
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else this_processor()
+    folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "_", machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
 def save(name: str, content: dict[str, Any], table: str) -> None:
-    """Writes results/NAME.json and results/NAME.md."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(table)
+    """Writes NAME.json and NAME.md among this machine's results."""
+    results_path(f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    results_path(f"{name}.md").write_text(table)
     print(table)

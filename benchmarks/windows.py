@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.side_by_side import RESULTS, machine
+from benchmarks.side_by_side import machine, results_path
 from flashdit.shared.process import keep_freed_memory
 from iwin_core.kernels.cpu_attention import GAIN, TABLE, by_products, read_table, this_processor
 
@@ -114,7 +114,7 @@ def main() -> None:
     processor = this_processor()
     TABLE.write_text(as_json(read_table() | {processor: {"about": about, "rows": rows}}))
     text = as_markdown(processor, about, rows)
-    (RESULTS / f"windows_{processor.replace(' ', '_')}.md").write_text(text)
+    results_path("windows.md").write_text(text)
     print(text)
 
 

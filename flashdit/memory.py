@@ -131,7 +131,7 @@ def memory_bytes(
         "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
         "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
         "teacher": 4 * counts.teacher,  # whole on each GPU
-        "activations": images * saved.per_image,
+        "activations": images * (saved.per_image + saved.gradients),
     }
     return rows | {"sum": sum(rows.values())}
 
@@ -164,15 +164,14 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
     counts, one = count_parameters(config), model_without_memory(of_one_block(config.model_arguments))
     tokens = math.prod(one.native_grid) * one.config["hidden_size"] * depth_of(config.model_arguments)
 
-    def check(per_image: float, fixed: float = 0.0) -> float:
-        saved = Activations(fixed=fixed, per_image=per_image)
+    def check(saved: Activations) -> float:
         rows = memory_bytes(config, counts, saved, processes, sharded)
         needed = rows.pop("sum")
         most = max(rows, key=lambda name: rows[name])
         check_memory(needed * (1 - TOLERANCE), device, f"a training step, of which {most} take most,")
         return needed
 
-    least = check(per_image=2.0 * tokens)  # the inputs of the blocks in two bytes
+    least = check(Activations(fixed=0.0, per_image=2.0 * tokens))  # the inputs of the blocks in two bytes
     memory = device_memory(device)
     copies = tokens * (1 + one.config["registers"])  # each window has the registers, and a token at least
     at_most = (
@@ -180,5 +179,4 @@ def check_step_fits(config: RunConfig, device: torch.device, processes: int, sha
     )
     if memory is not None and at_most > memory:
         way = RECOMPUTED[training.gradient_checkpointing + training.keep_matmuls]
-        saved = activations_on(config, device.type)[way]
-        check(saved.per_image, saved.fixed)
+        check(activations_on(config, device.type)[way])

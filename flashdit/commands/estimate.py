@@ -13,9 +13,10 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
   gradients        4 P bytes; under DDP as much again for the buckets that processes exchange
   teacher          4 bytes a parameter, whole on each GPU
   activations      b × what autograd saves for an image, and beside them low-precision copies of the weights:
-                   both read off a model of full size without memory, as it runs without torch.compile;
-                   recomputed, they are the inputs of all blocks and everything of one block; and of all
-                   blocks the products, where those are kept
+                   both read off a model of full size without memory, as it runs without torch.compile; and
+                   the gradients of the widest map of one block's MLP and of its input; recomputed, they
+                   are the inputs of all blocks and everything of one block; and of all blocks the
+                   products, where those are kept
   FSDP2            weights, EMA, AdamW and gradients / N, but gradients whole where batches are accumulated;
                    gathered: what is in no block and two blocks, at 2 bytes a parameter in bf16 and fp16 and
                    4 in fp32, and the gradients of one at 4; muon refuses it

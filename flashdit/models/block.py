@@ -52,12 +52,12 @@ class FlashDiTBlock(nn.Module):
             scale_msa, gate_msa, scale_mlp, gate_mlp = chunks.chunk(4, dim=-1)
             shift_msa = shift_mlp = None
         streams = [x] if registers is None else [x, registers]
-        attended = self.attn(*(modulate(self.norm1(s), scale_msa, shift_msa) for s in streams))
+        attended = self.attn(*(modulate(self.norm1, s, scale_msa, shift_msa) for s in streams))
         attended = [attended] if registers is None else attended
         streams = [
             torch.addcmul(s, over_tokens(gate_msa, s), a) for s, a in zip(streams, attended, strict=True)
         ]
-        projected = [self.mlp(modulate(self.norm2(s), scale_mlp, shift_mlp)) for s in streams]
+        projected = [self.mlp(modulate(self.norm2, s, scale_mlp, shift_mlp)) for s in streams]
         streams = [
             torch.addcmul(s, over_tokens(gate_mlp, s), p) for s, p in zip(streams, projected, strict=True)
         ]
@@ -76,4 +76,4 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """Returns the prediction for every patch."""
         shift, scale = self.adaLN_modulation(cond).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), scale, shift))
+        return self.linear(modulate(self.norm_final, x, scale, shift))

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.models.attention import ATTENTIONS, each_attention, naming_entry
-from flashdit.models.dit import FlashDiT
+from flashdit.models.dit import FlashDiT, default_arguments
+from flashdit.models.layers import mlp_width
 from flashdit.models.recompute import KEPT_OPERATORS
 from flashdit.models.sizes import IWIN
 from iwin_core.kernels.cpu_attention import FUSED, attention_of
@@ -34,6 +35,8 @@ class Activations:
     fixed: float
     """Copies of the weights in low precision, which autocast makes; whatever the batch."""
     per_image: float
+    gradients: float = 0.0
+    """Of an image, which a block holds besides while it goes back: of its MLP's widest map and its input."""
 
     def of(self, images: int) -> float:
         """Returns the bytes of a batch."""
@@ -126,10 +129,19 @@ def activations(
     fullest = max((lines[0] - lines[1] for _, lines in parts.blocks), key=lambda line: line[1])
     again = inputs + fullest
     also = again + products * (0, 1 - 1 / depth)
+    gradients = float(_widest_gradients(options) * (2 if low_precision else 4))
     return {
-        name: Activations(fixed=float(fixed), per_image=float(per_image))
+        name: Activations(fixed=float(fixed), per_image=float(per_image), gradients=gradients)
         for name, (fixed, per_image) in zip(RECOMPUTED, (kept, again, also), strict=True)
     }
+
+
+def _widest_gradients(options: Mapping[str, Any]) -> int:
+    """Returns how many numbers the gradients of an image have in a block's MLP, where they are most."""
+    filled = {**default_arguments(), **options}
+    dim, is_swiglu = filled["hidden_size"], filled["mlp"] == "swiglu"
+    width = mlp_width(dim, filled["mlp_ratio"], is_swiglu) * (2 if is_swiglu else 1)
+    return (filled["sample_size"] // filled["patch_size"]) ** 2 * (width + dim)
 
 
 def _lines(arguments: dict[str, Any], low_precision: bool, counted: Sequence[Count]) -> np.ndarray:

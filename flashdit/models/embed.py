@@ -61,7 +61,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the tokens in a channels-last grid."""
-        return rearrange(self.proj(x), "b c h w -> b h w c")
+        # Laid out by tokens: what is added to them later takes their layout.
+        return rearrange(self.proj(x), "b c h w -> b h w c").contiguous()
 
 
 class TimestepEmbedder(nn.Module):
