@@ -57,8 +57,14 @@ def guide_always(
     null_label: int,
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    channels: None = None,
+    guiding: None = None,
 ) -> Callable[[Tensor, float], Tensor]:
-    """Returns the guided velocity as LightningDiT computes it: both halves run at every time."""
+    """Returns the guided velocity as LightningDiT computes it: both halves run at every time.
+
+    It takes what `flashdit.flow.guidance.guide` takes, of the last two None alone.
+    """
+    assert channels is None and guiding is None
     both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def v(x_t: Tensor, t: float) -> Tensor:
