@@ -64,7 +64,8 @@ def guide_always(
 
     It takes what `flashdit.flow.guidance.guide` takes, of the last two None alone.
     """
-    assert channels is None and guiding is None
+    assert channels is None
+    assert guiding is None
     both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def v(x_t: Tensor, t: float) -> Tensor:
