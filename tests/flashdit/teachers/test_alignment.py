@@ -1,4 +1,4 @@
-"""Aligning tokens with an extractor's features: the loss against plain torch, checkpoints, resuming, refusals."""
+"""Aligning tokens with an extractor's features: the loss, checkpoints, resuming, refusals."""
 
 import json
 import os
@@ -30,16 +30,32 @@ from flashdit.shared.runs import list_checkpoints
 from flashdit.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
-SIZES = {"model.hidden_size": 16, "model.depth": 2, "model.num_heads": 2}
+PIXELS = {
+    "latents.space": "pixels",
+    "latents.vae": "null",
+    "model.sample_size": 32,
+    "model.in_channels": 3,
+    "model.patch_size": 4,
+}
+ENCODED = [
+    "latents.space=vae",
+    "latents.vae=digits",
+    "model.sample_size=16",
+    "model.in_channels=1",
+    "model.patch_size=2",
+]
 ALIGNED = ["alignment.extractor=digits", "alignment.block=1", "alignment.width=24", "alignment.weight=0.7"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
 def plain(tmp_path):
-    """Returns the overrides of a tiny run on the digits, whose latents are encoded in memory."""
+    """Returns the overrides of a tiny run on the digits' pixels."""
     options = {
-        **SIZES,
+        **PIXELS,
+        "model.hidden_size": 16,
+        "model.depth": 2,
+        "model.num_heads": 2,
         "run.dir": tmp_path / "run",
         "training.steps": 6,
         "training.global_batch_size": 8,
@@ -103,19 +119,24 @@ def plain_terms(trainer, batch, x_1, images, pools, grid):
     return flow, (1 - cosine).mean()
 
 
-@pytest.mark.parametrize("features", ["map", "pool"])
-@pytest.mark.parametrize("space", ["vae", "pixels"])
-def test_the_loss_has_one_minus_the_cosine_to_the_features_besides(overrides, features, space):
-    pixels = ["latents.space=pixels", "latents.vae=null", "model.in_channels=3", "model.sample_size=32"]
-    more = [*pixels, "model.patch_size=16"] if space == "pixels" else []  # a grid that is smaller than the map
+@pytest.mark.parametrize(
+    ("features", "more", "grid"),
+    [
+        ("map", ENCODED, (8, 8)),
+        ("map", (), (8, 8)),
+        ("map", ("model.patch_size=16", "model.attention.window=2"), (2, 2)),  # smaller than the map
+        ("pool", (), (8, 8)),
+    ],
+    ids=str,
+)
+def test_the_loss_has_one_minus_the_cosine_to_the_features_besides(overrides, features, more, grid):
     trainer = Trainer(config.load(None, [*overrides, *more, f"alignment.features={features}"]))
     moved_off_zero(trainer.model)
     batch = trainer.task.examples.__getitems__(range(16))
     loss, terms = trainer.task.loss(trainer.network.eval(), batch)
     rows = [trainer.task.examples.order(position) for position in range(16)]
     images = digits("train")[0][rows]
-    x_1 = images.float() / 127.5 - 1 if space == "pixels" else trainer.task.space.normalise(batch["latent"])
-    grid = (2, 2) if space == "pixels" else (8, 8)
+    x_1 = images.float() / 127.5 - 1 if more != ENCODED else trainer.task.space.normalise(batch["latent"])
     flow, distance = plain_terms(trainer, batch, x_1, images, features == "pool", grid)
     assert 0.1 < distance < 1.9
     assert terms["alignment"].item() == pytest.approx(distance.item(), rel=1e-4)
@@ -127,7 +148,7 @@ def test_images_are_mirrored_where_their_latents_are(overrides, tmp_path):
         (tmp_path / "pictures" / "abc"[row % 3]).mkdir(parents=True, exist_ok=True)
         save_png(image, tmp_path / "pictures" / "abc"[row % 3] / f"{row}.png")
     more = ["data.name=images", f"data.path={tmp_path / 'pictures'}", "data.image_size=32"]
-    trainer = Trainer(config.load(None, [*overrides, *more, "model.num_classes=3"]))
+    trainer = Trainer(config.load(None, [*overrides, *ENCODED, *more, "model.num_classes=3"]))
     batch = trainer.task.examples.__getitems__(range(16))
     torch.testing.assert_close(trainer.task.space.vae.encode(batch["image"]), batch["latent"])
     flipped = {bytes(image.flip(-1).numpy()) for image in digits("train")[0][:6]}
@@ -140,7 +161,7 @@ def shards(tmp_path):
     images, labels = digits("train")
     latents = load_vae("digits").encode(images[:40])
     write_shard(tmp_path / "shards", 0, 0, latents, latents.flip(-1), labels[:40])
-    return ["data.name=shards", f"data.path={tmp_path / 'shards'}", "latents.vae=null"]
+    return [*ENCODED, "data.name=shards", f"data.path={tmp_path / 'shards'}", "latents.vae=null"]
 
 
 def test_images_of_latents_in_a_folder_are_decoded(overrides, shards, caplog):
@@ -167,7 +188,7 @@ def test_latents_in_a_folder_without_an_autoencoder_are_refused(overrides, shard
 def test_tokens_come_to_the_features(overrides, tmp_path):
     train(overrides, "training.steps=60", "optimizer.lr=0.01", "training.save_every=60")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["alignment"] < 0.3 * lines[0]["alignment"]
+    assert lines[-1]["alignment"] < 0.6 * lines[0]["alignment"]
 
 
 def test_the_projector_is_in_no_model_average_or_export(overrides, tmp_path):
@@ -178,13 +199,17 @@ def test_the_projector_is_in_no_model_average_or_export(overrides, tmp_path):
     for part in ("model", "ema"):
         assert load_file(newest / part / WEIGHTS).keys() == names
     projector = load_file(newest / "projector.safetensors")
-    assert [tuple(projector[f"{layer}.weight"].shape) for layer in (0, 2, 4)] == [(24, 16), (24, 24), (64, 24)]
+    assert [tuple(projector[f"{layer}.weight"].shape) for layer in (0, 2, 4)] == [
+        (24, 16),
+        (24, 24),
+        (64, 24),
+    ]
     for name, value in trainer.task.alignment.network.projector.state_dict().items():
         assert projector[name].equal(value)
     state = json.loads((newest / "state.json").read_text())
     assert state["extractor"] == trainer.task.alignment.extractor.fingerprint
-    out = export_run(newest, tmp_path / "out")
-    assert not [path for path in (out or tmp_path / "out").rglob("*") if "projector" in path.name]
+    export_run(newest, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if "projector" in path.name]
     assert FlashDiT.from_pretrained(tmp_path / "out" / "transformer").state_dict().keys() == names
     images = next(load_generator(newest).generate(torch.tensor([1, 2]), SamplingOptions(steps=2))).images
     assert images.shape == (2, 3, 32, 32)
@@ -217,7 +242,10 @@ def same_state(one, other):
     ]
     for moments in ("exp_avg", "exp_avg_sq"):
         found = (
-            {name: trainer.optimizer.state[p].get(moments) for name, p in trainer.task.trained.named_parameters()}
+            {
+                name: trainer.optimizer.state[p].get(moments)
+                for name, p in trainer.task.trained.named_parameters()
+            }
             for trainer in (one, other)
         )
         pairs.append(tuple(found))
@@ -261,9 +289,7 @@ def test_two_processes_train_the_projector_as_one_does(overrides, tmp_path):
     done = launched([str(ROOT / "train.py")], *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("projector.safetensors", f"model/{WEIGHTS}"):
-        one, two = (
-            load_file(list_checkpoints(tmp_path / run)[-1] / name) for run in ("one", "run")
-        )
+        one, two = (load_file(list_checkpoints(tmp_path / run)[-1] / name) for run in ("one", "run"))
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=2e-3, atol=2e-5)
 
@@ -309,7 +335,9 @@ class Colours(Rows):
 
 def test_an_extractor_of_the_users_gives_its_map(plain, own):
     own.rows = Rows
-    trainer = Trainer(config.load(None, [*plain, "alignment.extractor=my_features:rows", "alignment.block=2"]))
+    trainer = Trainer(
+        config.load(None, [*plain, "alignment.extractor=my_features:rows", "alignment.block=2"])
+    )
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     found = trainer.task.alignment.features({"image": images, "latent": images}, images)
     rows = F.interpolate(Rows().feature_map(images).movedim(-1, 1), (8, 8), mode="bilinear", antialias=True)
@@ -320,14 +348,20 @@ def test_an_extractor_of_the_users_gives_its_map(plain, own):
     ("override", "message"),
     [
         ("alignment.extractor=digit", r"^alignment\.extractor: unknown extractor 'digit'.*digits"),
-        ("alignment.extractor=my_features:colours", r"requires an extractor with a feature map, my_features:"),
+        (
+            "alignment.extractor=my_features:colours",
+            r"requires an extractor with a feature map, my_features:",
+        ),
         ("alignment.features=maps", r"unknown alignment\.features 'maps'"),
         ("alignment.block=0", r"^alignment\.block must be at least 1, got 0"),
         ("alignment.block=3", r"^alignment\.block must be from 1 to model\.depth=2, got 3"),
         ("alignment.width=0", r"^alignment\.width must be at least 1, got 0"),
         ("alignment.weight=-1", r"^alignment\.weight must not be negative, got -1"),
         ("alignment.weight=.nan", r"^alignment\.weight must be finite, got nan"),
-        ("flow.mean_flow.enabled=true", r"^alignment\.extractor requires a model of velocities, .* got digits"),
+        (
+            "flow.mean_flow.enabled=true",
+            r"^alignment\.extractor requires a model of velocities, .* got digits",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_sentence_before_anything_is_written(
