@@ -189,11 +189,14 @@ def features_of(extractor: Extractor, images: Tensor, pools: bool, grid: tuple[i
 
 
 def _map_of(extractor: Extractor, images: Tensor) -> Tensor:
-    """Returns an extractor's map; raises ValueError if it has none."""
+    """Returns an extractor's map; raises ValueError if it has none, or not that of an extractor."""
     found = extractor.feature_map(images)
     if found is None:
         rule = "alignment.features=map requires an extractor with a feature map"
         raise ValueError(f"{rule}, {extractor.name} has none: take alignment.features=pool")
+    if found.ndim != 4 or len(found) != len(images):
+        rule = f"extractor '{extractor.name}' must map uint8 (n, 3, height, width) to a map (n, h, w, d)"
+        raise ValueError(f"{rule}, got {tuple(found.shape)} for n = {len(images)}")
     return found
 
 

@@ -333,6 +333,13 @@ class Colours(Rows):
     feature_map = Extractor.feature_map
 
 
+class Flat(Rows):
+    """With a map that is none."""
+
+    def feature_map(self, images):
+        return images.float().flatten(1)
+
+
 def test_an_extractor_of_the_users_gives_its_map(plain, own):
     own.rows = Rows
     trainer = Trainer(
@@ -352,6 +359,7 @@ def test_an_extractor_of_the_users_gives_its_map(plain, own):
             "alignment.extractor=my_features:colours",
             r"requires an extractor with a feature map, my_features:",
         ),
+        ("alignment.extractor=my_features:Flat", r"to a map \(n, h, w, d\), got \(2, 3072\) for n = 2$"),
         ("alignment.features=maps", r"unknown alignment\.features 'maps'"),
         ("alignment.block=0", r"^alignment\.block must be at least 1, got 0"),
         ("alignment.block=3", r"^alignment\.block must be from 1 to model\.depth=2, got 3"),
@@ -367,7 +375,7 @@ def test_an_extractor_of_the_users_gives_its_map(plain, own):
 def test_a_users_mistake_is_one_sentence_before_anything_is_written(
     overrides, own, tmp_path, override, message
 ):
-    own.colours = Colours
+    own.colours, own.Flat = Colours, Flat
     with pytest.raises(ValueError, match=message):
         train(overrides, "sampling.cfg_interval=[0,1]", override)
     assert not (tmp_path / "run").exists()
