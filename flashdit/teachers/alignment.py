@@ -200,7 +200,7 @@ def _map_of(extractor: Extractor, images: Tensor) -> Tensor:
     return found
 
 
-def open_extractor(options: AlignmentOptions) -> tuple[Extractor, int]:
+def frozen_extractor(options: AlignmentOptions) -> tuple[Extractor, int]:
     """Returns the frozen extractor on the CPU, and how wide the features are that tokens are aligned with.
 
     Raises:
@@ -245,7 +245,7 @@ def open_alignment(
     if not reads_images and space.vae is None:
         rule = f"{EXTRACTOR_KEY} sees images, and latents in a folder must be decoded for it"
         raise ValueError(f"{rule}: give latents.vae, their autoencoder, got null")
-    extractor, width = open_extractor(options)
+    extractor, width = frozen_extractor(options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(seed, "projector", 0).initial_seed())
         projector = make_projector(model.config["hidden_size"], options.width, width)
@@ -257,7 +257,7 @@ def alignment_parameters(options: AlignmentOptions, hidden_size: int) -> tuple[i
     """Returns the parameters of the projector and of the extractor; 0 and 0 without one."""
     if options.extractor is None:
         return 0, 0
-    extractor, width = open_extractor(options)
+    extractor, width = frozen_extractor(options)
     with torch.device("meta"):
         projector = make_projector(hidden_size, options.width, width)
     return count_of(projector), count_of(extractor)
