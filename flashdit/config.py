@@ -23,6 +23,7 @@ from flashdit.models.dit import FlashDiT, check_arguments, default_arguments
 from flashdit.sampling.options import SamplingOptions
 from flashdit.shared.registry import check_type, unknown
 from flashdit.shared.settings import REGISTRY, Key, describe, read_settings
+from flashdit.teachers.alignment import AlignmentOptions
 from flashdit.teachers.distillation import DistillationOptions
 from flashdit.training.ema import EmaOptions
 from flashdit.training.optim import OptimizerOptions
@@ -69,6 +70,7 @@ class RunConfig:
     """What a new run starts from: a run, a checkpoint, a model folder or a file; None starts fresh."""
     flow: FlowOptions = field(default_factory=FlowOptions)
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
+    alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -131,6 +133,7 @@ def check_run_config(config: RunConfig) -> None:
             f"got {config.model['prediction']} and {predicted}"
         )
     check_mean_flow(config)
+    check_alignment(config)
     DATASETS.options(config.data)
     TIMES.options(config.flow.times)
 
@@ -144,12 +147,22 @@ def check_mean_flow(config: RunConfig) -> None:
         return
     if config.distillation.teacher is not None:
         raise ValueError(f"a teacher teaches velocities, no mean flows, got {config.distillation.teacher}")
+    if config.alignment.extractor is not None:
+        rule = "alignment.extractor requires a model of velocities, flow.mean_flow.enabled=false"
+        raise ValueError(f"{rule}, got {config.alignment.extractor}")
     check_guidance(config.sampling.cfg_scale, config.sampling.cfg_interval, options.most_guidance)
     if training.gradient_checkpointing or training.compile != "none":
         raise ValueError(
             "flow.mean_flow requires training.gradient_checkpointing=false and training.compile=none, whose "
             "models have no forward derivative"
         )
+
+
+def check_alignment(config: RunConfig) -> None:
+    """Raises ValueError if tokens are to be aligned after a block that the model has not."""
+    depth, block = (default_arguments() | config.model_arguments)["depth"], config.alignment.block
+    if config.alignment.extractor is not None and block > depth:
+        raise ValueError(f"alignment.block must be from 1 to model.depth={depth}, got {block}")
 
 
 def check_model(config: RunConfig) -> None:

@@ -20,9 +20,10 @@ from flashdit.models.costs import (
     measure_parts,
     of_one_block,
 )
-from flashdit.models.dit import FlashDiT
+from flashdit.models.dit import FlashDiT, default_arguments
 from flashdit.models.sizes import IWIN
 from flashdit.shared.process import AUTO, check_memory, device_memory
+from flashdit.teachers.alignment import POOL, alignment_parameters
 from flashdit.teachers.distillation import teacher_arguments
 from flashdit.training.optim import MUON, linear_weights
 from flashdit.training.options import share_of_batch
@@ -47,6 +48,10 @@ class Counts:
     """Of what is in no block."""
     teacher: int = 0
     """Of the frozen model that teaches."""
+    projector: int = 0
+    """Of what maps tokens to an extractor's features, which is trained."""
+    extractor: int = 0
+    """Of that frozen extractor."""
 
 
 def model_without_memory(arguments: Mapping[str, Any]) -> FlashDiT:
@@ -90,6 +95,7 @@ def count_parameters(config: RunConfig) -> Counts:
     block = max(int(counts[0]) for _, counts in parts.blocks)
     source = config.distillation.teacher
     teacher = 0 if source is None else int(measure_parts(teacher_arguments(source), count).sum[0])
+    projector, extractor = alignment_parameters(config.alignment, hidden_size_of(config))
     return Counts(
         all=int(whole),
         trained=int(trained),
@@ -97,7 +103,33 @@ def count_parameters(config: RunConfig) -> Counts:
         block=block,
         outside=int(parts.outside[0]),
         teacher=teacher,
+        projector=projector,
+        extractor=extractor,
     )
+
+
+def hidden_size_of(config: RunConfig) -> int:
+    """Returns the width of a run's model."""
+    return (default_arguments() | config.model_arguments)["hidden_size"]
+
+
+def projector_bytes(config: RunConfig, counts: Counts, images: int, gpus: int) -> float:
+    """Returns the bytes of a projector: its weights, gradients, AdamW's moments, and activations of images.
+
+    Args:
+        config: Of the run.
+        counts: Its parameters.
+        images: Of one GPU.
+        gpus: How many share the batch.
+    """
+    if not counts.projector:
+        return 0
+    options = config.alignment
+    model = model_without_memory(of_one_block(config.model_arguments))
+    tokens = 1 if options.features == POOL else math.prod(model.native_grid)
+    width = 4 if config.training.precision == "fp32" else 2
+    layers = 4 * options.width * width  # two products and what SiLU makes of them
+    return 4 * counts.projector * (5 if gpus > 1 else 4) + images * tokens * layers
 
 
 def optimizer_bytes(config: RunConfig, counts: Counts) -> int:
@@ -131,6 +163,8 @@ def memory_bytes(
         "gathered": width * (counts.outside + 2 * counts.block) + 4 * counts.block if sharded else 0,
         "low-precision weights": 0 if sharded else saved.fixed,  # sharded, they are what is gathered
         "teacher": 4 * counts.teacher,  # whole on each GPU
+        "extractor": 4 * counts.extractor,
+        "projector": projector_bytes(config, counts, images, gpus),
         "activations": images * (saved.per_image + saved.gradients),
     }
     return rows | {"sum": sum(rows.values())}

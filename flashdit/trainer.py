@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdit.config import RunConfig, with_sizes_of_data
 from flashdit.data.encode import open_latents
@@ -55,13 +55,22 @@ from flashdit.shared.runs import (
     newest_readable,
     read_state,
 )
-from flashdit.teachers.distillation import DistillationOptions, Teacher, open_teacher
+from flashdit.teachers.alignment import (
+    EXTRACTOR_KEY,
+    Alignment,
+    AlignmentOptions,
+    alignment_loss,
+    open_alignment,
+)
+from flashdit.teachers.distillation import TEACHER_KEY, DistillationOptions, Teacher, open_teacher
 from flashdit.training.accelerator import compile_parts, is_sharded, start_run
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.task import PeriodicAction, Task, Tensors
 
 logger = logging.getLogger(__name__)
 PREVIEW_CLASSES, PREVIEW_PER_CLASS = 10, 4
+FROZEN = {"teacher": TEACHER_KEY, "extractor": EXTRACTOR_KEY}
+"""The networks that a run learns from: their names in state.json, and the keys that name them."""
 
 
 class TrainedGenerator(ImageGenerator):
@@ -140,8 +149,16 @@ class FlashDiTTask(Task):
         ValueError: If data, model and evaluation do not fit together.
     """
 
-    fixed_on_resume = ("seed", "data.", "latents.multiplier", "model.", "flow.", "distillation.")
-    by_content = ("data.path", "distillation.teacher")
+    fixed_on_resume = (
+        "seed",
+        "data.",
+        "latents.multiplier",
+        "model.",
+        "flow.",
+        "distillation.",
+        "alignment.",
+    )
+    by_content = ("data.path", *FROZEN.values(), "alignment.extractor_weights")
     automatic: ClassVar = {**Task.automatic, "sampling.precision": precision_here}
     model: FlashDiT
 
@@ -180,10 +197,12 @@ class FlashDiTTask(Task):
             logger.info("attention: %s", describe_attention(attention, len(self.model.blocks)))
         self.space.to(self.device)
         self.teacher = self._open_teacher(accelerator)
+        self.alignment = self._open_alignment(accelerator)
         self.times = TIMES.build(config.flow.times)
         dropped = self.model.class_dropout_prob if self.model.num_classes else 1.0
         more = RANDOM_NUMBERS if config.flow.mean_flow.enabled else 0
-        self.examples = Examples(self.data, self.times, config.seed, dropped, more)
+        images = None if self.alignment is None else getattr(self.data, "images", None)
+        self.examples = Examples(self.data, self.times, config.seed, dropped, more, images)
         self.images_per_epoch = len(self.data.labels)
 
     def _open_teacher(self, accelerator: Accelerator) -> Teacher | None:
@@ -195,6 +214,22 @@ class FlashDiTTask(Task):
         teacher = open_teacher(source, self.model, *place, accelerator.autocast)
         compile_parts(teacher.model, lambda: teacher.model.blocks, training.compile)
         return teacher
+
+    def _open_alignment(self, accelerator: Accelerator) -> Alignment | None:
+        """Returns what the run's tokens are aligned with; None where that is nothing."""
+        options = self.config.alignment
+        if options.extractor is None:
+            return None
+        reads_images = not isinstance(self.data, LatentShards)
+        if self.main and not reads_images:
+            logger.info("%s sees images that are decoded from the latents at each step", EXTRACTOR_KEY)
+        place = self.device, accelerator.autocast, self.config.seed
+        return open_alignment(options, self.model, self.space, reads_images, *place)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model, in the module that projects its tokens where they are aligned."""
+        return self.model if self.alignment is None else self.alignment.network
 
     def _check_same_space(self) -> None:
         """Raises ValueError if a run goes on in another space, or with another autoencoder, than it began.
@@ -236,13 +271,18 @@ class FlashDiTTask(Task):
         """Returns the loss of each sample (B,), and its terms."""
         x_0, t, label, drop = (batch[name] for name in ("noise", "time", "label", "drop"))
         x_t = interpolate(x_0, x_1, t)
-        # Before the model's own pass, whose activations wait for the backward pass.
+        # Both before the model's own pass, whose activations wait for the backward pass.
         taught = None if self.teacher is None else self.teacher.velocity(x_t, t, label, drop)
-        v_t = network(x_t, t, label, drop=drop)
+        aligned = None if self.alignment is None else self.alignment.features(batch, x_1)
+        output = network(x_t, t, label, drop=drop)
+        v_t, projected = (output, None) if aligned is None else output
         loss, terms = flow_loss(v_t, velocity(x_0, x_1), self.config.flow.loss)
         if taught is not None:
             terms["teacher"] = velocity_mse(v_t, taught)
             loss = loss + self.config.distillation.weight * terms["teacher"]
+        if aligned is not None and projected is not None:
+            terms["alignment"] = alignment_loss(projected, aligned)
+            loss = loss + self.config.alignment.weight * terms["alignment"]
         return loss, terms
 
     def checkpoint_activations(self) -> None:
@@ -252,11 +292,14 @@ class FlashDiTTask(Task):
     def forward_flops(self) -> float:
         """Returns a third of a training step's FLOPs: those of a forward pass, or more for mean flows."""
         flops = forward_flops(self.config.model_arguments)
+        if self.alignment is not None:
+            flops += self.alignment.projector_flops()
         return flops * COST if self.config.flow.mean_flow.enabled else flops
 
     def frozen_flops(self) -> float:
-        """Returns the FLOPs of the teacher's forward pass."""
-        return 0.0 if self.teacher is None else forward_flops(self.teacher.arguments)
+        """Returns the FLOPs of the teacher's forward pass, and of the extractor's features."""
+        taught = 0.0 if self.teacher is None else forward_flops(self.teacher.arguments)
+        return taught if self.alignment is None else taught + self.alignment.frozen_flops()
 
     @cached_property
     def copy(self) -> FlashDiT:
@@ -316,6 +359,13 @@ class FlashDiTTask(Task):
         self._holding(weights).save_pretrained(folder / "model")
         self._holding(average).save_pretrained(folder / "ema")
         self.space.save(folder / LATENTS)
+        if self.alignment is not None:
+            self.alignment.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Loads the projector of a checkpoint, if the run has one."""
+        if self.alignment is not None:
+            self.alignment.load(folder)
 
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,20 +384,27 @@ class FlashDiTTask(Task):
             "model": model,
             "flow": flow,
         }
-        return {**config, **parts, "distillation": teaching}
+        aligning = asdict(AlignmentOptions()) | config.get("alignment", {})
+        return {**config, **parts, "distillation": teaching, "alignment": aligning}
 
     def contents(self) -> dict[str, Any]:
-        """Returns what the data set's files are, wherever they lie, and which model teaches, if one does."""
+        """Returns what the data set's files are, wherever they lie, and the frozen networks that teach."""
         identity = getattr(self.data, "identity", None)
-        taught = {} if self.teacher is None else {"distillation.teacher": self.teacher.identity}
-        return {"data.path": identity() if identity is not None else None, **taught}
+        frozen = {FROZEN[name]: value for name, value in self._identities.items()}
+        return {"data.path": identity() if identity is not None else None, **frozen}
+
+    @property
+    def _identities(self) -> dict[str, str]:
+        """What the frozen networks of the run are, by FROZEN's names."""
+        found = {"teacher": self.teacher, "extractor": self.alignment}
+        return {name: network.identity for name, network in found.items() if network is not None}
 
     def known_contents(self, checkpoint: Path) -> dict[str, Any]:
-        """Returns the classes that a checkpoint names, and its teacher."""
+        """Returns the classes that a checkpoint names, and its frozen networks."""
         state = read_state(checkpoint)
         return {
             "data.path": {"classes": state.get("class_names")},
-            "distillation.teacher": state.get("teacher"),
+            **{key: state.get(name) for name, key in FROZEN.items()},
         }
 
     def state(self) -> dict[str, Any]:
@@ -356,7 +413,7 @@ class FlashDiTTask(Task):
             "class_names": self.class_names,
             "data_name": self.config.data["name"],
             "sampling": asdict(self.config.sampling),
-            **({} if self.teacher is None else {"teacher": self.teacher.identity}),
+            **self._identities,
         }
 
 
@@ -375,8 +432,12 @@ def Trainer(config: RunConfig) -> TrainingLoop[FlashDiTTask]:
     config = with_sizes_of_data(config)
     accelerator = start_run(config, FlashDiTTask)
     sharded = is_sharded(accelerator)
-    if sharded and config.flow.mean_flow.enabled:
-        raise ValueError("flow.mean_flow requires whole models on each device (DDP), got FSDP2")
+    for name, is_on in (
+        ("flow.mean_flow", config.flow.mean_flow.enabled),
+        (EXTRACTOR_KEY, config.alignment.extractor is not None),
+    ):
+        if sharded and is_on:
+            raise ValueError(f"{name} requires whole models on each device (DDP), got FSDP2")
     check_step_fits(config, accelerator.device, accelerator.num_processes, sharded)
     with float32_products(tf32=config.training.tf32):  # images are encoded as they are trained on
         task = FlashDiTTask(config, accelerator)

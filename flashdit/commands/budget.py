@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,7 @@ from flashdit.config import (
     with_sizes,
 )
 from flashdit.data.fit import DataFacts, check_fit
+from flashdit.data.latents import LatentSpace
 from flashdit.data.sources import DATASETS
 from flashdit.flow.mean_flow import COST
 from flashdit.memory import Counts, memory_bytes, model_without_memory, optimizer_bytes
@@ -30,6 +32,7 @@ from flashdit.shared.command import resolve_device
 from flashdit.shared.process import AUTOCAST, float32_products
 from flashdit.shared.registry import Buildable, counted
 from flashdit.shared.settings import read_settings
+from flashdit.teachers.alignment import open_alignment
 from flashdit.teachers.distillation import teacher_arguments
 from flashdit.training.meter import matmul_peak
 from flashdit.training.options import TrainingOptions, share_of_batch
@@ -89,7 +92,8 @@ def kept_checkpoints(training: TrainingOptions) -> int:
 
 def checkpoint_bytes(config: RunConfig, counts: Counts) -> float:
     """Returns the bytes of one checkpoint."""
-    return 4 * counts.all * (2 + len(config.ema.power_widths)) + optimizer_bytes(config, counts)
+    own = 4 * counts.all * (2 + len(config.ema.power_widths)) + optimizer_bytes(config, counts)
+    return own + 12 * counts.projector  # with AdamW's two moments
 
 
 def snapshot_bytes(config: RunConfig, counts: Counts) -> float:
@@ -102,13 +106,31 @@ def train_flops(config: RunConfig, multiply_adds: float) -> float:
     """Returns the FLOPs of training on one image, of whose forward pass the multiply-adds are given."""
     again = config.training.gradient_checkpointing and not config.training.keep_matmuls
     own = 6 * multiply_adds * (4 / 3 if again else 1) * (COST if config.flow.mean_flow.enabled else 1)
-    return own + teacher_flops(config)
+    projected, features = alignment_flops(config)
+    return own + teacher_flops(config) + 3 * projected + features
 
 
 def teacher_flops(config: RunConfig) -> float:
     """Returns the FLOPs of the teacher's forward pass of one image, 0 without a teacher."""
     source = config.distillation.teacher
     return 0.0 if source is None else forward_flops(teacher_arguments(source))
+
+
+def alignment_flops(config: RunConfig) -> tuple[float, float]:
+    """Returns the FLOPs of one image's tokens through the projector, and of its features; 0 and 0 without.
+
+    Raises:
+        ValueError: If the extractor cannot be had, or there is nothing to decode latents in a folder with.
+    """
+    if config.alignment.extractor is None:
+        return 0.0, 0.0
+    model = model_without_memory(of_one_block(config.model_arguments))
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    space = LatentSpace(zero, one, config.latents, config.latents.autoencoder())
+    reads_images = DATASETS[config.data["name"]].build is not DATASETS["shards"].build
+    place = reads_images, torch.device("cpu"), nullcontext, config.seed
+    alignment = open_alignment(config.alignment, model, space, *place)
+    return alignment.projector_flops(), alignment.frozen_flops()
 
 
 def train_seconds(flops: float, images: int, gpus: int, peak_tflops: float, mfu: float) -> float:
@@ -222,6 +244,10 @@ def facts(
     if config.distillation.teacher is not None:
         once = scaled(teacher_flops(config) / 2, 1000, prefixes)
         lines["teacher"] = f"{counts.teacher:,} frozen parameters, {once} multiply-adds an image"
+    if config.alignment.extractor is not None:
+        projected, features = (scaled(flops / 2, 1000, prefixes) for flops in alignment_flops(config))
+        lines["projector"] = f"{counts.projector:,} parameters, {projected} multiply-adds an image"
+        lines["extractor"] = f"{counts.extractor:,} frozen parameters, {features} multiply-adds an image"
     if config.ema.power_widths:
         lines["snapshots"] = f"{size(snapshot_bytes(config, counts))} of the power-function averages"
     return lines

@@ -4,14 +4,18 @@ P parameters, N GPUs, b images of one GPU and one accumulated part:
 
   multiply-adds    counted by torch's FlopCounterMode on a model without memory; matrix products alone
   FLOPs            3 × 2 × multiply-adds an image, since the backward pass counts twice; × 4/3 where matrix
-                   products are recomputed; and once the teacher's, of distillation.teacher, which is frozen
+                   products are recomputed; 3 × those of alignment's projector; and once those of what is
+                   frozen: distillation.teacher, and alignment.extractor, with decoding the images it sees
+                   where latents lie in a folder
   time             images × FLOPs / (N × --peak-tflops × --mfu); peak and MFU are assumed, not measured;
                    with --here the peak is measured on this machine
   weights, EMA     4 P bytes each (float32), and 4 P for each of ema.power_widths
   AdamW            8 P bytes (two moments, float32); with optimizer.name=muon 4 bytes (one) for each weight of
                    linear layers in blocks
   gradients        4 P bytes; under DDP as much again for the buckets that processes exchange
-  teacher          4 bytes a parameter, whole on each GPU
+  teacher          4 bytes a parameter, whole on each GPU; the extractor likewise
+  projector        16 bytes a parameter (weight, gradient, two moments), under DDP 20, and four numbers of
+                   alignment.width for each token; a checkpoint holds 12
   activations      b × what autograd saves for an image, and beside them low-precision copies of the weights:
                    both read off a model of full size without memory, as it runs without torch.compile; and
                    the gradients of the widest map of one block's MLP and of its input; recomputed, they

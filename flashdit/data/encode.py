@@ -72,7 +72,7 @@ def open_latents(
     mirrored = encode_source(vae, source, mirrored=True, progress=progress) if mirrors else None
     space = LatentSpace(*channel_statistics(latents), options, vae)
     encoded = MemoryLatents(latents, mirrored, source.labels, source.class_names)
-    encoded.identity = getattr(source, "identity", None)
+    encoded.identity, encoded.images = getattr(source, "identity", None), PixelImages(source).read
     return encoded, space
 
 

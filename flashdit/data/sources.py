@@ -121,6 +121,7 @@ class MemoryLatents:
     def __init__(self, latents: Tensor, mirrored: Tensor | None, labels: Tensor, class_names: list[str]):
         self.latents, self.mirrored, self.labels = latents, mirrored, labels
         self.identity: Callable[[], dict[str, Any]] | None = None  # of what was encoded
+        self.images: Callable[[Tensor, Tensor], Tensor] | None = None  # which that is: uint8 (B, 3, H, W)
         self.class_names: list[str] | None = class_names
         self.num_classes = len(class_names)
         self.mirrors = mirrored is not None

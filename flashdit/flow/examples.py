@@ -36,6 +36,8 @@ class Examples(Dataset):
         seed: The run's seed.
         class_dropout_prob: Share of labels that become null.
         more_draws: How many further uniform draws an example has, as `more` (n,).
+        images: Reads the images, uint8 (B, 3, H, W), that an example has as `image`, by rows and by which of
+            them are mirrored; None leaves them out.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Examples(Dataset):
         seed: int,
         class_dropout_prob: float,
         more_draws: int = 0,
+        images: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
-        self.more_draws = more_draws
+        self.more_draws, self.images = more_draws, images
         self.data, self.times, self.seed, self.class_dropout_prob = data, times, seed, class_dropout_prob
         self.order = EpochOrder(len(data.labels), seed)
 
@@ -63,13 +66,16 @@ class Examples(Dataset):
             torch.rand(3, generator=generator, out=uniform[row])
             torch.randn(self.data.shape, generator=generator, out=noise[row])
         mirrored, drop, when = uniform.unbind(1)
+        flipped = (mirrored < 0.5) & self.data.mirrors
         batch = {
-            "latent": self.data.read(indices, (mirrored < 0.5) & self.data.mirrors),
+            "latent": self.data.read(indices, flipped),
             "label": self.data.labels[indices],
             "noise": noise,
             "time": self.times(when),
             "drop": drop < self.class_dropout_prob,
         }
+        if self.images is not None:
+            batch["image"] = self.images(indices, flipped)
         if self.more_draws:
             generators = (generator_for(self.seed, "more draws", position) for position in positions)
             batch["more"] = torch.stack([torch.rand(self.more_draws, generator=one) for one in generators])

@@ -176,7 +176,8 @@ class FlashDiT(ModelMixin, ConfigMixin):
         return_dict: bool = False,
         duration: Tensor | None = None,
         guidance: Tensor | None = None,
-    ) -> Tensor | Transformer2DModelOutput:
+        tokens_after: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | Transformer2DModelOutput:
         """Returns the velocity at x_t, whatever the last layer predicts.
 
         Args:
@@ -187,14 +188,15 @@ class FlashDiT(ModelMixin, ConfigMixin):
             return_dict: Whether v comes as the `sample` of diffusers' output class.
             duration: Of a model of average velocities, over how much time from t on (B,); None means 0.
             guidance: Of such a model, under which guidance scale (B,), 1 or more; None means 1.
+            tokens_after: The block, from 1 to the depth, whose tokens are returned too; None returns none.
 
         Returns:
             v, or its average over the duration, (B, C, H, W), in the dtype that the last layer computes in:
-            the weights', or autocast's.
+            the weights', or autocast's. With `tokens_after`, v and that block's tokens (B, h, w, c).
 
         Raises:
-            ValueError: If the channels or the size of x does not fit, or a model of velocities is given a
-                duration or a guidance scale.
+            ValueError: If the channels or the size of x does not fit, a model of velocities is given a
+                duration or a guidance scale, or there is no such block.
         """
         self._check_input(x)
         if y is None:
@@ -215,17 +217,23 @@ class FlashDiT(ModelMixin, ConfigMixin):
             raise ValueError("duration and guidance are for models of average velocities (most_guidance)")
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         checkpoint = self._gradient_checkpointing_func if again else None
-        registers = []
+        if tokens_after is not None and not 1 <= tokens_after <= len(self.blocks):
+            raise ValueError(f"tokens_after must be from 1 to {len(self.blocks)}, got {tokens_after}")
+        kept, registers = tokens, []
         if self.register_tokens is not None:
             registers = [self.register_tokens.to(tokens.dtype).repeat(len(x), 1, 1)]  # (b, n, c)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             inputs = (tokens, cond, *registers)
             output = block(*inputs) if checkpoint is None else checkpoint(block, *inputs)
             tokens, *registers = output if registers else [output]
+            if number == tokens_after:
+                kept = tokens
         patches = self.final_layer(tokens, cond)
         p = self.patch_size
         output = rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
         v = self.velocity_from(output, x, t)
+        if tokens_after is not None:
+            return v, kept
         return Transformer2DModelOutput(sample=v) if return_dict else v
 
     def _check_input(self, x: Tensor) -> None:

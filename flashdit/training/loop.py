@@ -70,7 +70,7 @@ class TrainingLoop(Generic[AnyTask]):
         step: Optimiser steps made.
         stopped_by: The signal that ended `fit` before its last step; None where none did.
         images_seen: Images that they took, over all processes.
-        model: The task's model; `network` is the same one as Accelerate wraps it.
+        model: The task's model; `network` is what it trains, `Task.trained`, as Accelerate wraps it.
         ema: The averages of its weights.
 
     Raises:
@@ -81,7 +81,7 @@ class TrainingLoop(Generic[AnyTask]):
         self.config, self.task, self.accelerator, self.model = config, task, accelerator, task.model
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.run_dir, self.config_text = Path(config.run.dir), to_yaml(config)
-        check_room(self.run_dir, self.model, len(config.ema.power_widths))
+        check_room(self.run_dir, task.trained, len(config.ema.power_widths))
         main_first(accelerator, lambda: check_tracking(config.tracking))
         self.step = self.images_seen = 0
         self.stopped_by: str | None = None
@@ -99,7 +99,7 @@ class TrainingLoop(Generic[AnyTask]):
         if found is not None:
             self.resumed_from, saved = found
             main_first(accelerator, lambda: check_contents(found[0], self.config_text, task))
-            restore_run(self, saved)
+            restore_run(self, self.resumed_from, saved)
 
     def _prepare(self) -> None:
         """Compiles, wraps and moves the model, and makes optimiser and averages."""
@@ -109,7 +109,7 @@ class TrainingLoop(Generic[AnyTask]):
         compile_parts(self.model, self.task.blocks, training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
         optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
-        self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.network, self.optimizer = self.accelerator.prepare(self.task.trained, optimizer)
         self.ema = Ema(self.model, self.config.ema)
 
     def fit(self) -> Path:
@@ -190,7 +190,7 @@ class TrainingLoop(Generic[AnyTask]):
                 ended = self._make_step(stop)
                 bar.update()
                 ended = self._after_step(bar, stop, ended)
-            self.guard.check_end(map(local, self.model.parameters()))
+            self.guard.check_end(map(local, self.task.trained.parameters()))
             if ended and self.step < training.steps:
                 self.stopped_by = stop.received or self._what_was_not_read()
 

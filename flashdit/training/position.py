@@ -37,14 +37,21 @@ def what_is_trained(loop: TrainingLoop) -> str:
     )
 
 
-def restore_run(loop: TrainingLoop, saved: Saved) -> None:
-    """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state."""
+def restore_run(loop: TrainingLoop, folder: Path, saved: Saved) -> None:
+    """Continues from a checkpoint: weights, averages, optimiser, loss scaler, position, random state.
+
+    Args:
+        loop: Before its first step.
+        folder: The checkpoint's.
+        saved: What it holds of any task.
+    """
     state, states = saved.state, saved.processes
     loop.step, loop.images_seen = state["step"], state["images_seen"]
     loop.guard.skipped, loop.guard.in_a_row = state["skipped"], state["skipped_in_a_row"]
     load_model_state(loop.model, saved.model)
+    loop.task.restore(folder)
     loop.ema.load(saved.ema, state["ema_updates"], saved.tracks)
-    load_optimizer_state(loop.model, loop.optimizer.optimizer, saved.optimizer["optimizer"])
+    load_optimizer_state(loop.task.trained, loop.optimizer.optimizer, saved.optimizer["optimizer"])
     if loop.accelerator.scaler is not None and saved.optimizer["scaler"] is not None:
         loop.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
     rank, processes = loop.accelerator.process_index, loop.accelerator.num_processes
@@ -67,7 +74,7 @@ def save_checkpoint(loop: TrainingLoop, average: Tensors, tracks: dict[Profile, 
     weights = model_state(loop.model)
     scaler = loop.accelerator.scaler
     optimizer = {
-        "optimizer": optimizer_state(loop.model, loop.optimizer.optimizer),
+        "optimizer": optimizer_state(loop.task.trained, loop.optimizer.optimizer),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     position = {

@@ -34,7 +34,7 @@ class Task(ABC):
         fixed_on_resume: Prefixes of configuration keys that a resumed run may not change.
         by_content: Those among these keys that name data, which are compared by content (see `contents`).
         automatic: What `auto` of a key means on a device, by key; it stays what it was when the run began.
-        model: Fresh, on the CPU; the loop moves, wraps, compiles and resumes it.
+        model: Fresh, on the CPU; the loop moves, wraps, compiles, averages and resumes it.
         examples: Data set by position in the endless stream of images.
         images_per_epoch: Images of an epoch.
         actions: What is done with the averaged weights, and when.
@@ -65,9 +65,18 @@ class Task(ABC):
             batch: Collated examples.
         """
 
+    @property
+    def trained(self) -> nn.Module:
+        """What the loop trains and wraps: the model, or a module that holds it beside what no average has."""
+        return self.model
+
     @abstractmethod
     def write_models(self, folder: Path, weights: Tensors, average: Tensors) -> None:
         """Makes a checkpoint's folder with the model in `model/`, its average in `ema/`, and the like."""
+
+    def restore(self, folder: Path) -> None:
+        """Loads what `write_models` wrote in a checkpoint's folder beside the models, to go on with it."""
+        return
 
     @staticmethod
     def filled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +100,7 @@ class Task(ABC):
 
     def parameter_groups(self) -> Iterable[Any]:
         """Returns parameters, or groups of them, as torch's optimisers take them."""
-        return self.model.parameters()
+        return self.trained.parameters()
 
     def blocks(self) -> Iterable[nn.Module]:
         """Returns the parts that are compiled one by one; Muon trains their linear layers."""

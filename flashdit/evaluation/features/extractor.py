@@ -42,6 +42,17 @@ class Extractor(nn.Module):
     built_as: tuple[str, str | None] | None = None
     is_inception: bool = False
 
+    def feature_map(self, images: Tensor) -> Tensor | None:
+        """Returns its last map before pooling, which a model's tokens can be aligned with; None: it has none.
+
+        Args:
+            images: uint8 (b, 3, height, width).
+
+        Returns:
+            float32 (b, h, w, d), rows from the top.
+        """
+        return None
+
     @property
     def fingerprint(self) -> str:
         """The class and the sha256 of every weight: equal fingerprints give comparable features."""

@@ -102,6 +102,15 @@ class InceptionExtractor(Extractor):
         # Rows, columns, channels: the order in which references store mu_s and sigma_s.
         return {"pool": pool, "spatial": rearrange(branch, "b c h w -> b (h w c)"), "logits": logits}
 
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the map (b, 8, 8, 2048) whose mean pool_3 is."""
+        maps: list[Tensor] = []
+        hook = self.network.Mixed_7c.register_forward_hook(lambda *passed: maps.append(passed[-1]))
+        with hook:
+            self.network(images)
+        return rearrange(maps[0].float(), "b d h w -> b h w d")
+
 
 @EXTRACTORS.register("inception", InceptionOptions)
 def build_inception(options: InceptionOptions) -> Extractor:

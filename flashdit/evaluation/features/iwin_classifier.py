@@ -35,6 +35,16 @@ class IwinClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the three features."""
+        entering, normed = self.last_maps(images)
+        pool = reduce(normed, "b h w c -> b c", "mean")
+        return {
+            "pool": pool,
+            "spatial": rearrange(entering[..., :SPATIAL_CHANNELS], "b h w c -> b (h w c)"),
+            "logits": self.backbone.head(self.dropout(pool)),
+        }
+
+    def last_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the map (b, h, w, c) that enters the last stage, and the normed one that leaves it."""
         pixels = images.float() / 127.5 - 1
         if pixels.shape[-2:] != self.size:
             pixels = F.interpolate(
@@ -45,12 +55,7 @@ class IwinClassifier(nn.Module):
         for stage in lower:
             assert stage.downsample is not None
             x = stage.downsample(stage(x))
-        pool = reduce(self.backbone.norm(last(x)), "b h w c -> b c", "mean")
-        return {
-            "pool": pool,
-            "spatial": rearrange(x[..., :SPATIAL_CHANNELS], "b h w c -> b (h w c)"),
-            "logits": self.backbone.head(self.dropout(pool)),
-        }
+        return x, self.backbone.norm(last(x))
 
 
 def load_classifier(config: IwinConfig, weights: Path) -> IwinClassifier:
@@ -85,3 +90,8 @@ class IwinClassifierExtractor(Extractor):
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
         """Returns the features."""
         return dict(self.network(images))
+
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the normed last map, whose mean the pooled features are."""
+        return self.network.last_maps(images)[1]

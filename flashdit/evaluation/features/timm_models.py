@@ -8,6 +8,7 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -52,16 +53,31 @@ class ModelExtractor(Extractor):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor | None]:
         """Returns the features."""
+        network = cast(Any, self.network)
+        pool = network.forward_head(self._last(images), pre_logits=True)
+        logits = network.get_classifier()(pool) if network.num_classes else None
+        return {"pool": pool, "spatial": None, "logits": logits}
+
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor | None:
+        """Returns what its head reads as a map: of a transformer the patches' tokens alone."""
+        network, last = cast(Any, self.network), self._last(images)
+        if last.ndim == 4:
+            channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+            return (last if channels_last else rearrange(last, "b d h w -> b h w d")).float()
+        height, width = getattr(getattr(network, "patch_embed", None), "grid_size", None) or (0, 0)
+        tokens = last[:, getattr(network, "num_prefix_tokens", 0) :]
+        if tokens.ndim != 3 or tokens.shape[1] != height * width:
+            return None
+        return rearrange(tokens.float(), "b (h w) d -> b h w d", h=height)
+
+    def _last(self, images: Tensor) -> Tensor:
+        """Returns what its head reads."""
         pixels = images.float() / 255
         if pixels.shape[-2:] != self.size:
             resized = F.interpolate(pixels, size=self.size, mode="bicubic", antialias=True)
             pixels = resized.clamp(0, 1)
-        network = cast(Any, self.network)
-        pool = network.forward_head(
-            network.forward_features((pixels - self.mean) / self.std), pre_logits=True
-        )
-        logits = network.get_classifier()(pool) if network.num_classes else None
-        return {"pool": pool, "spatial": None, "logits": logits}
+        return cast(Any, self.network).forward_features((pixels - self.mean) / self.std)
 
 
 def timm_extractor(name: str, weights: str | None) -> ModelExtractor:

@@ -306,3 +306,22 @@ def test_linear_layers_begin_by_xaviers_uniform_law_and_gates_and_output_at_zero
     table, patches = model.y_embedder.embedding_table.weight, model.x_embedder.proj.weight.flatten(1)
     assert table.std() == pytest.approx(0.02, rel=0.1)
     assert patches.abs().max() == pytest.approx(math.sqrt(6 / sum(patches.shape)), rel=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"registers": 2, "attention": ["iwin", "global"]}], ids=str)
+def test_the_tokens_after_a_block_are_returned_beside_the_velocity(options):
+    model = FlashDiT(
+        sample_size=8, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=2, **options
+    )
+    model.eval()
+    x, t, y = torch.randn(2, 3, 8, 12), torch.tensor([0.2, 0.7]), torch.tensor([0, 1])
+    kept = []
+    hook = model.blocks[1].register_forward_hook(lambda *passed: kept.append(passed[-1]))
+    with hook:
+        v, tokens = model(x, t, y, tokens_after=2)
+    assert tokens.shape == (2, 8, 12, 16)
+    assert tokens.equal(kept[0][0] if options else kept[0])
+    assert v.equal(model(x, t, y))
+    for block in (0, 4):
+        with pytest.raises(ValueError, match=f"tokens_after must be from 1 to 3, got {block}"):
+            model(x, t, y, tokens_after=block)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 
@@ -10,6 +11,7 @@ from flashdit.digits.images import digits
 from flashdit.evaluation.features.extractor import EXTRACTORS
 from flashdit.evaluation.features.inception import INCEPTION_FILE, WEIGHTS_VARIABLE
 from flashdit.evaluation.features.iwin_classifier import accuracy_of
+from flashdit.evaluation.features.timm_models import ModelExtractor
 from flashdit.evaluation.metrics.scoring import score_names
 from tools.digits_classifier import augment, train
 
@@ -116,3 +118,37 @@ def test_augmentation_keeps_type_shape_and_most_of_the_picture():
     moved = augment(images[:50], torch.Generator().manual_seed(0))
     assert (moved.shape, moved.dtype) == (images[:50].shape, torch.uint8)
     assert (moved.float() - images[:50].float()).abs().mean() < 60
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_mean_of_a_feature_map_is_the_pooled_feature(name, inception_weights):
+    extractor = build(name, inception_weights)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = extractor.feature_map(images)
+    assert found.ndim == 4
+    assert not found.requires_grad
+    assert_close(found.mean((1, 2)), extractor(images)["pool"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "shape"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64, "class_token": True}, (4, 4, 192)),
+        ("resnet18", {}, (2, 2, 512)),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, (2, 2, 768)),
+    ],
+)
+def test_a_timm_model_has_the_map_of_its_patches(model, options, shape):
+    network = timm.create_model(model, **options).eval()
+    extractor = ModelExtractor(model, network, size=(64, 64))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    found = extractor.feature_map(images)
+    assert found.shape == (2, *shape)
+    with torch.no_grad():
+        last = network.forward_features((images.float() / 255 - extractor.mean) / extractor.std)
+    if model == "resnet18":
+        assert_close(found[:, 1, 0], last[:, :, 1, 0])
+    elif last.ndim == 4:
+        assert_close(found, last)
+    else:
+        assert_close(found[:, 1, 2], last[:, 1 + 1 * 4 + 2])  # after the class token
