@@ -11,9 +11,11 @@ ROOT = Path(__file__).parent.parent
 PROMISED = {  # what other projects and scripts import
     "iwin_core": (
         *("rearrange", "restore", "partition", "merge", "IwinAttention", "IwinTransformer", "IwinConfig"),
+        "IwinFeatures",
         "load_official_checkpoint",
     ),
     "flashdit": ("FlashDiT", "FlashDiTPipeline"),
+    "iwin_tasks.segmentation": ("build_segmenter",),
     "flashdit.config": ("RunConfig", "load"),
     "flashdit.models.dit": ("FlashDiT",),  # named by exported pipelines
     "flashdit.trainer": ("Trainer",),
