@@ -26,6 +26,7 @@ CONVOLUTION = re.compile(r"(?P<block>.*)\.dwconv\.depthwise\.(weight|bias)")
 HEAD = ("head.weight", "head.bias")
 ABSOLUTE = "absolute_pos_embed"
 TABLES = (ABSOLUTE, "relative_position_bias_table")
+CONTAINERS = ("model", "state_dict")  # of Swin's trainer, and of mmdetection and mmsegmentation
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 TRAINER_CONFIG = "yacs.config.CfgNode"  # Swin's trainer pickles one beside the weights; it is read as a dict
 LISTED = 5  # names in an error; a wrong file has hundreds
@@ -46,15 +47,17 @@ class LoadReport:
 
 
 def load_official_checkpoint(
-    model: IwinTransformer, source: str | os.PathLike[str] | Mapping[str, Any]
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any]
 ) -> LoadReport:
     """Loads released weights, or one's own, into a model of the same or another input size and class count.
 
     Head counts leave no trace in the shapes: the released Iwin-S 1K weights need `num_heads=(3, 4, 8, 16)`.
 
     Args:
-        model: Unchanged if anything is refused.
-        source: A torch file or .safetensors, or a state dict; the names at the top or under `model`.
+        model: Unchanged if anything is refused. An IwinTransformer, or a model built on one, which takes its
+            weights as they are; if its names are not the authors', its `from_official` gives them.
+        source: A torch file or .safetensors, or a state dict; the names at the top or under `model` or
+            `state_dict`.
 
     Returns:
         What had to be made up, by name.
@@ -63,7 +66,9 @@ def load_official_checkpoint(
         ValueError: If the file is unreadable, or it does not hold exactly this model's weights.
     """
     given = source if isinstance(source, Mapping) else read_file(Path(source))
-    state, report = fit_tensors(model, unwrap_checkpoint(given))
+    state = unwrap_checkpoint(given)
+    rename = getattr(model, "from_official", None)
+    state, report = fit_tensors(model, state if rename is None else rename(state))
     model.load_state_dict(state)
     for what, names in vars(report).items():
         if names:
@@ -91,10 +96,12 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def unwrap_checkpoint(given: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name, out of `model` where they are in it, without the prefixes of wrappers."""
-    if isinstance(given, Mapping) and isinstance(given.get("model"), Mapping):
-        given = given["model"]
-    rule = "weights must be tensors by name, at the top or under 'model'"
+    """Returns the tensors by name, out of their container if any, without the prefixes of wrappers."""
+    for container in CONTAINERS:
+        if isinstance(given, Mapping) and isinstance(given.get(container), Mapping):
+            given = given[container]
+            break
+    rule = "weights must be tensors by name, at the top or under 'model' or 'state_dict'"
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{rule}, got {'nothing' if isinstance(given, Mapping) else type(given).__name__}")
     strange = [str(name) for name, value in given.items() if not isinstance(value, Tensor)]
@@ -106,7 +113,7 @@ def unwrap_checkpoint(given: Any) -> dict[str, Tensor]:
     return state
 
 
-def fit_tensors(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+def fit_tensors(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns weights of exactly the model's names and shapes, and what was made up for them.
 
     Args:
@@ -117,16 +124,11 @@ def fit_tensors(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[di
         ValueError: Naming what is missing, left over or of another shape.
     """
     wanted = model.state_dict()
-    new = [name for name in wanted if name not in given and lacks_convolution(name, given)]
-    left_out = [name for name in given if name in HEAD and model.num_classes == 0]
     state = {name: given[name] for name in wanted if name in given}
-    state |= {name: torch.zeros_like(wanted[name]) for name in new}
-    resized = resize_tables(state, wanted, stage_grids(model.config)[0])
-    fresh = fresh_head(state, wanted)
-    state |= resized | fresh
+    report = adapt(model, state, given) if isinstance(model, IwinTransformer) else LoadReport()
     faults = {
         "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in given if name not in wanted and name not in left_out],
+        "left over": [name for name in given if name not in wanted and name not in report.left_out],
         "of another shape": [
             f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}"
             for name, value in state.items()
@@ -136,7 +138,25 @@ def fit_tensors(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[di
     if any(faults.values()):
         came = "; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names)
         raise ValueError(f"weights must be exactly the model's, got {came}")
-    return state, LoadReport(
+    return state, report
+
+
+def adapt(model: IwinTransformer, state: dict[str, Tensor], given: Mapping[str, Tensor]) -> LoadReport:
+    """Adds to the weights of a classifier what another input size or class count asks for, and says what.
+
+    Args:
+        model: Only read.
+        state: What was given of the model's names; changed.
+        given: All that was given.
+    """
+    wanted = model.state_dict()
+    new = [name for name in wanted if name not in given and lacks_convolution(name, given)]
+    left_out = [name for name in given if name in HEAD and model.num_classes == 0]
+    state |= {name: torch.zeros_like(wanted[name]) for name in new}
+    resized = resize_tables(state, wanted, stage_grids(model.config)[0])
+    fresh = fresh_head(state, wanted)
+    state |= resized | fresh
+    return LoadReport(
         new=tuple(new), resized=tuple(resized), reinitialised=tuple(fresh), left_out=tuple(left_out)
     )
 
