@@ -3,6 +3,7 @@
 from iwin_core.attention import IwinAttention
 from iwin_core.backbone.backbone import IwinTransformer
 from iwin_core.backbone.config import IwinConfig
+from iwin_core.backbone.features import IwinFeatures
 from iwin_core.backbone.timm_import import register_with_timm
 from iwin_core.backbone.weights import load_official_checkpoint
 from iwin_core.block import IwinBlock
@@ -12,6 +13,7 @@ __all__ = [
     "IwinAttention",
     "IwinBlock",
     "IwinConfig",
+    "IwinFeatures",
     "IwinTransformer",
     "load_official_checkpoint",
     "merge",

@@ -23,6 +23,7 @@ from iwin_core.rotary import Rotary, rotate
 from iwin_core.windows import Window, merge, partition, per_axis
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+PADDINGS = ("mask", "zeros")
 
 
 class DepthwiseConv(nn.Module):
@@ -134,8 +135,9 @@ def rotate_windows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class IwinAttention(MultiHeadAttention):
     """(B, *grid, C) → the same: window attention plus a parallel depthwise convolution, added.
 
-    A grid that the window does not divide is padded at its far ends for attention alone, and the padding is
-    masked out: a token's output does not depend on it. An axis shorter than the window takes the whole axis.
+    A grid that the window does not divide is padded at its far ends for attention alone. With `mask` the
+    padding is masked out: a token's output does not depend on it, and an axis shorter than the window takes
+    the whole axis. With `zeros` every window keeps its size, and zero tokens take part as any other does.
 
     Args:
         dim: Channels C, a multiple of `num_heads`.
@@ -149,9 +151,10 @@ class IwinAttention(MultiHeadAttention):
         relative_position: Whether a learned bias by head and offset between slots is added to the logits.
         rotary: Turns queries and keys by their coordinates on the map, so that a window knows how far apart
             its tokens are; None leaves them as they are. Of the same rank.
+        padding: `mask`, or `zeros` as the authors' detection and segmentation code has it.
 
     Raises:
-        ValueError: If the head count, window or kernel is invalid.
+        ValueError: If the head count, window, kernel or padding is invalid.
 
     Source: Iwin paper (arXiv 2507.18405), section III and eqs (1)–(5).
     """
@@ -169,10 +172,14 @@ class IwinAttention(MultiHeadAttention):
         qk_norm: type[nn.Module] | None = None,
         relative_position: bool = False,
         rotary: Rotary | None = None,
+        padding: str = "mask",
     ):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, rotary=rotary)
         if rank not in CONVS:
             raise ValueError(f"rank must be 1, 2 or 3, got {rank=}")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of 'mask', 'zeros', got {padding!r}")
+        self.padding = padding
         self.window = per_axis(window, rank, "window")
         self.interleaved = interleaved
         self.relative_position_bias_table = None
@@ -209,8 +216,12 @@ class IwinAttention(MultiHeadAttention):
             # Sides are tensors then; a trace is of one size in any case.
             grid = [int(side) for side in grid]
         # No min() and no -(-a // b): torch.compile can then follow a second size without fixing it.
-        window = [m if m <= side else side for m, side in zip(self.window, grid, strict=True)]
+        window = list(self.window)
+        if self.padding == "mask":
+            window = [m if m <= side else side for m, side in zip(window, grid, strict=True)]
         padded = [(side + m - 1) // m * m for side, m in zip(grid, window, strict=True)]
+        if self.padding == "zeros":
+            x = pad_grid(x, padded)  # before q, k and v are projected: their biases then fill the padding
         biased = self.relative_position_bias_table is not None
         norms = (self.q_norm, self.k_norm)
         place = (x.shape, x.dtype, self.num_heads, window, norms, biased)
@@ -219,21 +230,18 @@ class IwinAttention(MultiHeadAttention):
             q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
             eps = getattr(self.q_norm, "eps", 0.0)
             options = (self.num_heads, window, self.interleaved, q_weight, k_weight, eps)
-            return self.proj(window_attention(self.qkv(x), *options)), None
+            return cut(self.proj(window_attention(self.qkv(x), *options)), grid), None
         bias = self.position_bias(window)
         if bias is not None:
             bias = F.pad(bias, [n, 0, n, 0])
-        if padded != list(grid):
+        if self.padding == "mask" and padded != list(grid):
             bias = self.mask_padding(grid, padded, window, x, bias, n)
             x = pad_grid(x, padded)
         tables = [] if self.rotary is None else self.rotary(padded)
         tables = [partition(table[None], window, self.interleaved) for table in tables]
         windows = partition(x, window, self.interleaved)
         windows, registers = self.attend_all(windows, registers, bias, tables)
-        merged = merge(windows, window, padded, self.interleaved)
-        if padded != list(grid):
-            merged = merged[(slice(None), *(slice(side) for side in grid))]
-        return merged, registers
+        return cut(merge(windows, window, padded, self.interleaved), grid), registers
 
     def position_bias(self, window: Sequence[int]) -> Tensor | None:
         """Returns the bias of the logits (1, heads, m, m) in a window of these sides, if there is one."""
@@ -279,7 +287,14 @@ def relative_index(window: Sequence[int], table_window: Sequence[int]) -> Tensor
     return index
 
 
+def cut(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Returns the map (B, *larger, C) without what lies past the given sides."""
+    return x if list(x.shape[1:-1]) == list(grid) else x[(slice(None), *(slice(side) for side in grid))]
+
+
 def pad_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Returns the map (B, *grid, C) with zeros after the end of each axis, up to the given sides."""
     missing = [side - old for side, old in zip(grid, x.shape[1:-1], strict=True)]
+    if not any(missing):
+        return x
     return F.pad(x, [0, 0, *(amount for end in reversed(missing) for amount in (0, end))])

@@ -61,6 +61,7 @@ class IwinBlock(nn.Module):
         qkv_bias: Whether the q, k, v projection has a bias.
         drop_rate: Dropout in the MLP.
         drop_path_rate: Share of samples whose branches are dropped in training.
+        padding: What attention does past the map's far ends, `mask` or `zeros`: see `IwinAttention`.
 
     Source: Iwin paper, eq. (7), Fig. 3 and Table VII. S2 and S3 are not in the released code; they are
     defined here from the figure's caption.
@@ -80,6 +81,7 @@ class IwinBlock(nn.Module):
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        padding: str = "mask",
     ):
         super().__init__()
         if attention not in BLOCK_ATTENTIONS or structure not in STRUCTURES:
@@ -99,6 +101,7 @@ class IwinBlock(nn.Module):
                 interleaved=attention == "interleaved",
                 qkv_bias=qkv_bias,
                 relative_position=relative_position,
+                padding=padding,
             )
         self.dwconv = DepthwiseConv(dim, (kernel, kernel)) if kernel else None
         self.norm0 = nn.LayerNorm(dim) if structure == "S3" and self.dwconv is not None else None

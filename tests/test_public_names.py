@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 PROMISED = {  # what other projects and scripts import
     "iwin_core": (
         *("rearrange", "restore", "partition", "merge", "IwinAttention", "IwinTransformer", "IwinConfig"),
+        "IwinFeatures",
         "load_official_checkpoint",
     ),
     "flashdit": ("FlashDiT", "FlashDiTPipeline"),

@@ -28,7 +28,7 @@ class IwinTransformer(nn.Module):
     """(B, C, H, W) → logits (B, num_classes): the Iwin classification backbone.
 
     Any H × W of at least one patch works: what a patch, a window or a downsample does not divide is padded at
-    the far ends, and padding is masked out of attention.
+    the far ends, and padding is masked out of attention, or with `padding="zeros"` takes part in it.
 
     Args:
         config: What it is made of; None means Iwin-T.
@@ -43,6 +43,8 @@ class IwinTransformer(nn.Module):
     def __init__(self, config: IwinConfig | None = None, **options: Any):
         super().__init__()
         self.config = config = replace(config or IwinConfig(), **options)
+        if config.feature_norms:
+            self.config = config = replace(config, num_classes=0)
         check_backbone(config)
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
@@ -57,7 +59,9 @@ class IwinTransformer(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         rates = drop_path_rates(config)
         self.layers = nn.ModuleList(self._make_stage(stage, rates[stage]) for stage in range(stages))
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = nn.Identity() if config.feature_norms else nn.LayerNorm(self.num_features)
+        for stage in range(stages) if config.feature_norms else ():
+            self.add_module(f"norm{stage}", nn.LayerNorm(dim * 2**stage))
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head = make_head(self.num_features, config.num_classes)
         self.apply(initialise)
@@ -80,6 +84,7 @@ class IwinTransformer(nn.Module):
                 qkv_bias=config.qkv_bias,
                 drop_rate=config.drop_rate,
                 drop_path_rate=rate,
+                padding=config.padding,
             )
             for rate in drop_path_rates
         ]
@@ -125,7 +130,8 @@ class IwinTransformer(nn.Module):
             x: Images (B, C, H, W).
             indices: Which stages, in the order wanted, negative from the end; an int means the last so many,
                 None all.
-            norm: Whether the last stage's map is normed; it alone has a norm.
+            norm: Whether the last stage's map is normed; without `feature_norms` it alone has a norm, with it
+                each chosen map is normed by its own in any case.
             stop_early: Whether stages after the last one wanted are left out.
             output_fmt: `NCHW` or `NHWC`, of the chosen maps; the last map is always NHWC.
             intermediates_only: Whether the last map is left out.
@@ -138,11 +144,17 @@ class IwinTransformer(nn.Module):
         stages = len(self.layers)
         wanted = take_indices(indices, stages)
         maps = self.forward_stages(x, max(wanted) + 1 if stop_early else stages)
-        last = self.norm(maps[-1]) if len(maps) == stages else maps[-1]
+        last = self.normed(maps[-1], len(maps) - 1) if len(maps) == stages else maps[-1]
         chosen = [last if norm and index == stages - 1 else maps[index] for index in wanted]
+        if self.config.feature_norms:
+            chosen = [self.normed(maps[index], index) for index in wanted]
         if output_fmt == "NCHW":
             chosen = [m.movedim(-1, 1).contiguous() for m in chosen]
         return chosen if intermediates_only else (last, chosen)
+
+    def normed(self, x: Tensor, stage: int) -> Tensor:
+        """Returns a stage's map (B, h, w, C) after its own norm, or after the model's one norm."""
+        return getattr(self, f"norm{stage}", self.norm)(x)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Returns the absolute table (1, h, w, C) of a grid, bicubic where it is not the native one."""
@@ -153,7 +165,7 @@ class IwinTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the last map, normed: (B, h, w, C)."""
-        return self.norm(self.forward_stages(x)[-1])
+        return self.normed(self.forward_stages(x)[-1], len(self.layers) - 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns the logits of a normed map (B, h, w, C), with `pre_logits` the input of the last Linear."""

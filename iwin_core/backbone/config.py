@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iwin_core.attention import PADDINGS
 from iwin_core.backbone.downsample import DOWNSAMPLES
 from iwin_core.block import BLOCK_ATTENTIONS, STRUCTURES
 from iwin_core.windows import per_axis
@@ -40,9 +41,13 @@ class IwinConfig:
     num_heads: Sequence[int] = (3, 6, 12, 24)
     """Attention heads per stage."""
     window_size: int = 7
-    """Window side M; a stage whose map is smaller takes the map's shorter side."""
+    """Window side M; with `mask`, a stage whose map is smaller takes the map's shorter side."""
+    padding: str = "mask"
+    """What attention does past the map's far ends: `mask` leaves it out; `zeros` lets zero tokens take part
+    in windows of full size, as the authors' detection and segmentation code has it."""
     kernel_sizes: int | Sequence[int] = 3
-    """Depthwise kernel for all stages or for each; 0 leaves the convolution out."""
+    """Depthwise kernel for all stages or for each; 0 leaves the convolution out. A stage whose map is one
+    window has none; with `feature_norms` one number means all stages but the last, whatever their maps."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLPs over the channels."""
     attention: str = "interleaved"
@@ -59,6 +64,8 @@ class IwinConfig:
     """Dropout before the head and in the MLPs."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0."""
+    feature_norms: bool = False
+    """Whether it is for dense tasks: each stage's map has a LayerNorm `norm{i}`; no `norm`, no head."""
     strict_img_size: bool = False
     """Whether inputs that would need padding are refused instead, naming the nearest sizes that do not."""
 
@@ -69,6 +76,10 @@ BACKBONE_SIZES: dict[str, dict[str, Any]] = {  # paper Table III
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5},
     "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "drop_path_rate": 0.5},
 }
+
+
+SMALL_1K_HEADS = (3, 4, 8, 16)
+"""Of the released Iwin-S 1K classification weights; the released dense weights have Table III's."""
 
 
 def per_stage(value: int | Sequence[int], config: IwinConfig) -> tuple[int, ...]:
@@ -93,15 +104,26 @@ def stage_grids(config: IwinConfig, img_size: int | Sequence[int] | None = None)
 
 
 def stage_windows(config: IwinConfig) -> list[int]:
-    """Returns the window side of each stage: at most the shorter side of its map."""
+    """Returns the window side of each stage: with masked padding at most the shorter side of its map."""
+    if config.padding == "zeros":
+        return [config.window_size] * len(config.depths)
     return [min(config.window_size, *grid) for grid in stage_grids(config)]
+
+
+def dense_kernels(config: IwinConfig) -> tuple[int, ...]:
+    """Returns the depthwise kernel of each stage with `feature_norms`: of one for all, none in the last."""
+    kernels = per_stage(config.kernel_sizes, config)
+    return kernels if isinstance(config.kernel_sizes, Sequence) else (*kernels[:-1], 0)
 
 
 def stage_kernels(config: IwinConfig) -> list[int]:
     """Returns the depthwise kernel of each stage: 0 where one window covers the map, as in the released code.
 
-    Without attention nothing else mixes tokens, so every stage keeps its convolution.
+    Without attention nothing else mixes tokens, so every stage keeps its convolution. With `feature_norms`
+    the size that it is built for changes nothing.
     """
+    if config.feature_norms:
+        return list(dense_kernels(config))
     kernels = per_stage(config.kernel_sizes, config)
     covered = [max(g) <= m for g, m in zip(stage_grids(config), stage_windows(config), strict=True)]
     keeps = config.attention == "none"
@@ -121,7 +143,9 @@ def divides(side: int, config: IwinConfig) -> bool:
         return False
     side //= config.patch_size
     for stage, window in enumerate(stage_windows(config)):
-        if side % min(window, side) or (side % 2 and stage < len(config.depths) - 1):
+        if side % (min(window, side) if config.padding == "mask" else window) or (
+            side % 2 and stage < len(config.depths) - 1
+        ):
             return False
         side //= 2
     return True
@@ -158,6 +182,7 @@ def check_backbone(config: IwinConfig) -> None:
         "downsample": tuple(DOWNSAMPLES),
         "position": POSITIONS,
         "global_pool": POOLS,
+        "padding": PADDINGS,
     }
     for name, known in named.items():
         if getattr(config, name) not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from timm.models import (
 from torch import nn
 
 from iwin_core.backbone.backbone import IwinTransformer, take_indices
-from iwin_core.backbone.config import BACKBONE_SIZES, per_stage
+from iwin_core.backbone.config import BACKBONE_SIZES, SMALL_1K_HEADS, dense_kernels, per_stage
 from iwin_core.backbone.weights import load_official_checkpoint, read_file, unwrap_checkpoint
 
 INPUTS = {
@@ -29,7 +30,6 @@ INPUTS = {
     "window16_1024": (16, 1024),
 }
 CLASSES = {"": 1000, "_22k": 21841, "_22kto1k": 1000}
-SMALL_1K_HEADS = (3, 4, 8, 16)  # of the released Iwin-S 1K weights; the paper's Table III has 3, 6, 12, 24
 RELEASED = {  # the release has NAME.pth for these
     "": {"tiny": (224,), "small": (224, 384, 512, 1024), "base": (224, 384, 512, 1024)},
     "_22k": {"base": (224, 384, 512, 1024), "large": (224, 384)},
@@ -89,7 +89,7 @@ class TimmIwin(IwinTransformer):
         )
         return {
             "stem": r"^(?:patch_embed|absolute_pos_embed)",
-            "blocks": [*blocks, (r"^norm", (PREVIOUS_GROUP,))],
+            "blocks": [*blocks, (r"^norm\d*\.", (PREVIOUS_GROUP,))],
             "head": r"^head",
         }
 
@@ -111,7 +111,9 @@ class TimmIwin(IwinTransformer):
         ends_early = count < len(self.layers)
         if ends_early:
             config = self.config
-            kernels = per_stage(config.kernel_sizes, config)
+            kernels = (
+                dense_kernels(config) if config.feature_norms else per_stage(config.kernel_sizes, config)
+            )
             self.config = replace(
                 config,
                 depths=config.depths[:count],
@@ -123,6 +125,9 @@ class TimmIwin(IwinTransformer):
             self.num_features = self.head_hidden_size = config.embed_dim * 2 ** (count - 1)
         if prune_norm or ends_early:
             self.norm = nn.Identity()
+        for name in [name for name, _ in self.named_children() if re.fullmatch(r"norm\d+", name)]:
+            if int(name.removeprefix("norm")) not in wanted:
+                delattr(self, name)
         if prune_head or ends_early:
             self.reset_classifier(0, "")
         return wanted

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from iwin_core.backbone.backbone import IwinTransformer, initialise
-from iwin_core.backbone.config import stage_grids
+from iwin_core.backbone.config import BACKBONE_SIZES, SMALL_1K_HEADS, stage_grids
 from iwin_core.backbone.resize import resize_bicubic
 
 logger = logging.getLogger(__name__)
 
 CONVOLUTION = re.compile(r"(?P<block>.*)\.dwconv\.depthwise\.(weight|bias)")
 HEAD = ("head.weight", "head.bias")
+LAST_NORM = ("norm.weight", "norm.bias")
+MAP_NORM = re.compile(r"norm\d+\.(weight|bias)")
+CONTAINERS = ("model", "state_dict")  # of classification, and of detection and segmentation
 ABSOLUTE = "absolute_pos_embed"
 TABLES = (ABSOLUTE, "relative_position_bias_table")
-CONTAINERS = ("model", "state_dict")  # of Swin's trainer, and of mmdetection and mmsegmentation
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 TRAINER_CONFIG = "yacs.config.CfgNode"  # Swin's trainer pickles one beside the weights; it is read as a dict
 LISTED = 5  # names in an error; a wrong file has hundreds
@@ -41,9 +43,9 @@ class LoadReport:
     resized: tuple[str, ...] = ()
     """Position tables of another size: bicubic."""
     reinitialised: tuple[str, ...] = ()
-    """A head for another number of classes: fresh."""
+    """A head for another number of classes, or the norms of a dense backbone's maps: fresh."""
     left_out: tuple[str, ...] = ()
-    """The checkpoint's head, where the model has none."""
+    """What the checkpoint has and the model does not need: its head, the norm before it."""
 
 
 def load_official_checkpoint(
@@ -52,11 +54,12 @@ def load_official_checkpoint(
     """Loads released weights, or one's own, into a model of the same or another input size and class count.
 
     Head counts leave no trace in the shapes: the released Iwin-S 1K weights need `num_heads=(3, 4, 8, 16)`.
+    A dense backbone takes a classifier's weights too; the norms of its maps are then fresh.
 
     Args:
-        model: Unchanged if anything is refused. An IwinTransformer, or a model built on one, which takes its
-            weights as they are; if its names are not the authors', its `from_official` gives them.
-        source: A torch file or .safetensors, or a state dict; the names at the top or under `model` or
+        model: Unchanged if anything is refused. An IwinTransformer, or any model that has the released names
+            or a method `official_state(given)`: the tensors by its own names, and the names left out.
+        source: A torch file or .safetensors, or a state dict; the names at the top, under `model` or under
             `state_dict`.
 
     Returns:
@@ -66,9 +69,10 @@ def load_official_checkpoint(
         ValueError: If the file is unreadable, or it does not hold exactly this model's weights.
     """
     given = source if isinstance(source, Mapping) else read_file(Path(source))
-    state = unwrap_checkpoint(given)
-    rename = getattr(model, "from_official", None)
-    state, report = fit_tensors(model, state if rename is None else rename(state))
+    tensors = unwrap_checkpoint(given)
+    state, report = (
+        fit_tensors(model, tensors) if isinstance(model, IwinTransformer) else fit_task(model, tensors)
+    )
     model.load_state_dict(state)
     for what, names in vars(report).items():
         if names:
@@ -96,11 +100,10 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def unwrap_checkpoint(given: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name, out of their container if any, without the prefixes of wrappers."""
-    for container in CONTAINERS:
-        if isinstance(given, Mapping) and isinstance(given.get(container), Mapping):
-            given = given[container]
-            break
+    """Returns the tensors by name, out of what holds them, without the prefixes of wrappers."""
+    if isinstance(given, Mapping):
+        held = (given[name] for name in CONTAINERS if isinstance(given.get(name), Mapping))
+        given = next(held, given)
     rule = "weights must be tensors by name, at the top or under 'model' or 'state_dict'"
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"{rule}, got {'nothing' if isinstance(given, Mapping) else type(given).__name__}")
@@ -113,7 +116,7 @@ def unwrap_checkpoint(given: Any) -> dict[str, Tensor]:
     return state
 
 
-def fit_tensors(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+def fit_tensors(model: IwinTransformer, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
     """Returns weights of exactly the model's names and shapes, and what was made up for them.
 
     Args:
@@ -124,41 +127,74 @@ def fit_tensors(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str
         ValueError: Naming what is missing, left over or of another shape.
     """
     wanted = model.state_dict()
+    new = [name for name in wanted if name not in given and lacks_convolution(name, given)]
+    left_out = [name for name in given if name in HEAD and model.num_classes == 0]
+    map_norms = {}
+    if model.config.feature_norms and all(name in given for name in LAST_NORM):
+        left_out += LAST_NORM
+        map_norms = fresh_norms(wanted)
+        warn_of_heads(model)
     state = {name: given[name] for name in wanted if name in given}
-    report = adapt(model, state, given) if isinstance(model, IwinTransformer) else LoadReport()
+    state |= {name: torch.zeros_like(wanted[name]) for name in new}
+    resized = resize_tables(state, wanted, stage_grids(model.config)[0])
+    fresh = fresh_head(state, wanted)
+    state |= resized | fresh | map_norms
+    check_exact(state, wanted, [name for name in given if name not in left_out])
+    fresh |= map_norms
+    return state, LoadReport(
+        new=tuple(new), resized=tuple(resized), reinitialised=tuple(fresh), left_out=tuple(left_out)
+    )
+
+
+def fit_task(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoadReport]:
+    """Returns weights of exactly a task's model's names and shapes, and what was left out."""
+    translate = getattr(model, "official_state", None)
+    state, left_out = translate(given) if translate else (given, ())
+    check_exact(state, model.state_dict(), list(state))
+    return dict(state), LoadReport(left_out=tuple(left_out))
+
+
+def check_exact(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], given: Sequence[str]) -> None:
+    """Raises ValueError unless there is each tensor that a model has, in its shape, and no other.
+
+    Args:
+        state: What is to be loaded.
+        wanted: The model's weights.
+        given: Names of what came and was not left out.
+    """
     faults = {
         "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in given if name not in wanted and name not in report.left_out],
+        "left over": [name for name in given if name not in wanted],
         "of another shape": [
             f"{name} {tuple(value.shape)} for {tuple(wanted[name].shape)}"
             for name, value in state.items()
-            if value.shape != wanted[name].shape
+            if name in wanted and value.shape != wanted[name].shape
         ],
     }
     if any(faults.values()):
         came = "; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names)
         raise ValueError(f"weights must be exactly the model's, got {came}")
-    return state, report
 
 
-def adapt(model: IwinTransformer, state: dict[str, Tensor], given: Mapping[str, Tensor]) -> LoadReport:
-    """Adds to the weights of a classifier what another input size or class count asks for, and says what.
+def fresh_norms(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns scales of 1 and shifts of 0 for the norms of a dense backbone's maps."""
+    return {
+        name: torch.full_like(value, float(name.endswith("weight")))
+        for name, value in wanted.items()
+        if MAP_NORM.fullmatch(name)
+    }
 
-    Args:
-        model: Only read.
-        state: What was given of the model's names; changed.
-        given: All that was given.
-    """
-    wanted = model.state_dict()
-    new = [name for name in wanted if name not in given and lacks_convolution(name, given)]
-    left_out = [name for name in given if name in HEAD and model.num_classes == 0]
-    state |= {name: torch.zeros_like(wanted[name]) for name in new}
-    resized = resize_tables(state, wanted, stage_grids(model.config)[0])
-    fresh = fresh_head(state, wanted)
-    state |= resized | fresh
-    return LoadReport(
-        new=tuple(new), resized=tuple(resized), reinitialised=tuple(fresh), left_out=tuple(left_out)
-    )
+
+def warn_of_heads(model: IwinTransformer) -> None:
+    """Says that the released classification weights have other heads, where the model is the small one."""
+    config, small = model.config, BACKBONE_SIZES["small"]
+    heads = tuple(config.num_heads)
+    is_small = (config.embed_dim, tuple(config.depths)) == (small["embed_dim"], small["depths"])
+    if is_small and heads != SMALL_1K_HEADS:
+        what = (
+            "loading weights: the released Iwin-S 1K classification weights have heads %s, this model has %s"
+        )
+        logger.warning(what, SMALL_1K_HEADS, heads)
 
 
 def lacks_convolution(name: str, given: Mapping[str, Tensor]) -> bool:

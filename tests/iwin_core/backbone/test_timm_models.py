@@ -10,7 +10,8 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from iwin_core import IwinTransformer
-from iwin_core.backbone.timm_models import CLASSES, INPUTS, RELEASED, SMALL_1K_HEADS, variants
+from iwin_core.backbone.config import SMALL_1K_HEADS
+from iwin_core.backbone.timm_models import CLASSES, INPUTS, RELEASED, variants
 
 PARAMETERS = {(case["model"], case["img"]): case["params"] for case in load_json("params_flops.json")["iwin"]}
 SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "img_size": (64, 96)}

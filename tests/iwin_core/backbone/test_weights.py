@@ -195,7 +195,11 @@ def test_weights_that_are_not_the_models_are_refused_and_nothing_is_loaded(fault
         ("empty.pth", b"", "got .*empty.pth: "),
         ("cut.pth", 5000, "got .*cut.pth: "),
         ("cut.safetensors", 5000, "got .*cut.safetensors: "),
-        ("list.pth", [1, 2], "weights must be tensors by name, at the top or under 'model', got list$"),
+        (
+            "list.pth",
+            [1, 2],
+            "weights must be tensors by name, at the top or under 'model' or 'state_dict', got list$",
+        ),
     ],
 )
 def test_a_file_that_is_not_weights_is_refused_in_one_sentence(name, content, message, tmp_path):
