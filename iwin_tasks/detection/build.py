@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from flashdit.shared.registry import unknown
+from iwin_core.backbone.dense import make_dense_backbone
+from iwin_core.backbone.timm_models import variants
 from iwin_tasks.detection.detector import Detector
 from iwin_tasks.detection.mmdet_names import CASCADE, MASK_RCNN
 from iwin_tasks.detection.proposals import ProposalNetwork
-from iwin_tasks.detection.pyramid import PyramidBackbone, make_body
+from iwin_tasks.detection.pyramid import STRIDES, PyramidBackbone
 from iwin_tasks.detection.roi_heads import CascadeRoIHeads, RoIOptions, StageOptions
 
 
@@ -61,6 +63,7 @@ DETECTORS = {
         inside=True,
     ),
 }
+DROP_PATHS = {"tiny": 0.2, "small": 0.2, "base": 0.3}  # of the configurations of 36 epochs
 
 
 def build_detector(
@@ -78,12 +81,14 @@ def build_detector(
     Args:
         name: `mask_rcnn` or `cascade_mask_rcnn`.
         backbone: A timm name, of which the last four maps are taken, or a module that gives four maps
-            (B, C, h, w), each of half the sides of the one before.
+            (B, C, h, w) of strides 4, 8, 16 and 32. An Iwin Transformer has the heads and the drop path of the
+            authors' detectors, whose small one has not the heads of the classification weights.
         num_classes: Of objects, background not counted: 80 for COCO.
         fpn_channels: Of the maps of the pyramid.
         fc_channels: Width of the box heads' Linears.
         head_channels: Of the convolutions of box and mask heads.
-        backbone_options: For `timm.create_model`, where `backbone` is a name.
+        backbone_options: Where `backbone` is a name: of an Iwin Transformer fields of IwinConfig, of others
+            what the entry point takes.
 
     Raises:
         ValueError: If a name, a number or the backbone is invalid.
@@ -103,17 +108,18 @@ def build_detector(
         if number < 1:
             raise ValueError(f"{key} must be at least 1, got {number}")
     options = DETECTORS[name]
-    body, widths, strides = make_body(backbone, backbone_options)
+    size = variants()[backbone]["size"] if isinstance(backbone, str) and backbone in variants() else ""
+    body, widths = make_dense_backbone(backbone, backbone_options, drop_path_rate=DROP_PATHS.get(size))
     rpn = ProposalNetwork(
         fpn_channels,
-        (*strides, 2 * strides[-1]),
+        (*STRIDES, 2 * STRIDES[-1]),
         kept=options.kept,
         beta=options.beta,
         inside=options.inside,
     )
     roi_heads = CascadeRoIHeads(
         options.roi,
-        strides,
+        STRIDES,
         num_classes=num_classes,
         channels=fpn_channels,
         width=fc_channels,

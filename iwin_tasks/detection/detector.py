@@ -154,13 +154,13 @@ class Detector(GeneralizedRCNN):
             return losses | more
         return [{**found, "labels": found["labels"] - 1} for found in detections]
 
-    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the authors' weights by the names of this model, and its own as they are.
+    def official_state(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Returns the authors' weights by the names of this model, or its own as they are, and none left out.
 
         Raises:
             ValueError: If they are of another detector.
         """
-        return from_mmdet(state, self)
+        return from_mmdet(given, self.name, self.state_dict()), ()
 
 
 def check_targets(

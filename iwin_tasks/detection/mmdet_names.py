@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MASK_RCNN, CASCADE = "mask_rcnn", "cascade_mask_rcnn"
 PARTS = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
@@ -35,25 +35,25 @@ WRAPPED_BODY = "backbone.body.model."
 """Where timm puts a network whose maps it hands out."""
 
 
-def from_mmdet(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def from_mmdet(state: Mapping[str, Tensor], kind: str, wanted: Collection[str]) -> dict[str, Tensor]:
     """Returns mmdetection's weights by the names of our detector; others as they are.
 
     Background is the last class there and the first here.
 
     Args:
         state: Tensors by name.
-        model: The detector, whose `name` says which one.
+        kind: Which detector ours is.
+        wanted: Its names.
 
     Raises:
         ValueError: If they are of another detector.
     """
     if not any(name.startswith(PARTS) for name in state):
         return dict(state)
-    kind = str(model.name)
     theirs = file_kind(state)
     if theirs != kind:
         raise ValueError(f"weights must be of a {kind}, got an mmdetection file of {theirs}")
-    wrapped = any(name.startswith(WRAPPED_BODY) for name in model.state_dict())
+    wrapped = any(name.startswith(WRAPPED_BODY) for name in wanted)
     body = WRAPPED_BODY if wrapped else "backbone.body."
     renamed = {}
     for name, value in state.items():
