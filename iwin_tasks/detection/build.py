@@ -81,13 +81,13 @@ def build_detector(
     Args:
         name: `mask_rcnn` or `cascade_mask_rcnn`.
         backbone: A timm name, of which the last four maps are taken, or a module that gives four maps
-            (B, C, h, w) of strides 4, 8, 16 and 32. An Iwin Transformer has the heads and the drop path of the
+            (B, C, h, w) of strides 4, 8, 16 and 32. An Iwin Transformer has heads and drop path of the
             authors' detectors, whose small one has not the heads of the classification weights.
         num_classes: Of objects, background not counted: 80 for COCO.
         fpn_channels: Of the maps of the pyramid.
         fc_channels: Width of the box heads' Linears.
         head_channels: Of the convolutions of box and mask heads.
-        backbone_options: Where `backbone` is a name: of an Iwin Transformer fields of IwinConfig, of others
+        backbone_options: Where `backbone` is a name: fields of IwinConfig of an Iwin Transformer, of others
             what the entry point takes.
 
     Raises:
