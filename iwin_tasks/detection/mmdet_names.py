@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 MASK_RCNN, CASCADE = "mask_rcnn", "cascade_mask_rcnn"
-PARTS = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
-CLASSES = re.compile(r"roi_head\.bbox_head\.(?P<stage>\d+\.)?fc_cls\.weight")
+MMDET_PARTS = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+CLASS_LAYER = re.compile(r"roi_head\.bbox_head\.(?P<stage>\d+\.)?fc_cls\.weight")
 RENAMES = [
     (re.compile(pattern), new)
     for pattern, new in (
@@ -48,7 +48,7 @@ def from_mmdet(state: Mapping[str, Tensor], kind: str, wanted: Collection[str]) 
     Raises:
         ValueError: If they are of another detector.
     """
-    if not any(name.startswith(PARTS) for name in state):
+    if not any(name.startswith(MMDET_PARTS) for name in state):
         return dict(state)
     theirs = file_kind(state)
     if theirs != kind:
@@ -71,7 +71,7 @@ def from_mmdet(state: Mapping[str, Tensor], kind: str, wanted: Collection[str]) 
 
 def file_kind(state: Mapping[str, Tensor]) -> str:
     """Returns which of our detectors mmdetection's names are of, or what names another one's heads."""
-    found = next((m for m in map(CLASSES.fullmatch, state) if m), None)
+    found = next((m for m in map(CLASS_LAYER.fullmatch, state) if m), None)
     if found is None:
         return "other heads"
     if not any(name.startswith("roi_head.mask_head.") for name in state):
