@@ -1,8 +1,10 @@
 import pytest
+import timm
 import torch
 
 from iwin_core import load_official_checkpoint
-from tests.iwin_tasks.detection.conftest import NAMES, golden_weights, small_detector
+from iwin_tasks.detection import build_detector
+from tests.iwin_tasks.detection.conftest import NAMES, golden_detector, golden_weights, small_detector
 
 IMAGES = [torch.rand(3, 60, 90), torch.rand(3, 70, 50)]
 
@@ -126,6 +128,18 @@ def test_an_invalid_target_is_named(fault):
     damage, message = FAULTS[fault]
     with pytest.raises(ValueError, match=message):
         small_detector("mask").train()(IMAGES, damage(targets()))
+
+
+def test_the_authors_weights_load_into_a_backbone_that_timm_wraps():
+    options = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+    options |= {"feature_norms": True, "padding": "zeros"}
+    body = timm.create_model("iwin_tiny_patch4_window7_224", features_only=True, **options)
+    model = build_detector("mask_rcnn", body, 5, fpn_channels=64, fc_channels=128, head_channels=64)
+    load_official_checkpoint(model, golden_weights("mask"))
+    x, (plain, container) = torch.rand(1, 3, 64, 96), golden_detector("mask")
+    load_official_checkpoint(plain, container)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().backbone(x)["3"], plain.eval().backbone(x)["3"])
 
 
 def test_its_own_weights_load():
