@@ -21,7 +21,7 @@ flashdit/memory.py
 flashdit/trainer.py
 flashdit/web
 flashdit/commands
-iwin_tasks/classification iwin_tasks/segmentation
+iwin_tasks/classification iwin_tasks/detection iwin_tasks/segmentation
 iwin_tasks/commands
 """.strip().splitlines()
 LEVEL = {part: level for level, line in enumerate(LAYERS) for part in line.split()}

@@ -15,6 +15,7 @@ PROMISED = {  # what other projects and scripts import
         "load_official_checkpoint",
     ),
     "flashdit": ("FlashDiT", "FlashDiTPipeline"),
+    "iwin_tasks.detection": ("build_detector",),
     "iwin_tasks.segmentation": ("build_segmenter",),
     "flashdit.config": ("RunConfig", "load"),
     "flashdit.models.dit": ("FlashDiT",),  # named by exported pipelines
