@@ -5,6 +5,7 @@ from torch import nn
 
 from iwin_core import IwinTransformer, load_official_checkpoint
 from iwin_tasks.segmentation import build_segmenter
+from iwin_tasks.segmentation.heads import FCNHead
 from iwin_tasks.segmentation.model import pixel_loss
 
 META = load_json("iwin_seg_share_meta.json")
@@ -100,6 +101,17 @@ def test_parameters_are_those_of_mmsegmentation(kind, size):
 @pytest.mark.parametrize("size", [(4, 4), (37, 90)])
 def test_any_input_size_gives_logits_of_its_sides(kind, size):
     assert small(kind).eval()(torch.randn(2, 3, *size)).shape == (2, 7, *size)
+
+
+def test_whole_channels_are_dropped_before_the_logits_in_training_alone():
+    head, seen = FCNHead((2, 2, 2, 2), 64, 3, dropout=0.5), []
+    head.conv_seg.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    maps = [torch.randn(2, 2, 5, 7)] * 4
+    head(maps)
+    head.eval()(maps)
+    dropped, kept = (x.flatten(2).eq(0).all(-1).float().mean().item() for x in seen)
+    assert 0.2 < dropped < 0.8
+    assert kept == 0
 
 
 def test_ignored_pixels_weigh_nothing_but_are_counted():
