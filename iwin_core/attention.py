@@ -220,7 +220,8 @@ class IwinAttention(MultiHeadAttention):
         if self.padding == "mask":
             window = [m if m <= side else side for m, side in zip(window, grid, strict=True)]
         padded = [(side + m - 1) // m * m for side, m in zip(grid, window, strict=True)]
-        if self.padding == "zeros":
+        divides = padded == list(grid)
+        if self.padding == "zeros" and not divides:
             x = pad_grid(x, padded)  # before q, k and v are projected: their biases then fill the padding
         biased = self.relative_position_bias_table is not None
         norms = (self.q_norm, self.k_norm)
@@ -230,18 +231,20 @@ class IwinAttention(MultiHeadAttention):
             q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
             eps = getattr(self.q_norm, "eps", 0.0)
             options = (self.num_heads, window, self.interleaved, q_weight, k_weight, eps)
-            return cut(self.proj(window_attention(self.qkv(x), *options)), grid), None
+            mixed = self.proj(window_attention(self.qkv(x), *options))
+            return (mixed if divides else cut(mixed, grid)), None
         bias = self.position_bias(window)
         if bias is not None:
             bias = F.pad(bias, [n, 0, n, 0])
-        if self.padding == "mask" and padded != list(grid):
+        if self.padding == "mask" and not divides:
             bias = self.mask_padding(grid, padded, window, x, bias, n)
             x = pad_grid(x, padded)
         tables = [] if self.rotary is None else self.rotary(padded)
         tables = [partition(table[None], window, self.interleaved) for table in tables]
         windows = partition(x, window, self.interleaved)
         windows, registers = self.attend_all(windows, registers, bias, tables)
-        return cut(merge(windows, window, padded, self.interleaved), grid), registers
+        merged = merge(windows, window, padded, self.interleaved)
+        return (merged if divides else cut(merged, grid)), registers
 
     def position_bias(self, window: Sequence[int]) -> Tensor | None:
         """Returns the bias of the logits (1, heads, m, m) in a window of these sides, if there is one."""
@@ -289,12 +292,10 @@ def relative_index(window: Sequence[int], table_window: Sequence[int]) -> Tensor
 
 def cut(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Returns the map (B, *larger, C) without what lies past the given sides."""
-    return x if list(x.shape[1:-1]) == list(grid) else x[(slice(None), *(slice(side) for side in grid))]
+    return x[(slice(None), *(slice(side) for side in grid))]
 
 
 def pad_grid(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Returns the map (B, *grid, C) with zeros after the end of each axis, up to the given sides."""
     missing = [side - old for side, old in zip(grid, x.shape[1:-1], strict=True)]
-    if not any(missing):
-        return x
     return F.pad(x, [0, 0, *(amount for end in reversed(missing) for amount in (0, end))])

@@ -232,6 +232,14 @@ def test_code_of_the_quick_start_runs(tmp_path, monkeypatch):
     assert (tmp_path / "seven.png").is_file()
 
 
+def test_code_of_the_page_on_segmentation_runs():
+    names = {}
+    for block in blocks(DOCS / "segmentation.md", "python"):
+        exec(compile(block, "segmentation.md", "exec"), names)
+    assert names["logits"].shape == (1, 150, 61, 75)
+    assert names["whole"].shape == (1, 150, 80, 112)
+
+
 def lay_out(folder):
     """Writes the package that the page builds, announced as an installer would."""
     package = folder / "discs"

@@ -58,6 +58,8 @@ def check_takes_pictures(spec: Mapping[str, Any]) -> None:
     """Raises ValueError unless a checked spec is that of a classifier of pictures."""
     if spec.get("in_chans", 3) != 3:
         raise ValueError(f"model.in_chans must be 3, as pictures are RGB, got {spec['in_chans']}")
+    if spec.get("feature_norms"):
+        raise ValueError("model.feature_norms must be false, as a classifier needs its head, got True")
     if spec.get("num_classes", 1) < 1:
         raise ValueError(f"model.num_classes must be at least 1, got {spec['num_classes']}")
     if spec.get("global_pool", "avg") != "avg":

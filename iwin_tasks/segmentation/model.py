@@ -67,8 +67,8 @@ class Segmenter(nn.Module):
     def losses(self, images: Tensor, labels: Tensor, ignore: int = 255) -> dict[str, Tensor]:
         """Returns the losses and, in percent, the shares of right pixels, by mmsegmentation's names.
 
-        What is trained is `decode.loss_seg` plus, with an auxiliary head, `aux.loss_seg`, which is 0.4 times its
-        cross-entropy; `decode.acc_seg` and `aux.acc_seg` count ignored pixels as wrong.
+        What is trained is `decode.loss_seg` plus, with an auxiliary head, `aux.loss_seg`, which is 0.4 times
+        its cross-entropy; `decode.acc_seg` and `aux.acc_seg` count ignored pixels as wrong.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -120,7 +120,7 @@ def build_segmenter(
     """Returns a freshly initialised segmenter; `iwin_core.load_official_checkpoint` loads the authors' files.
 
     An Iwin backbone by name is the authors' dense one: zero padding, a norm for each map, Table III's heads
-    and drop path 0.3. `load_official_checkpoint(segmenter.backbone, PATH)` starts it from a classifier's weights.
+    and drop path 0.3. `load_official_checkpoint(model.backbone, PATH)` starts it from a classifier's weights.
 
     Args:
         kind: `upernet` or `semantic_fpn`.

@@ -15,6 +15,7 @@ from iwin_core.backbone.config import (
 )
 from iwin_core.backbone.dense import make_dense_backbone
 from iwin_core.backbone.weights import fit_tensors
+from iwin_core.kernels import eager
 
 CASE = "small_w7_61x75"
 SMALL = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
@@ -87,6 +88,17 @@ def test_zero_padding_is_attention_on_a_map_with_zeros_at_its_ends():
     torch.testing.assert_close(attention(x), attention(pad_grid(x, (8, 12)))[:, :6, :9])
     small = torch.randn(2, 3, 2, 16)  # the window is not clipped to a map smaller than it
     torch.testing.assert_close(attention(small), attention(pad_grid(small, (4, 4)))[:, :3, :2])
+
+
+@pytest.mark.parametrize("padding", ["mask", "zeros"])
+def test_fused_kernels_are_given_the_same_padding(padding, monkeypatch):
+    attention = IwinAttention(16, 2, window=4, kernel=None, padding=padding)
+    nn.init.normal_(attention.qkv.bias)
+    x = torch.randn(2, 6, 9, 16)
+    expected = attention(x)
+    monkeypatch.setattr("iwin_core.attention.kernels_chosen", lambda *_: True)
+    monkeypatch.setattr("iwin_core.attention.window_attention", eager.window_attention)
+    torch.testing.assert_close(attention(x), expected)
 
 
 def test_masked_and_zero_padding_agree_only_where_windows_divide():

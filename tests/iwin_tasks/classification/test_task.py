@@ -155,6 +155,7 @@ def test_bfloat16_and_activation_checkpointing_train(tmp_path, more):
         (["weights=absent"], "weights must be a file of weights or a run, got absent"),
         (["--eval-only"], "--eval-only needs a trained run in run.dir or weights=PATH, got"),
         (["model.embed_dm=9"], "unknown configuration key 'model.embed_dm'; did you mean 'model.embed_dim'"),
+        (["model.feature_norms=true"], "model.feature_norms must be false, as a classifier needs its head"),
         (["model.num_classes=0"], "model.num_classes must be at least 1, got 0"),
         (["model.in_chans=1"], "model.in_chans must be 3, as pictures are RGB, got 1"),
         (["model.global_pool=max"], "model.global_pool must be avg for classes, got 'max'"),
