@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-POOLS = (1, 2, 3, 6)
+PYRAMID = (1, 2, 3, 6)
 """Sides of UPerNet's pooled maps."""
 AUXILIARY_LEVEL = 2
 """Which map the auxiliary head takes, from 0."""
@@ -72,9 +72,9 @@ class UPerHead(LogitsHead):
         super().__init__(width, num_classes, dropout)
         *finer, top = channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(pool), ConvNorm(top, width, 1)) for pool in POOLS
+            nn.Sequential(nn.AdaptiveAvgPool2d(pool), ConvNorm(top, width, 1)) for pool in PYRAMID
         )
-        self.bottleneck = ConvNorm(top + len(POOLS) * width, width, 3)
+        self.bottleneck = ConvNorm(top + len(PYRAMID) * width, width, 3)
         self.lateral_convs = nn.ModuleList(ConvNorm(dim, width, 1) for dim in finer)
         self.fpn_convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in finer)
         self.fpn_bottleneck = ConvNorm(len(channels) * width, width, 3)
