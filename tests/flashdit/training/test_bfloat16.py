@@ -49,6 +49,6 @@ def test_losses_of_bfloat16_stay_within_hundredths_of_float32s(tmp_path, monkeyp
     assert exact[-1] < 0.9 * exact[0], "it learns"
     assert not torch.equal(exact, rounded)
     apart = ((rounded - exact) / exact).abs()
-    # A learning rate that is 0.1 % larger moves single values by 0.02: rounding is felt as much once learning begins.
+    # A learning rate that is 0.1 % larger moves single values by 0.02.
     assert apart.max() < 0.06, apart.tolist()
     assert apart.mean() < 0.015, apart.tolist()
