@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -45,7 +44,7 @@ class Activations:
 
 def depth_of(options: Mapping[str, Any]) -> int:
     """Returns the number of blocks that arguments of FlashDiT ask for."""
-    return options.get("depth", signature(FlashDiT.__init__).parameters["depth"].default)
+    return (default_arguments() | dict(options))["depth"]
 
 
 def of_one_block(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def activations(
 
 def _widest_gradients(options: Mapping[str, Any]) -> int:
     """Returns how many numbers the gradients of an image have in a block's MLP, where they are most."""
-    filled = {**default_arguments(), **options}
+    filled = default_arguments() | dict(options)
     dim, is_swiglu = filled["hidden_size"], filled["mlp"] == "swiglu"
     width = mlp_width(dim, filled["mlp_ratio"], is_swiglu) * (2 if is_swiglu else 1)
     return (filled["sample_size"] // filled["patch_size"]) ** 2 * (width + dim)

@@ -268,14 +268,16 @@ class CascadeRoIHeads(RoIHeads):
         losses = {}
         for stage, options in enumerate(self.options.stages):
             samples = self.sample(stage, boxes, targets)
-            boxes, labels = [s.boxes for s in samples], torch.cat([s.labels for s in samples])
+            boxes = [s.boxes for s in samples]
             logits, offsets = self.classify(stage, features, boxes)
             own = self.box_losses(stage, logits, offsets, samples, targets)
             own["loss_mask"] = self.mask_loss(stage, features, samples, targets)
             prefix = f"s{stage}." if len(self.coders) > 1 else ""
             losses |= {f"{prefix}{name}": options.loss_weight * loss for name, loss in own.items()}
-            moved = self.move(stage, boxes, logits, offsets, sizes, labels)
-            boxes = [b[~s.added] for b, s in zip(moved, samples, strict=True)]
+            if stage + 1 < len(self.coders):
+                labels = torch.cat([s.labels for s in samples])
+                moved = self.move(stage, boxes, logits, offsets, sizes, labels)
+                boxes = [b[~s.added] for b, s in zip(moved, samples, strict=True)]
         return losses
 
     def box_losses(

@@ -25,6 +25,15 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=[int(side) for side in size], mode="bilinear", align_corners=False)
 
 
+def add_from_above(levels: list[Tensor], mode: str) -> list[Tensor]:
+    """Returns maps, the finest first, each with the one above it added, which `mode` brings to its sides."""
+    found = levels[-1:]
+    for finer in reversed(levels[:-1]):
+        size = [int(side) for side in finer.shape[-2:]]
+        found.insert(0, finer + F.interpolate(found[0], size=size, mode=mode))
+    return found
+
+
 class ConvNorm(nn.Module):
     """(B, C, H, W) → (B, width, H, W): convolution without bias, BatchNorm, ReLU."""
 
@@ -85,9 +94,7 @@ class UPerHead(LogitsHead):
         pooled = [resized(pool(top), top.shape[-2:]) for pool in self.psp_modules]
         levels = [conv(m) for conv, m in zip(self.lateral_convs, maps[:-1], strict=True)]
         levels.append(self.bottleneck(torch.cat([top, *pooled], dim=1)))
-        for level in range(len(levels) - 1, 0, -1):
-            finer = levels[level - 1]
-            levels[level - 1] = finer + resized(levels[level], finer.shape[-2:])
+        levels = add_from_above(levels, "bilinear")
         outs = [conv(m) for conv, m in zip(self.fpn_convs, levels[:-1], strict=True)]
         size = outs[0].shape[-2:]
         joined = [outs[0], *(resized(m, size) for m in (*outs[1:], levels[-1]))]
@@ -122,10 +129,7 @@ class FPNNeck(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Returns the maps."""
         levels = [conv(m) for conv, m in zip(self.lateral_convs, maps, strict=True)]
-        for level in range(len(levels) - 1, 0, -1):
-            finer = levels[level - 1]
-            size = [int(side) for side in finer.shape[-2:]]
-            levels[level - 1] = finer + F.interpolate(levels[level], size=size, mode="nearest")
+        levels = add_from_above(levels, "nearest")
         return [conv(m) for conv, m in zip(self.fpn_convs, levels, strict=True)]
 
 

@@ -39,7 +39,7 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
-        self.neck = neck
+        self.neck = nn.Identity() if neck is None else neck
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
 
@@ -57,8 +57,7 @@ class Segmenter(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Returns the four maps that the decode head takes, NCHW."""
-        maps = list(self.backbone(images))
-        return maps if self.neck is None else self.neck(maps)
+        return self.neck(list(self.backbone(images)))
 
     def decode(self, images: Tensor) -> Tensor:
         """Returns the logits (B, K, h, w) at the sides of the first map."""
@@ -76,8 +75,7 @@ class Segmenter(nn.Module):
             ignore: The label of pixels that do not count.
         """
         maps = list(self.backbone(images))
-        necked = maps if self.neck is None else self.neck(maps)
-        heads = {"decode": (self.decode_head(necked), 1.0)}
+        heads = {"decode": (self.decode_head(self.neck(maps)), 1.0)}
         if self.auxiliary_head is not None:
             heads["aux"] = (self.auxiliary_head(maps), AUXILIARY_WEIGHT)
         found = {}
