@@ -20,16 +20,28 @@ from tqdm import tqdm
 
 from benchmarks.side_by_side import machine, results_path
 from flashdit.shared.process import keep_freed_memory
-from iwin_core.kernels.cpu_attention import GAIN, TABLE, by_products, read_table, this_processor
+from iwin_core.kernels.cpu_attention import (
+    FUSED,
+    GAIN,
+    KEPT,
+    PRODUCTS,
+    TABLE,
+    backward_by_products,
+    by_products,
+    read_table,
+    this_processor,
+)
 
-TOKENS = (4, 9, 16, 25, 36, 49, 64, 81, 100, 144, 196, 256)
+TOKENS = (4, 9, 16, 20, 25, 36, 49, 64, 68, 81, 100, 144, 196, 256, 576, 1024, 4096)
+"""Windows of 2 to 16 a side, of 4 and 8 with four registers, and global attention."""
 HEAD_WIDTHS = (16, 24, 32, 48, 64, 72, 96, 128)
 VALUES = 2**21  # of q: what a batch of a dozen images has in a layer
-WAYS: dict[str, Callable[..., Tensor]] = {"fused": F.scaled_dot_product_attention, "products": by_products}
 
 
 def make_run(way: str, tokens: int, width: int, dtype: torch.dtype, gradient: bool) -> Callable[[], None]:
     """Returns a run of one way on q, k and v as a qkv projection leaves them, with its backward pass."""
+    products = by_products if tokens <= KEPT else backward_by_products
+    attention: Callable[..., Tensor] = products if way == PRODUCTS else F.scaled_dot_product_attention
     heads = 8
     windows = max(1, VALUES // (tokens * heads * width))
     draws = torch.Generator().manual_seed(0)
@@ -39,7 +51,7 @@ def make_run(way: str, tokens: int, width: int, dtype: torch.dtype, gradient: bo
     def run() -> None:
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
         with torch.set_grad_enabled(gradient):
-            out = WAYS[way](q, k, v)
+            out = attention(q, k, v)
         if gradient:
             out.backward(upstream)
             qkv.grad = None
@@ -49,7 +61,7 @@ def make_run(way: str, tokens: int, width: int, dtype: torch.dtype, gradient: bo
 
 def measure(tokens: int, width: int, dtype: torch.dtype, gradient: bool, rounds: int) -> dict[str, Any]:
     """Returns the processor milliseconds of both ways: medians of rounds taken in turn, after a warm-up."""
-    runs = {way: make_run(way, tokens, width, dtype, gradient) for way in WAYS}
+    runs = {way: make_run(way, tokens, width, dtype, gradient) for way in (FUSED, PRODUCTS)}
     taken: dict[str, list[float]] = {way: [] for way in runs}
     for number in range(rounds + 1):
         for way, run in runs.items():
@@ -77,7 +89,7 @@ def as_markdown(processor: str, about: dict[str, Any], rows: list[dict[str, Any]
         parts += ["", f"{dtype}, {what}; tokens of a window by width of a head:", ""]
         parts.append(f"| | {' | '.join(map(str, widths))} |")
         parts.append(f"|---:|{'---:|' * len(widths)}")
-        for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        for tokens in dict.fromkeys(key[0] for key in found if key[2:] == (dtype, gradient)):
             of_row = [found[tokens, width, dtype, gradient] for width in widths]
             cells = (f"{row['fused_ms'] / row['products_ms']:.2f}" for row in of_row)
             parts.append(f"| {tokens} | {' | '.join(cells)} |")
@@ -99,6 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="measured anew (default: all)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     about = machine() | {"rounds": arguments.rounds}
@@ -107,12 +120,16 @@ def main() -> None:
         (tokens, width, dtype, gradient)
         for dtype in (torch.float32, torch.bfloat16)
         for gradient in (False, True)
-        for tokens in TOKENS
+        for tokens in arguments.tokens
+        if gradient or tokens <= KEPT  # else both are the fused kernel
         for width in HEAD_WIDTHS
     ]
     rows = [measure(*case, arguments.rounds) for case in tqdm(cases, "windows", unit="case")]
-    processor = this_processor()
-    TABLE.write_text(as_json(read_table() | {processor: {"about": about, "rows": rows}}))
+    processor, known = this_processor(), read_table()
+    kept = known.get(processor, {"rows": []})["rows"]
+    rows += [row for row in kept if row["tokens"] not in arguments.tokens]
+    rows.sort(key=lambda row: (row["dtype"] != "float32", row["gradient"], row["tokens"]))
+    TABLE.write_text(as_json(known | {processor: {"about": about, "rows": rows}}))
     text = as_markdown(processor, about, rows)
     results_path("windows.md").write_text(text)
     print(text)

@@ -44,6 +44,12 @@ def rope_tables(grid: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Returns x (…, n, d) turned by position: each pair (x0, x1) becomes (x0, x1)·cos + (−x1, x0)·sin."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A product of complex numbers, two to four times as fast; compilers and exports know real ones alone.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        turns = torch.complex(cos[..., ::2].to(dtype), sin[..., ::2].to(dtype))
+        turned = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))) * turns
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     x0, x1 = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)

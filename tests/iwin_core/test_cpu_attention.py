@@ -12,6 +12,7 @@ from iwin_core.kernels.cpu_attention import (
     GAIN,
     PRODUCTS,
     attention_of,
+    backward_by_products,
     by_products,
     read_table,
     this_processor,
@@ -49,6 +50,44 @@ def test_products_are_attention_by_its_definition_with_its_gradients(bias, dtype
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - theirs).abs().max() <= error * theirs.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 2 * 81])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
+def test_a_backward_pass_by_products_has_the_gradients_of_the_definition(dtype, error, chunk, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "CHUNK", chunk)
+    inputs = [draw(3, 9, 2, 8, seed=seed).to(dtype).double() for seed in range(3)]
+    found, expected = [], []
+    for function, kind, results in (
+        (backward_by_products, dtype, found),
+        (lambda *given: by_definition(*given, None), torch.float64, expected),
+    ):
+        q, k, v = (x.to(kind).transpose(1, 2).requires_grad_() for x in inputs)
+        out = function(q, k, v)
+        results += [out, *torch.autograd.grad(out, (q, k, v), draw(3, 2, 9, 8, seed=9).to(kind))]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).abs().max() <= error * theirs.abs().max()
+
+
+def test_windows_beyond_the_largest_that_is_kept_keep_no_probabilities(asked, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "KEPT", 9)
+    for side, keeps in ((3, True), (4, False)):
+        q, sizes = draw(2, 2, side**2, 4).float().requires_grad_(), []
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+            ),
+        ):
+            out = attention(q, q + 0, q - 0)
+        assert out.dtype == torch.bfloat16
+        assert (max(sizes) > q.numel()) == keeps
+        (gradient,) = torch.autograd.grad(out.float().sum(), q)
+        assert gradient.dtype == torch.float32
+    with_bias = attention(q, q, q, torch.zeros(16, 16))
+    torch.testing.assert_close(with_bias, attention(q, q, q))
+    assert "BackwardByProducts" not in str(with_bias.grad_fn.next_functions), "it takes no bias"
 
 
 def rows():
