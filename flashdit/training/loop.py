@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,9 +31,11 @@ from flashdit.training.accelerator import (
     gradient_strides_ignored,
     whole_norm,
 )
-from flashdit.training.batches import StepBatches, as_batch, positions
+from flashdit.training.batches import StepBatches, positions
+from flashdit.training.buffers import StepBuffers, join_batch_norms
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
+from flashdit.training.decay import decay_groups, unused_texts
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak, warn_if_slow
@@ -106,11 +109,14 @@ class TrainingLoop(Generic[AnyTask]):
         training = self.config.training
         if training.gradient_checkpointing:
             self.task.checkpoint_activations()
+        self.about_norms = join_batch_norms(self.task.trained, self.device, self.accelerator.num_processes)
         compile_parts(self.model, self.task.blocks, training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
-        optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
+        groups = decay_groups(self.task.trained, self.config.optimizer, self.task.decays)
+        optimizer = make_optimizer(groups, self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.task.trained, optimizer)
         self.ema = Ema(self.model, self.config.ema)
+        self.buffers = StepBuffers(self.task.trained)
 
     def fit(self) -> Path:
         """Trains to `training.steps`, or until a signal ends it, and returns the run's folder.
@@ -145,8 +151,10 @@ class TrainingLoop(Generic[AnyTask]):
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
-            if unfinished := unfinished_decay(self.config.training.steps, self.config.optimizer):
-                logger.info(unfinished)
+            unfinished = unfinished_decay(self.config.training.steps, self.config.optimizer)
+            unused = unused_texts(self.task.trained, self.config.optimizer.no_decay)
+            for line in filter(None, (self.about_norms, unfinished, unused)):
+                logger.info(line)
             warn_if_slow(self.config.training.precision, self.device)
             if self.device.type == "cuda" and kernels_wait():
                 logger.info("the fused kernels are off, as they have passed on no GPU yet: %s", KERNELS_HINT)
@@ -194,7 +202,7 @@ class TrainingLoop(Generic[AnyTask]):
             if ended and self.step < training.steps:
                 self.stopped_by = stop.received or self._what_was_not_read()
 
-    def _batches(self) -> Iterator[Tensors]:
+    def _batches(self) -> Iterator[Any]:
         """Returns this process's batches from where the run stands to its end."""
         training, accelerator = self.config.training, self.accelerator
         rank, processes = accelerator.process_index, accelerator.num_processes
@@ -204,7 +212,7 @@ class TrainingLoop(Generic[AnyTask]):
             self.task.examples,
             training.workers,
             batch_sampler=taken,
-            collate_fn=as_batch,
+            collate_fn=self.task.collate,
             pin_memory=self.device.type == "cuda",  # from which a GPU copies without waiting
             persistent_workers=training.workers > 0,
             generator=torch.Generator(),  # its own: the global one stays where a resume would find it
@@ -236,8 +244,9 @@ class TrainingLoop(Generic[AnyTask]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
+        self.buffers.keep()
         for part in self.batches.parts:
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in part.items()}
+            batch = send_to_device(part, self.device, non_blocking=True)
             with accelerator.accumulate(self.network):
                 loss, terms = self.task.loss(self._forward, batch)
                 for name, value in {"loss": loss, **terms}.items():
@@ -256,13 +265,16 @@ class TrainingLoop(Generic[AnyTask]):
             self.optimizer.step()
         self.optimizer.zero_grad()
         if finite:
+            self.buffers.share()
             self.ema.update(self.model)
+        else:
+            self.buffers.restore()
         self.meter.add("grad_norm", norm)
         self.meter.end_step(finite)
         self.guard.record(finite, self.step, grad_norm)
         return ended or (accelerator.num_processes == 1 and self._must_end(stop))
 
-    def _forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def _forward(self, *arguments: Any, **named: Any) -> Any:
         """Runs the network in the run's precision."""
         with self.accelerator.autocast():
             return self.network(*arguments, **named)
