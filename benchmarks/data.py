@@ -19,7 +19,8 @@ from flashdit.data.shards import LatentShards, write_shard
 from flashdit.flow.examples import Examples
 from flashdit.flow.times import TIMES
 from flashdit.shared.seeds import generator_for
-from flashdit.training.batches import as_batch, positions
+from flashdit.training.batches import positions
+from flashdit.training.task import Task
 
 SHAPE = (32, 16, 16)
 SHARDS = 4
@@ -66,7 +67,7 @@ def batches_of_training(shards: LatentShards, batch: int, count: int, workers: i
     shards.mirrors = True
     examples = Examples(shards, TIMES.build("logit_normal"), seed=0, class_dropout_prob=0.1)
     sampler = cast(Any, positions(0, count, batch, 1, rank=0, ranks=1))
-    return DataLoader(examples, batch_sampler=sampler, num_workers=workers, collate_fn=as_batch)
+    return DataLoader(examples, batch_sampler=sampler, num_workers=workers, collate_fn=Task.collate)
 
 
 def measure(make: Callable[[int], Iterable[object]], batch: int, count: int) -> dict[str, float]:

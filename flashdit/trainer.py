@@ -138,7 +138,7 @@ class InTrainingEvaluation:
         return {name: value for name, value in result.to_dict()["metrics"].items() if value is not None}
 
 
-class FlashDiTTask(Task):
+class FlashDiTTask(Task[Tensors]):
     """A FlashDiT, its latents and the flow-matching loss.
 
     Args:

@@ -77,7 +77,7 @@ class ImageExamples(Dataset):
         return {"image": image, "noise": torch.randn(self.noise_shape, generator=generator)}
 
 
-class AutoencoderTask(Task):
+class AutoencoderTask(Task[Tensors]):
     """An AutoencoderKL, the images and its loss; every `preview_every` steps the held-out ones are measured.
 
     Args:

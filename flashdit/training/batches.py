@@ -6,15 +6,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import default_collate
-
-from flashdit.training.task import Tensors
-
-
-def as_batch(items: Any) -> Tensors:
-    """Returns a batch: some data sets make it at once, others give its examples."""
-    return items if isinstance(items, dict) else default_collate(items)
-
 
 def positions(
     start: int, updates: int, batch_size: int, accumulation: int, rank: int, ranks: int
@@ -47,9 +38,9 @@ class StepBatches:
         failure: Why they could not be read; None while they could.
     """
 
-    def __init__(self, batches: Iterator[Tensors], accumulation: int):
+    def __init__(self, batches: Iterator[Any], accumulation: int):
         self.batches, self.accumulation = batches, accumulation
-        self.parts: list[Tensors] = []
+        self.parts: list[Any] = []
         self.failure: ValueError | OSError | None = None
 
     def read(self) -> None:

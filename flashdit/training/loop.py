@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from flashdit.training.accelerator import (
     gradient_strides_ignored,
     whole_norm,
 )
-from flashdit.training.batches import StepBatches, as_batch, positions
+from flashdit.training.batches import StepBatches, positions
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
@@ -194,7 +195,7 @@ class TrainingLoop(Generic[AnyTask]):
             if ended and self.step < training.steps:
                 self.stopped_by = stop.received or self._what_was_not_read()
 
-    def _batches(self) -> Iterator[Tensors]:
+    def _batches(self) -> Iterator[Any]:
         """Returns this process's batches from where the run stands to its end."""
         training, accelerator = self.config.training, self.accelerator
         rank, processes = accelerator.process_index, accelerator.num_processes
@@ -204,7 +205,7 @@ class TrainingLoop(Generic[AnyTask]):
             self.task.examples,
             training.workers,
             batch_sampler=taken,
-            collate_fn=as_batch,
+            collate_fn=self.task.collate,
             pin_memory=self.device.type == "cuda",  # from which a GPU copies without waiting
             persistent_workers=training.workers > 0,
             generator=torch.Generator(),  # its own: the global one stays where a resume would find it
@@ -237,7 +238,7 @@ class TrainingLoop(Generic[AnyTask]):
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
         for part in self.batches.parts:
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in part.items()}
+            batch = send_to_device(part, self.device, non_blocking=True)
             with accelerator.accumulate(self.network):
                 loss, terms = self.task.loss(self._forward, batch)
                 for name, value in {"loss": loss, **terms}.items():
@@ -262,7 +263,7 @@ class TrainingLoop(Generic[AnyTask]):
         self.guard.record(finite, self.step, grad_norm)
         return ended or (accelerator.num_processes == 1 and self._must_end(stop))
 
-    def _forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def _forward(self, *arguments: Any, **named: Any) -> Any:
         """Runs the network in the run's precision."""
         with self.accelerator.autocast():
             return self.network(*arguments, **named)

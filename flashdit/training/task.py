@@ -6,14 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from flashdit.shared.process import attention_here, precision_here
 
 Tensors = dict[str, Tensor]
+Batch = TypeVar("Batch")
+"""What a task's `collate` makes: a nest of dicts, lists and tuples of tensors, of any sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class PeriodicAction:
     call it."""
 
 
-class Task(ABC):
+class Task(ABC, Generic[Batch]):
     """What is trained; the loop asks for nothing else.
 
     Attributes:
@@ -35,7 +37,8 @@ class Task(ABC):
         by_content: Those among these keys that name data, which are compared by content (see `contents`).
         automatic: What `auto` of a key means on a device, by key; it stays what it was when the run began.
         model: Fresh, on the CPU; the loop moves, wraps, compiles, averages and resumes it.
-        examples: Data set by position in the endless stream of images.
+        examples: Data set by position in the endless stream of images. A step takes as many positions as
+            `training.global_batch_size` says, whatever a batch of them holds.
         images_per_epoch: Images of an epoch.
         actions: What is done with the averaged weights, and when.
         ends_are_kept: Whether the checkpoints at which a training ended stay, whatever `training.keep_last`
@@ -56,13 +59,24 @@ class Task(ABC):
     actions: Sequence[PeriodicAction] = ()
     at_start: Sequence[Callable[[], None]] = ()
 
+    @staticmethod
+    def collate(items: Any) -> Any:
+        """Returns the batch of some examples, or what a data set made of them at once as it is.
+
+        Static, since the processes that read get it without the task; images of unequal sizes need another.
+
+        Args:
+            items: A list of examples, or a dict from a data set with `__getitems__`.
+        """
+        return items if isinstance(items, dict) else default_collate(items)
+
     @abstractmethod
-    def loss(self, network: Callable[..., Tensor], batch: Tensors) -> tuple[Tensor, Tensors]:
-        """Returns the scalar loss of a batch on the device, and the terms to log.
+    def loss(self, network: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensors]:
+        """Returns the scalar loss of a batch, and the terms to log.
 
         Args:
             network: The model as the loop runs it: wrapped, and in the run's precision.
-            batch: Collated examples.
+            batch: As `collate` made it, each of its tensors on the device.
         """
 
     @property

@@ -63,7 +63,7 @@ def open_held_out(config: ClassifierConfig, model: IwinTransformer) -> HeldOutEx
     return HeldOutExamples(images, form)
 
 
-class ClassifierTask(Task):
+class ClassifierTask(Task[Tensors]):
     """An Iwin backbone on labelled images, evaluated on the held-out ones every `preview_every` steps.
 
     Args:
