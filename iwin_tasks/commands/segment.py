@@ -22,10 +22,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--config",
         type=path_text,
         metavar="YAML|NAME",
-        help="a file or a shipped configuration (default: iwin/segment_scenes, with data.path iwin/upernet_tiny)",
+        help="a file or a shipped one (default: iwin/segment_scenes, with data.path iwin/upernet_tiny)",
     )
     add("--eval-only", action="store_true", help="print mIoU and accuracies, train nothing")
-    add("--weights", type=path, metavar="PATH", help="what --eval-only scores (default: the run, or weights=)")
+    add("--weights", type=path, metavar="PATH", help="what --eval-only scores (default: the run)")
     add("--checkpoint", type=path, metavar="RUN", help="a run whose average is used on --images")
     add("--images", type=path, metavar="DIR", help="pictures to segment")
     add("--out", type=path, metavar="DIR", help="new folder for pictures/ and labels/")
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(missing) in (1, 2):
         raise ValueError(f"--checkpoint, --images and --out go together, got none of {', '.join(missing)}")
     if not missing and (arguments.eval_only or arguments.config or arguments.weights):
-        raise ValueError("--checkpoint takes its run's configuration, without --config, --weights, --eval-only")
+        raise ValueError("--checkpoint has its own configuration, got --config, --weights or --eval-only too")
     if arguments.weights and not arguments.eval_only:
         raise ValueError("--weights is for --eval-only; training starts from weights=PATH")
     return arguments

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from flashdit.data.sources import MOST_PIXELS
 from flashdit.shared.registry import check_finite
+from iwin_tasks.segmentation.heads import resized
 
 CROP_TRIES = 10
 BRIGHTNESS = 32 / 255
@@ -117,8 +118,11 @@ def scaled_size(
 
 
 def resized_pixels(pixels: Tensor, size: list[int]) -> Tensor:
-    """Returns an image at a size, bilinear without smoothing, as mmsegmentation's OpenCV has it."""
-    return F.resize(pixels, size, antialias=False)
+    """Returns an image uint8 at a size, bilinear without smoothing, as mmsegmentation's OpenCV has it.
+
+    torch's own resizing of bytes is up to a level off.
+    """
+    return tv_tensors.Image(resized(pixels[None].float(), size)[0].round().to(torch.uint8))
 
 
 def crop_pair(

@@ -33,8 +33,8 @@ class SegmentationConfig:
     augmentation: PixelAugmentation = field(default_factory=PixelAugmentation)
     model: SegmenterOptions = field(default_factory=SegmenterOptions)
     weights: str | None = None
-    """What training starts from: a run of `iwin segment` or `iwin classify`, a file of a whole segmenter or of
-    a backbone alone; None starts fresh."""
+    """What training starts from: a run of `iwin segment` or `iwin classify`, a file of a whole segmenter or
+    of a classifier, or `timm` for what timm has of the backbone; None starts fresh."""
     class_weights: list[float] | None = None
     """What a pixel of each class counts in the training loss; None counts all alike."""
     inference: InferenceOptions = field(default_factory=InferenceOptions)
@@ -72,5 +72,5 @@ def check_segmentation_config(config: SegmentationConfig) -> None:
     weights = config.class_weights
     if weights is not None and (len(weights) != config.model.num_classes or not all(w > 0 for w in weights)):
         raise ValueError(
-            f"class_weights must be positive, one for each of {config.model.num_classes} classes, got {weights}"
+            f"class_weights must be {config.model.num_classes} positive numbers, one a class, got {weights}"
         )

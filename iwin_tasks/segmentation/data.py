@@ -84,6 +84,7 @@ class LabelFolder:
 
     def __init__(self, options: LabelFolderOptions, split: str, num_classes: int):
         self.options, self.num_classes, self.ignore = options, num_classes, options.ignore
+        options.format.check(num_classes)
         self.root, self.below = Path(options.path), ADE20K_SPLITS[split]
         folders = [self.root / kind / self.below for kind in ("images", "annotations")]
         for folder in folders:

@@ -102,9 +102,7 @@ class Segmenter(nn.Module):
         return {name: value for name, value in given.items() if name not in left_out}, left_out
 
 
-def pixel_loss(
-    logits: Tensor, labels: Tensor, ignore: int, class_weights: Tensor | None = None
-) -> Tensor:
+def pixel_loss(logits: Tensor, labels: Tensor, ignore: int, class_weights: Tensor | None = None) -> Tensor:
     """Returns the cross-entropy summed over the pixels that count, divided by the number of all pixels.
 
     Differs from the mean over those that count: an image that is mostly ignored weighs less.

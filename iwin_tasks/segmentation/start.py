@@ -72,8 +72,8 @@ def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) 
         model: Changed in place.
         options: That it was built from.
         source: `timm` for what timm downloads for the backbone; a run or a checkpoint of `iwin segment` or
-            `iwin classify`, whose average is meant; a file of a whole segmenter, the authors' or one's own; or
-            a classifier's file, for the backbone.
+            `iwin classify`, whose average is meant; a file of a whole segmenter, the authors' or one's own;
+            or a classifier's file, for the backbone.
 
     Raises:
         ValueError: If there are none, or they are not this model's.
@@ -116,7 +116,5 @@ def timm_backbone(options: SegmenterOptions, source: Mapping[str, Any]) -> dict[
         raise ValueError(f"weights must be those of {options.backbone}, got {called}: {reason}") from error
     lacks = [name for name, value in first.items() if not value.equal(second[name])]
     if lacks:
-        raise ValueError(
-            f"weights must be those of {options.backbone}, got {called} without {listed(lacks)}"
-        )
+        raise ValueError(f"weights must be those of {options.backbone}, got {called} without {listed(lacks)}")
     return first

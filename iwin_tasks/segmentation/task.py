@@ -1,4 +1,4 @@
-"""Segmenters as a task of the training loop: `SegmentationTrainer(config).fit()`, and scores without training."""
+"""Segmenters as a task of the training loop: `SegmentationTrainer(config).fit()`; scores without training."""
 
 from __future__ import annotations
 
@@ -79,6 +79,11 @@ class SegmentationTask(Task[Tensors]):
         make = partial(make_segmenter, config.model)
         self.image_size = tuple(self.examples[0]["image"].shape[1:])
         share = share_of_batch(config.training, accelerator.num_processes)
+        if config.model.kind == "upernet" and share < 2:
+            raise ValueError(
+                "model.kind=upernet requires two images a process at once, as its pooled map of one pixel is "
+                f"normalised over them, got {share}"
+            )
         check_model_fits(make, (share, 3, *self.image_size), accelerator.device)
         self.model = make()
         if config.weights is not None and not list_checkpoints(self.run_dir):
@@ -224,9 +229,7 @@ def SegmentationTrainer(config: SegmentationConfig) -> TrainingLoop[Segmentation
     return TrainingLoop(config, SegmentationTask(config, accelerator), accelerator)
 
 
-def evaluate_run(
-    config: SegmentationConfig, weights: Path | None = None
-) -> tuple[str, SegmentationResult]:
+def evaluate_run(config: SegmentationConfig, weights: Path | None = None) -> tuple[str, SegmentationResult]:
     """Returns what was evaluated and its scores, without training.
 
     Args:
@@ -243,7 +246,8 @@ def evaluate_run(
             check_same_task(checkpoint, stored_config(checkpoint), cast(dict[str, Any], asdict(config)))
     source = weights or (run_dir if list_checkpoints(run_dir) else config.weights)
     if source is None:
-        raise ValueError(f"--eval-only needs a trained run in run.dir or --weights PATH, got {run_dir} without")
+        rule = "--eval-only needs a trained run in run.dir or --weights PATH"
+        raise ValueError(f"{rule}, got {run_dir} without")
     accelerator = Accelerator(mixed_precision=precision_name(config.training.precision))
     held_out, model = open_held_out_pixels(config), make_segmenter(config.model)
     load_start(model, config.model, source)
