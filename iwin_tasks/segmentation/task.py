@@ -79,7 +79,8 @@ class SegmentationTask(Task[Tensors]):
         make = partial(make_segmenter, config.model)
         self.image_size = tuple(self.examples[0]["image"].shape[1:])
         share = share_of_batch(config.training, accelerator.num_processes)
-        if config.model.kind == "upernet" and share < 2:
+        shares_norms = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
+        if config.model.kind == "upernet" and share < 2 and not shares_norms:
             raise ValueError(
                 "model.kind=upernet requires two images a process at once, as its pooled map of one pixel is "
                 f"normalised over them, got {share}"
