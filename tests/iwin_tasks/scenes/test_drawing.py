@@ -39,6 +39,8 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
         for index in (0, 1)
     }
     assert len(set(scenes.values())) == 8
+    drawn = [next(drawing._numbers(0, split, 1)) for split in drawing.REGIONS]
+    assert drawn[0] != drawn[1], "two splits share no random number"
     code = (
         "import hashlib; from iwin_tasks.scenes import *; "
         "s = draw_scene(SceneOptions(seed=1), 'held-out', 1); "
