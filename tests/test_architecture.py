@@ -21,6 +21,7 @@ flashdit/memory.py
 flashdit/trainer.py
 flashdit/web
 flashdit/commands
+iwin_tasks/scenes
 iwin_tasks/classification iwin_tasks/detection iwin_tasks/segmentation
 iwin_tasks/commands
 """.strip().splitlines()

@@ -152,18 +152,23 @@ def ramp(offset: float, width: float) -> np.ndarray:
 
 
 @cache
-def photographs(image_size: int, dark: bool) -> list[list[np.ndarray]]:
-    """Returns each photograph at each of `ZOOMS`, uint8 (3, h, w), of `DARK` levels or of `LIGHT` ones."""
+def photograph(name: str) -> Image.Image:
+    """Returns one of `PHOTOGRAPHS`, RGB."""
     found = find_spec("sklearn")  # without an import, which takes seconds
     assert found is not None
     assert found.origin is not None
-    folder = Path(found.origin).parent / "datasets" / "images"
+    with Image.open(Path(found.origin).parent / "datasets" / "images" / name) as file:
+        return file.convert("RGB")
+
+
+@cache
+def photographs(image_size: int, dark: bool) -> list[list[np.ndarray]]:
+    """Returns each photograph at each of `ZOOMS`, uint8 (3, h, w), of `DARK` levels or of `LIGHT` ones."""
     low, high = DARK if dark else LIGHT
     levels = [round(low + (high - low) * level / 255) for level in range(256)]
     zoomed = []
     for name in PHOTOGRAPHS:
-        with Image.open(folder / name) as file:
-            whole = file.convert("RGB")
+        whole = photograph(name)
         factors = [zoom * image_size / min(whole.size) for zoom in ZOOMS]
         sizes = [(round(whole.width * factor), round(whole.height * factor)) for factor in factors]
         pictures = [whole.resize(size, Image.Resampling.BICUBIC).point(levels * 3) for size in sizes]
