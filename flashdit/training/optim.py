@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from flashdit.shared.registry import check_finite, unknown
 
 ADAMW, MUON = "adamw", "muon"
 OPTIMIZERS = (ADAMW, MUON)
+COSINE, STEP, POLY = "cosine", "step", "poly"
+SCHEDULES = (COSINE, STEP, POLY)
 
 
 @dataclass(kw_only=True)
@@ -48,8 +51,9 @@ class OptimizerOptions:
     """Options of the optimiser and its schedule; the defaults are LightningDiT's recipe.
 
     Raises:
-        ValueError: If the name is unknown, torch has no Muon, the learning rate or the clipping norm is not
-            positive, a decay is not a share, or a number is negative or not finite.
+        ValueError: If a name is unknown, torch has no Muon, the learning rate or the clipping norm is not
+            positive, a decay is not a share, a number is negative or not finite, or the schedule lacks an
+            option or has another's.
     """
 
     name: str = ADAMW
@@ -62,11 +66,22 @@ class OptimizerOptions:
     """Decoupled, times the learning rate."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up."""
+    warmup_start: float = 0.0
+    """Share of the learning rate from which the warm-up rises."""
+    schedule: str = COSINE
+    """How the learning rate falls: `cosine` from the end of the warm-up to `decay_steps`, `step` after each
+    of `milestones`, `poly` from the first step to `decay_steps`."""
     decay_steps: int | None = None
-    """Step at which a cosine from the peak ends at `min_lr`; None keeps the peak. It is not
-    `training.steps`, so that a run which is lengthened keeps the past it had."""
+    """Step at which `cosine` and `poly` end at `min_lr`; None keeps the peak. It is not `training.steps`, so
+    that a run which is lengthened keeps the past it had."""
+    decay_power: float = 1.0
+    """Of `poly`: power of the share of steps that is left; 1 is a line."""
+    milestones: list[int] = field(default_factory=list)
+    """Of `step`: steps after which the learning rate is multiplied by `milestone_factor`."""
+    milestone_factor: float = 0.1
+    """Of `step`: what each of `milestones` multiplies by."""
     min_lr: float = 0.0
-    """Learning rate at `decay_steps` and after it."""
+    """Learning rate at `decay_steps` and after it; `step` falls no lower."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; None leaves them."""
     muon: MuonOptions = field(default_factory=MuonOptions)
@@ -88,28 +103,74 @@ class OptimizerOptions:
                 raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be at least 0 and below 1, got {list(self.betas)}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Checks that the schedule has what it needs, and nothing of another one."""
+        if self.schedule not in SCHEDULES:
+            raise unknown("optimizer.schedule", self.schedule, SCHEDULES)
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"optimizer.warmup_start must be from 0 to 1, got {self.warmup_start}")
+        if not 0 < self.milestone_factor < 1:
+            rule = "optimizer.milestone_factor must be above 0 and below 1"
+            raise ValueError(f"{rule}, got {self.milestone_factor}")
+        if self.decay_power <= 0:
+            raise ValueError(f"optimizer.decay_power must be positive, got {self.decay_power}")
+        if self.milestones != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            rule = "optimizer.milestones must be steps from 1, each later than the one before"
+            raise ValueError(f"{rule}, got {self.milestones}")
+        if bool(self.milestones) != (self.schedule == STEP):
+            rule = "optimizer.milestones must be given with optimizer.schedule=step, and with it alone"
+            raise ValueError(f"{rule}, got {self.milestones} with {self.schedule}")
+        if self.schedule == STEP and self.decay_steps is not None:
+            rule = "optimizer.decay_steps must be null with optimizer.schedule=step, which has milestones"
+            raise ValueError(f"{rule}, got {self.decay_steps}")
+        if self.schedule == POLY and not self.decay_steps:
+            rule = "optimizer.schedule=poly requires optimizer.decay_steps of at least 1"
+            raise ValueError(f"{rule}, got {self.decay_steps}")
 
 
 def learning_rate(step: int, options: OptimizerOptions) -> float:
-    """Returns the learning rate of the update that makes step `step` (the first is 1)."""
-    if step <= options.warmup_steps:
-        return options.lr * step / options.warmup_steps
+    """Returns the learning rate of the update that makes step `step` (the first is 1).
+
+    Source: `step`, `poly` and a warm-up that multiplies them are mmdetection's and mmsegmentation's. These
+        count from 0, so that poly and warm-up have here at an update what they have there at the next one.
+    """
+    rate = scheduled_rate(step, options)
+    if step > options.warmup_steps:
+        return rate
+    start = options.warmup_start * rate
+    return start + (rate - start) * step / options.warmup_steps
+
+
+def scheduled_rate(step: int, options: OptimizerOptions) -> float:
+    """Returns the learning rate at a step, before the warm-up takes its share."""
+    peak, least = options.lr, options.min_lr
+    if options.schedule == STEP:
+        passed = bisect_left(options.milestones, step)  # a milestone itself is of the rate before it
+        return max(least, peak * options.milestone_factor**passed)
     if options.decay_steps is None:
-        return options.lr
+        return peak
+    if options.schedule == POLY:
+        left = 1 - min(step, options.decay_steps) / options.decay_steps
+        return least + (peak - least) * left**options.decay_power
+    if step <= options.warmup_steps:
+        return peak
     progress = (step - options.warmup_steps) / max(1, options.decay_steps - options.warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return options.min_lr + (options.lr - options.min_lr) * cosine
+    return least + (peak - least) * cosine
 
 
 def unfinished_decay(steps: int, options: OptimizerOptions) -> str:
     """Returns in words what is left of the learning rate at the last step, where it is still to fall."""
-    if options.decay_steps is None or options.decay_steps <= steps:
+    if options.milestones and options.milestones[-1] >= steps:
+        to_come = f"optimizer.milestones {options.milestones}"
+    elif options.decay_steps is not None and options.decay_steps > steps:
+        to_come = f"optimizer.decay_steps {options.decay_steps:,}"
+    else:
         return ""
     left = learning_rate(steps, options) / options.lr
-    return (
-        f"the learning rate ends at {left:.0%} of its peak: training.steps is {steps:,}, "
-        f"optimizer.decay_steps {options.decay_steps:,}"
-    )
+    return f"the learning rate ends at {left:.0%} of its peak: training.steps is {steps:,}, {to_come}"
 
 
 def linear_weights(blocks: Iterable[nn.Module]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from flashdit.shared.runs import (
 )
 from flashdit.training.checkpoint import Saved, read_checkpoint, stored_config
 from flashdit.training.contents import CONTENTS, value_at
-from flashdit.training.optim import ADAMW, MuonOptions
+from flashdit.training.optim import ADAMW, MuonOptions, OptimizerOptions
 from flashdit.training.snapshots import SNAPSHOTS
 from flashdit.training.task import Task
 from iwin_core.kernels.cpu_attention import FUSED
@@ -39,6 +39,10 @@ OF_BEFORE = {
     "training.cpu_attention": FUSED,
     "optimizer.name": ADAMW,
     "optimizer.muon": asdict(MuonOptions()),
+    **{
+        f"optimizer.{name}": getattr(OptimizerOptions(), name)
+        for name in ("schedule", "warmup_start", "decay_power", "milestones", "milestone_factor")
+    },
 }
 """What keys stood for before there were such."""
 CONFIG_MARK = "\n  max_skips: "

@@ -91,6 +91,12 @@ def test_attention_by_block_is_a_list_on_the_command_line_and_in_yaml(tmp_path):
         ("optimizer.min_lr=-.inf", r"^optimizer.min_lr must be finite, got -inf$"),
         ("optimizer.betas=[0.9,.nan]", r"^optimizer.betas must be finite, got "),
         ("optimizer.betas=[0.9,1.5]", r"^optimizer.betas must be at least 0 and below 1, got \[0.9, 1.5\]"),
+        ("optimizer.schedule=steps", r"unknown optimizer.schedule 'steps'; did you mean 'step'"),
+        (
+            "optimizer.schedule=step",
+            r"milestones must be given with .*=step, .* got \[\] with",
+        ),
+        ("optimizer.warmup_start=2", r"optimizer.warmup_start must be from 0 to 1, got 2"),
         ("optimizer.warmup_steps=-1", r"^optimizer.warmup_steps must not be negative, got -1"),
         ("flow.times.std=.nan", r"^flow.times.std must be finite, got nan$"),
         ("flow.times.mean=.inf", r"^flow.times.mean must be finite, got inf$"),
