@@ -1,8 +1,12 @@
 """A task on images of unequal sizes with BatchNorm: what a detector asks of the loop, at its smallest.
 
-As a script it trains one: `unequal_task.py RUN_DIR STEPS`, for torchrun.
+As a script, for torchrun, it trains one: `unequal_task.py RUN_DIR STEPS`; each process writes the average
+that it would evaluate beside the run.
 """
 
+import json
+import logging
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -16,7 +20,7 @@ from flashdit.training.ema import EmaOptions
 from flashdit.training.loop import TrainingLoop
 from flashdit.training.optim import OptimizerOptions
 from flashdit.training.options import RunOptions, TrainingOptions
-from flashdit.training.task import Task
+from flashdit.training.task import PeriodicAction, Task
 from flashdit.training.tracking import TrackingOptions
 
 
@@ -93,4 +97,12 @@ def make_unequal(run_dir, *actions, ema=None, optimizer=None, **training):
 
 
 if __name__ == "__main__":
-    make_unequal(sys.argv[1], steps=int(sys.argv[2])).fit()
+    logging.basicConfig(level="INFO", format="%(message)s")
+    folder, steps = sys.argv[1], int(sys.argv[2])
+
+    def write_average(step, average):
+        with open(f"{folder}_average_{os.environ['RANK']}.json", "w") as file:
+            json.dump({name: value.tolist() for name, value in average.items()}, file)
+        return {}
+
+    make_unequal(folder, PeriodicAction(every=steps, run=write_average), steps=steps).fit()

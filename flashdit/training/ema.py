@@ -1,4 +1,4 @@
-"""Averages of the weights, float32: an exponential one, and power-function ones of given widths."""
+"""Averages of weights and buffers, float32: an exponential one, and power-function ones of given widths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdit.shared.registry import check_finite
+from flashdit.training.buffers import saved_buffers
 from flashdit.training.profiles import Profile, gamma_of_width, kept_share
 from flashdit.training.state import copy_whole, whole
 
@@ -46,10 +47,14 @@ class EmaOptions:
 
 
 class Ema:
-    """The averaged parameters by name, float32; the model's own are never touched.
+    """The averaged parameters and saved buffers by name, float32; the model's own are never touched.
+
+    Buffers with fractions, such as BatchNorm's running statistics, are averaged as the weights are, so that
+    both are of the same steps; others, such as its counter, are the latest. timm's ModelEmaV3 does so by
+    default, torch's AveragedModel with `use_buffers=True`.
 
     Args:
-        model: Whose parameters are averaged; every average starts as their copy.
+        model: Whose parameters and buffers are averaged; every average starts as their copy.
         options: Decay and warm-up of the exponential average, and the widths of the others.
 
     Attributes:
@@ -61,6 +66,7 @@ class Ema:
     def __init__(self, model: nn.Module, options: EmaOptions):
         self.options = options
         self.updates = 0
+        self.buffers = list(saved_buffers(model))
         self.average = _copy(model)
         self.tracks = {width: _copy(model) for width in options.power_widths}
 
@@ -68,11 +74,19 @@ class Ema:
     def update(self, model: nn.Module) -> None:
         """Moves every average to the model's parameters; power-function ones take the first as they are."""
         self.updates += 1
-        current = [p.detach().float() for p in model.parameters()]
         averages = [(self._kept(), self.average)]
         averages += [(kept_share(gamma_of_width(w), self.updates), track) for w, track in self.tracks.items()]
+        buffers = dict(model.named_buffers())
+        fractions = {name: buffers[name] for name in self.buffers if buffers[name].is_floating_point()}
+        counters = [name for name in self.buffers if name not in fractions]
+        # Apart, since FSDP has parameters in shards and buffers whole.
+        groups = [group for group in (dict(model.named_parameters()), fractions) if group]
         for kept, average in averages:
-            torch._foreach_lerp_(list(average.values()), current, 1 - kept)  # pyright: ignore[reportPrivateImportUsage]
+            for group in groups:
+                current = [value.detach().float() for value in group.values()]
+                torch._foreach_lerp_([average[name] for name in group], current, 1 - kept)  # pyright: ignore[reportPrivateImportUsage]
+            for name in counters:
+                average[name].copy_(buffers[name])
 
     def _kept(self) -> float:
         """Returns what the latest update keeps of the exponential average."""
@@ -121,8 +135,12 @@ class Ema:
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
-    """Returns float32 copies of a model's parameters by name."""
-    return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    """Returns copies of a model's parameters and saved buffers by name, float32 where they have fractions."""
+    tensors = dict(model.named_parameters()) | saved_buffers(model)
+    return {
+        name: (value.float() if value.is_floating_point() else value).detach().clone()
+        for name, value in tensors.items()
+    }
 
 
 def _whole(average: Mapping[str, Tensor]) -> dict[str, Tensor]:

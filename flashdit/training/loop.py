@@ -32,6 +32,7 @@ from flashdit.training.accelerator import (
     whole_norm,
 )
 from flashdit.training.batches import StepBatches, positions
+from flashdit.training.buffers import StepBuffers, join_batch_norms
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
 from flashdit.training.ema import Ema
@@ -107,11 +108,13 @@ class TrainingLoop(Generic[AnyTask]):
         training = self.config.training
         if training.gradient_checkpointing:
             self.task.checkpoint_activations()
+        self.about_norms = join_batch_norms(self.task.trained, self.device, self.accelerator.num_processes)
         compile_parts(self.model, self.task.blocks, training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
         optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.task.trained, optimizer)
         self.ema = Ema(self.model, self.config.ema)
+        self.buffers = StepBuffers(self.task.trained)
 
     def fit(self) -> Path:
         """Trains to `training.steps`, or until a signal ends it, and returns the run's folder.
@@ -146,8 +149,9 @@ class TrainingLoop(Generic[AnyTask]):
             config = asdict(cast(Any, self.config))
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
-            if unfinished := unfinished_decay(self.config.training.steps, self.config.optimizer):
-                logger.info(unfinished)
+            unfinished = unfinished_decay(self.config.training.steps, self.config.optimizer)
+            for line in filter(None, (self.about_norms, unfinished)):
+                logger.info(line)
             warn_if_slow(self.config.training.precision, self.device)
             if self.device.type == "cuda" and kernels_wait():
                 logger.info("the fused kernels are off, as they have passed on no GPU yet: %s", KERNELS_HINT)
@@ -237,6 +241,7 @@ class TrainingLoop(Generic[AnyTask]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
 
+        self.buffers.keep()
         for part in self.batches.parts:
             batch = send_to_device(part, self.device, non_blocking=True)
             with accelerator.accumulate(self.network):
@@ -257,7 +262,10 @@ class TrainingLoop(Generic[AnyTask]):
             self.optimizer.step()
         self.optimizer.zero_grad()
         if finite:
+            self.buffers.share()
             self.ema.update(self.model)
+        else:
+            self.buffers.restore()
         self.meter.add("grad_norm", norm)
         self.meter.end_step(finite)
         self.guard.record(finite, self.step, grad_norm)

@@ -97,15 +97,17 @@ def reconstruct(checkpoint: Path, snapshots: Sequence[Snapshot], width: float, f
 def _write_sum(
     template: Path, snapshots: Sequence[Snapshot], coefficients: Sequence[float], path: Path
 ) -> None:
-    """Writes the tensors that a file has as sums over the snapshots, in float64."""
+    """Writes the tensors of a file as sums over the snapshots, in float64, and its counters as they are."""
     with safe_open(template, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        fractions = {name: part.get_shape() for name, part in slices.items() if "F" in part.get_dtype()}
+        counters = {name: file.get_tensor(name) for name in slices if name not in fractions}  # as I64
         metadata = file.metadata()
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in fractions.items()}
     for snapshot, x in zip(snapshots, coefficients, strict=True):
         average = snapshot.load()
         for name, total in sums.items():
             if name not in average or average[name].shape != total.shape:
                 raise ValueError(f"{snapshot.path} must hold the model of {template}, it has another {name}")
             total.add_(average[name].double(), alpha=x)
-    save_file({name: total.float() for name, total in sums.items()}, path, metadata)
+    save_file(counters | {name: total.float() for name, total in sums.items()}, path, metadata)
