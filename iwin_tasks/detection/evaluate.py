@@ -76,7 +76,7 @@ def detect_rows(
         model: In evaluation mode, on the accelerator's device.
         images: The held-out split.
         rows: Which of them.
-        batch_size: Images of a forward pass.
+        batch_size: Images that are read at a time.
         accelerator: Whose device and precision are used.
         workers: Processes that read images.
         show: Whether there is a progress bar.
@@ -104,14 +104,23 @@ def find_objects(
 ) -> list[Mapping[str, Tensor]]:
     """Returns what a detector in evaluation mode finds on images (3, H, W) in 0 to 1.
 
+    Only images of one size share a canvas: what an Iwin backbone sees of an image depends on the size of it.
+
     Args:
         model: The detector.
         images: Of any sizes.
         accelerator: Whose device and precision are used; None means the CPU and float32.
     """
     device = accelerator.device if accelerator else torch.device("cpu")
-    with accelerator.autocast() if accelerator else nullcontext():
-        return model([image.to(device) for image in images])
+    sizes = [tuple(image.shape) for image in images]
+    found: list[Mapping[str, Tensor]] = [{}] * len(images)
+    for size in dict.fromkeys(sizes):
+        places = [place for place, one in enumerate(sizes) if one == size]
+        with accelerator.autocast() if accelerator else nullcontext():
+            together = model([images[place].to(device) for place in places])
+        for place, one in zip(places, together, strict=True):
+            found[place] = one
+    return found
 
 
 def evaluate_detector(
@@ -126,8 +135,7 @@ def evaluate_detector(
     Args:
         model: On the accelerator's device; given back in the mode it came.
         images: The held-out split.
-        batch_size: Images of a forward pass of one process; a batch shares a canvas, which changes no
-            result by more than rounding.
+        batch_size: Images that a process reads at a time; changes no result by more than rounding.
         accelerator: Whose processes share the work; the main one scores, all get the scores.
         workers: Processes that read images, for each evaluating process.
 
