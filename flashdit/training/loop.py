@@ -35,6 +35,7 @@ from flashdit.training.batches import StepBatches, positions
 from flashdit.training.buffers import StepBuffers, join_batch_norms
 from flashdit.training.checkpoint import check_room
 from flashdit.training.contents import check_contents, write_contents
+from flashdit.training.decay import decay_groups, unused_texts
 from flashdit.training.ema import Ema
 from flashdit.training.guard import SkipGuard, Stopped, StopSignals
 from flashdit.training.meter import Meter, matmul_peak, warn_if_slow
@@ -111,7 +112,8 @@ class TrainingLoop(Generic[AnyTask]):
         self.about_norms = join_batch_norms(self.task.trained, self.device, self.accelerator.num_processes)
         compile_parts(self.model, self.task.blocks, training.compile)
         hidden = linear_weights(self.task.blocks()) if self.config.optimizer.name == MUON else ()
-        optimizer = make_optimizer(self.task.parameter_groups(), self.config.optimizer, hidden)
+        groups = decay_groups(self.task.trained, self.config.optimizer, self.task.decays)
+        optimizer = make_optimizer(groups, self.config.optimizer, hidden)
         self.network, self.optimizer = self.accelerator.prepare(self.task.trained, optimizer)
         self.ema = Ema(self.model, self.config.ema)
         self.buffers = StepBuffers(self.task.trained)
@@ -150,7 +152,8 @@ class TrainingLoop(Generic[AnyTask]):
             self.tracker = Tracker(self.run_dir, self.config.tracking, config, self.step)
             logger.info(what_is_trained(self))
             unfinished = unfinished_decay(self.config.training.steps, self.config.optimizer)
-            for line in filter(None, (self.about_norms, unfinished)):
+            unused = unused_texts(self.task.trained, self.config.optimizer.no_decay)
+            for line in filter(None, (self.about_norms, unfinished, unused)):
                 logger.info(line)
             warn_if_slow(self.config.training.precision, self.device)
             if self.device.type == "cuda" and kernels_wait():

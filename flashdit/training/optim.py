@@ -64,6 +64,9 @@ class OptimizerOptions:
     """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = 0.0
     """Decoupled, times the learning rate."""
+    no_decay: list[str] | None = None
+    """A parameter with one of these texts in its name does not decay, such as [norm, bias]; None is the
+    task's rule: of a classifier matrices and kernels decay, of other tasks all does."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up."""
     warmup_start: float = 0.0
@@ -101,6 +104,8 @@ class OptimizerOptions:
         for name in ("weight_decay", "min_lr", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        if self.no_decay is not None and not all(self.no_decay):
+            raise ValueError(f"optimizer.no_decay must be texts that are not empty, got {self.no_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be at least 0 and below 1, got {list(self.betas)}")
         self._check_schedule()

@@ -112,9 +112,9 @@ class Task(ABC, Generic[Batch]):
         """Returns what state.json holds beside the position."""
         return {}
 
-    def parameter_groups(self) -> Iterable[Any]:
-        """Returns parameters, or groups of them, as torch's optimisers take them."""
-        return self.trained.parameters()
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Returns whether a parameter of `trained` decays, where `optimizer.no_decay` says nothing."""
+        return True
 
     def blocks(self) -> Iterable[nn.Module]:
         """Returns the parts that are compiled one by one; Muon trains their linear layers."""

@@ -143,12 +143,3 @@ def input_format(
         interpolation=interpolation or described["interpolation"],
         crop_pct=crop_pct or described["crop_pct"],
     )
-
-
-def decay_groups(model: IwinTransformer, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the optimiser's groups: biases, norms and position tables do not decay, as in DeiT and Swin."""
-    exempt = cast(Any, model).no_weight_decay()
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [p for name, p in trained if p.ndim > 1 and name not in exempt]
-    others = [p for name, p in trained if p.ndim <= 1 or name in exempt]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +42,6 @@ from iwin_tasks.classification.data import (
 from iwin_tasks.classification.evaluate import Accuracy, evaluate_classifier
 from iwin_tasks.classification.model import (
     InputFormat,
-    decay_groups,
     filled_spec,
     input_format,
     load_weights,
@@ -109,9 +108,9 @@ class ClassifierTask(Task[Tensors]):
         """Returns the mean cross-entropy of a batch with its soft targets."""
         return self.criterion(network(batch["image"]).float(), batch["target"]), {}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns the parameters that decay and those that do not."""
-        return decay_groups(self.model, self.config.optimizer.weight_decay)
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Returns whether a parameter decays: biases, norms and position tables do not (DeiT, Swin)."""
+        return parameter.ndim > 1 and name not in cast(Any, self.model).no_weight_decay()
 
     def blocks(self) -> list[nn.Module]:
         """Returns the blocks of every stage."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from iwin_tasks.classification.model import decay_groups, input_format, load_weights, make_model
+from iwin_tasks.classification.model import input_format, load_weights, make_model
 
 TINY = {
     "name": "iwin_tiny_patch4_window7_224",
@@ -23,18 +23,6 @@ def test_the_input_format_is_the_models_unless_told_otherwise():
     assert form.std == pytest.approx((0.229, 0.224, 0.225))
     told = input_format(make_model(TINY), "bilinear", 1.0)
     assert (told.interpolation, told.crop_pct) == ("bilinear", 1.0)
-
-
-def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    model = make_model(TINY | {"position": "relative"})
-    decayed, others = decay_groups(model, 0.3)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    grouped = [names[id(parameter)] for group in (decayed, others) for parameter in group["params"]]
-    assert sorted(grouped) == sorted(names.values())
-    plain = {names[id(parameter)] for parameter in others["params"]}
-    assert {name for name in names.values() if name.endswith(("bias", "bias_table"))} <= plain
-    assert "layers.0.blocks.0.attn.qkv.weight" not in plain
 
 
 def test_weights_come_from_a_file_or_from_the_average_of_a_run(tmp_path):

@@ -87,6 +87,21 @@ def test_biases_and_norms_do_not_decay(tmp_path):
     assert count == len(list(trainer.model.parameters()))
 
 
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(tmp_path):
+    more = ["model.position=relative", f"run.dir={tmp_path}"]
+    trainer = ClassifierTrainer(load_classifier_config(None, [*TINY, *more]))
+    decayed, others = trainer.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    grouped = [names[id(parameter)] for group in (decayed, others) for parameter in group["params"]]
+    exempt = trainer.model.no_weight_decay()
+    expected = [n for n, p in trainer.model.named_parameters() if p.ndim > 1 and n not in exempt]
+    assert grouped[: len(expected)] == expected
+    assert sorted(grouped) == sorted(names.values())
+    plain = {names[id(parameter)] for parameter in others["params"]}
+    assert {name for name in names.values() if name.endswith(("bias", "bias_table"))} <= plain
+    assert "layers.0.blocks.0.attn.qkv.weight" not in plain
+
+
 def test_training_learns_and_eval_only_finds_the_same_accuracy(tmp_path, capsys):
     more = (
         "model.drop_path_rate=0",
