@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iwin_core.backbone.config import BACKBONE_SIZES, IwinConfig
 from iwin_core.backbone.features import IwinFeatures
 from iwin_core.backbone.timm_models import variants
+from iwin_core.backbone.weights import listed
 
 MAPS = 4
 PROBE = 64
@@ -140,7 +141,5 @@ def pretrained_backbone(
         raise ValueError(f"weights must be those of {backbone}, got {file or 'timm'}: {reason}") from error
     lacks = [name for name, value in first.items() if not value.equal(second[name])]
     if lacks:
-        raise ValueError(
-            f"weights must be those of {backbone}, got {file or 'timm'} without {listing(lacks)}"
-        )
+        raise ValueError(f"weights must be those of {backbone}, got {file or 'timm'} without {listed(lacks)}")
     return first

@@ -187,6 +187,14 @@ def test_objects_of_a_folder_are_drawn_and_listed(run, pictures, tmp_path, capsy
             assert max(picture.size) >= 384
 
 
+def test_only_what_reaches_the_threshold_is_drawn(run, pictures, tmp_path):
+    out = tmp_path / "out"
+    detect.main(["--checkpoint", str(run), "--images", str(pictures), "--out", str(out), "--threshold", "1"])
+    assert json.loads((out / "detections.json").read_text())["annotations"]
+    with Image.open(out / "more/a.png.png") as picture:
+        assert set(picture.getdata()) == {(128, 128, 128)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

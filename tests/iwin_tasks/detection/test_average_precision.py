@@ -13,7 +13,7 @@ from iwin_tasks.detection.coco import Categories
 from iwin_tasks.detection.data import open_objects
 from tests.iwin_tasks.detection.coco_folder import write_folder
 
-SCENES = {"name": "scenes", "held_out_images": 12, "digits": [0, 6]}
+SCENES = {"name": "scenes", "held_out_images": 12, "digits": [0, 6], "digit_size": [18, 60]}
 
 
 def guesses(images, seed=0, others=3):

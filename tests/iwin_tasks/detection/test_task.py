@@ -18,7 +18,7 @@ from iwin_tasks.commands import detect
 from iwin_tasks.detection.average_precision import average_precision
 from iwin_tasks.detection.config import load_detection_config
 from iwin_tasks.detection.data import open_objects
-from iwin_tasks.detection.evaluate import detect_rows, evaluate_detector, find_objects
+from iwin_tasks.detection.evaluate import evaluate_detector, find_objects
 from iwin_tasks.detection.model import make_detector, read_detector
 from iwin_tasks.detection.task import DetectionTrainer, score_only
 from tests.iwin_tasks.detection.coco_folder import content, write_folder
@@ -157,21 +157,28 @@ def test_a_checkpoint_gives_its_detector_and_categories_back(run):
     assert not model.training
 
 
-def test_each_process_takes_its_share_and_no_image_counts_twice(run):
-    class Share:
-        """An accelerator of one of two processes."""
+class Share:
+    """An accelerator of one of several processes."""
 
-        def __init__(self, rank, ranks):
-            self.process_index, self.num_processes, self.device = rank, ranks, torch.device("cpu")
-            self.autocast = Accelerator().autocast
+    def __init__(self, rank, ranks):
+        self.process_index, self.num_processes, self.device = rank, ranks, torch.device("cpu")
+        self.autocast = Accelerator().autocast
 
+
+def test_each_process_takes_its_share_and_no_image_counts_twice(run, monkeypatch):
     model, _ = read_detector(run)
+    model.train()
     model.roi_heads.score_thresh = 0.0
     images = open_objects({"name": "scenes", "image_size": [64, 96], "held_out_images": 5}, "held-out")
     whole = evaluate_detector(model, images, 2, Share(0, 1))
-    parts = [detect_rows(model, images, range(rank, 5, 2), 2, Share(rank, 2)) for rank in (0, 1)]
-    assert {one["image_id"] for one in parts[0]} == {0, 2, 4}
-    assert {one["image_id"] for one in parts[1]} == {1, 3}
+    assert model.training, "given back in the mode it came"
+    parts, gather = [], lambda mine: parts.append(mine) or mine
+    monkeypatch.setattr("iwin_tasks.detection.evaluate.gather_object", gather)
+    monkeypatch.setattr("iwin_tasks.detection.evaluate.broadcast_object_list", lambda scores: None)
+    evaluate_detector(model, images, 2, Share(0, 2))
+    with pytest.raises(AssertionError):  # the main process has not sent the scores
+        evaluate_detector(model, images, 2, Share(1, 2))
+    assert [{one["image_id"] for one in part} for part in parts] == [{0, 2, 4}, {1, 3}]
     assert len(parts[0]) + len(parts[1]) == len(whole.results)
     assert whole.scores.num_images == 5
     joined = average_precision(images.truth(), parts[0] + parts[1], "bbox")
@@ -214,6 +221,14 @@ def test_weights_of_a_classifier_start_the_backbone(tmp_path):
     body = trainer.model.backbone.body.state_dict()
     assert all((body[name] == 0.25).all() for name in classifier if name in body)
     assert (body["norm3.weight"] == 1).all()
+
+
+def test_weights_of_the_command_line_come_before_the_run_s_own(run, tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save({"model": weights(run, 2, "model")}, other)
+    config = load_detection_config("iwin/detect_scenes", [*TINY, f"run.dir={run}", f"weights={other}"])
+    assert score_only(config)[0] == str(run)
+    assert score_only(config, weights_first=True)[0] == str(other)
 
 
 def test_a_run_starts_from_another_of_as_many_classes(run, tmp_path):
