@@ -20,7 +20,7 @@ from iwin_core.backbone.weights import listed
 MAPS = 4
 PROBE = 64
 """Side of the zero image that shows what maps a backbone gives, in pixels."""
-LONGEST_REASON = 200  # characters of what timm says
+_LONGEST_REASON = 200  # characters of what timm says
 
 
 class ChannelsFirst(nn.Module):
@@ -137,7 +137,7 @@ def pretrained_backbone(
     try:
         first, second = (make_dense_backbone(backbone, given)[0].state_dict() for _ in range(2))
     except (RuntimeError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ValueError(f"weights must be those of {backbone}, got {file or 'timm'}: {reason}") from error
     lacks = [name for name, value in first.items() if not value.equal(second[name])]
     if lacks:

@@ -15,7 +15,7 @@ from flashdit.data.sources import MOST_PIXELS
 from flashdit.shared.registry import check_finite
 
 MOST_SIDES = 1000
-Draw = Callable[[int, int], int]
+DrawWhole = Callable[[int, int], int]
 """Draws a whole number between two, both among them."""
 
 
@@ -95,23 +95,23 @@ def augmented(
     if happens(options.hflip):
         inputs = [F.horizontal_flip(x) for x in inputs]
     if happens(options.crop_prob):
-        inputs = resized(inputs, _one_of(options.crop_short_sides, draw), options.long_side)
+        inputs = resized_objects(inputs, _one_of(options.crop_short_sides, draw), options.long_side)
         part = drawn_part(inputs[0].shape[-2:], options.crop_range, draw)
         inputs = [F.crop(x, *part) for x in inputs]
     if options.short_sides:
-        inputs = resized(inputs, _one_of(options.short_sides, draw), options.long_side)
+        inputs = resized_objects(inputs, _one_of(options.short_sides, draw), options.long_side)
     pixels, boxes, masks = (x.as_subclass(Tensor) for x in inputs)
     left = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     target = {"boxes": boxes[left], "labels": labels[left], "masks": masks[left]}
     return {"image": pixels.float() / 255, "target": target}
 
 
-def _one_of(sides: Sequence[int], draw: Draw) -> int:
+def _one_of(sides: Sequence[int], draw: DrawWhole) -> int:
     """Returns one of some sides."""
     return sides[draw(0, len(sides) - 1)]
 
 
-def resized(inputs: list[Any], short_side: int, long_side: int) -> list[Any]:
+def resized_objects(inputs: list[Any], short_side: int, long_side: int) -> list[Any]:
     """Returns an image, its boxes and its masks at the largest size of its form within two sides."""
     short, long = sorted(inputs[0].shape[-2:])
     factor = min(long_side / long, short_side / short)
@@ -119,7 +119,7 @@ def resized(inputs: list[Any], short_side: int, long_side: int) -> list[Any]:
     return [F.resize(x, size, antialias=False) for x in inputs]
 
 
-def drawn_part(size: Sequence[int], crop_range: Sequence[int], draw: Draw) -> list[int]:
+def drawn_part(size: Sequence[int], crop_range: Sequence[int], draw: DrawWhole) -> list[int]:
     """Returns top, left, height and width of a part of an image of a size.
 
     Args:

@@ -19,13 +19,13 @@ from torch import Tensor
 from flashdit.shared.paths import printable
 from flashdit.shared.registry import counted, is_number
 
-KEYS = {
+ENTRY_KEYS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
 """What each entry of the json's lists must have."""
-WHOLE = ("id", "image_id", "category_id", "height", "width")
+NUMBER_KEYS = ("id", "image_id", "category_id", "height", "width")
 """Keys of whole numbers."""
 LEAST_SIDE = 1.0
 """Of a box within its image, in pixels; a smaller one is left out of training, as mmdetection does."""
@@ -123,9 +123,9 @@ def _checked_lists(path: Path, called: str) -> dict[str, list[dict[str, Any]]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"annotations must be a COCO json, {called} is not: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in KEYS):
-        raise ValueError(f"a COCO json must have the lists {', '.join(KEYS)}, {called} has not")
-    for name, keys in KEYS.items():
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in ENTRY_KEYS):
+        raise ValueError(f"a COCO json must have the lists {', '.join(ENTRY_KEYS)}, {called} has not")
+    for name, keys in ENTRY_KEYS.items():
         entries = content[name]
         for entry in entries:
             if not isinstance(entry, dict) or any(key not in entry for key in keys):
@@ -133,7 +133,7 @@ def _checked_lists(path: Path, called: str) -> dict[str, list[dict[str, Any]]]:
                     f"each of a COCO json's {name} must have {', '.join(keys)}, "
                     f"got {_short(entry)} in {called}"
                 )
-            for key in (key for key in keys if key in WHOLE):
+            for key in (key for key in keys if key in NUMBER_KEYS):
                 if not isinstance(entry[key], int) or isinstance(entry[key], bool):
                     raise ValueError(
                         f"{key} of each of a COCO json's {name} must be a whole number, "

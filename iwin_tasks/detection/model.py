@@ -28,7 +28,7 @@ from iwin_tasks.detection.detector import LONG_SIDE, SHORT_SIDE, Detector
 from iwin_tasks.detection.mmdet_names import MASK_RCNN, MMDET_PARTS, file_kind
 
 OWN_PARTS = ("rpn.", "roi_heads.")
-TIMM = "timm"
+FROM_TIMM = "timm"
 """Of `weights`: what timm itself has."""
 CLASS_SCORES = "roi_heads.box_predictor.0.cls_score.weight"
 MOST_BOXES = 100_000
@@ -136,7 +136,7 @@ def backbone_blocks(model: Detector) -> list[nn.Module]:
     )
 
 
-def start_from(model: Detector, spec: DetectorSpec, source: Path | str) -> None:
+def load_detector_weights(model: Detector, spec: DetectorSpec, source: Path | str) -> None:
     """Loads the weights that training starts from, or that are scored.
 
     Args:
@@ -151,7 +151,7 @@ def start_from(model: Detector, spec: DetectorSpec, source: Path | str) -> None:
     """
     path = Path(source)
     is_iwin = spec.backbone in variants()
-    if source == TIMM and not is_iwin:
+    if source == FROM_TIMM and not is_iwin:
         model.backbone.body.load_state_dict(pretrained_backbone(spec.backbone, spec.backbone_options, None))
         return
     if not path.exists():

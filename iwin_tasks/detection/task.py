@@ -44,7 +44,7 @@ from iwin_tasks.detection.model import (
     backbone_blocks,
     detector_config,
     make_detector,
-    start_from,
+    load_detector_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class DetectionTask(Task[ObjectBatch]):
         check_model_fits(self._make, (share, 3, sides, sides), accelerator.device)
         self.model = self._make()
         if config.weights is not None and not begun:
-            start_from(self.model, config.model, config.weights)
+            load_detector_weights(self.model, config.model, config.weights)
         self.examples = ObjectExamples(self.images, config.augmentation, config.seed)
         self.images_per_epoch = self.examples.size
         self.actions = [PeriodicAction(every=config.training.preview_every, run=self._evaluate)]
@@ -279,7 +279,7 @@ def score_only(config: DetectionConfig, weights_first: bool = False) -> tuple[st
         check_same_task(checkpoint, stored_config(checkpoint), asdict(config))
         check_same_ids(run_dir, held_out)
     model = make_detector(config.model, len(held_out.categories))
-    start_from(model, config.model, source)
+    load_detector_weights(model, config.model, source)
     batch_size = max(1, config.training.global_batch_size // accelerator.num_processes)
     with float32_products(tf32=config.training.tf32):
         model = model.to(accelerator.device)

@@ -9,7 +9,7 @@ from iwin_tasks.detection.model import (
     check_detector,
     detector_config,
     make_detector,
-    start_from,
+    load_detector_weights,
 )
 
 SMALL = {"window_size": 4, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
@@ -56,13 +56,13 @@ def test_another_timm_backbone_starts_from_a_file_of_its_weights(tmp_path):
     model = make_detector(other, 3)
     state = timm.create_model("convnext_atto").state_dict()
     torch.save({name: torch.full_like(value, 0.5) for name, value in state.items()}, tmp_path / "whole.pth")
-    start_from(model, other, tmp_path / "whole.pth")
+    load_detector_weights(model, other, tmp_path / "whole.pth")
     assert all((value == 0.5).all() for value in model.backbone.body.state_dict().values())
     torch.save({n: v for n, v in state.items() if "stages.0" not in n}, tmp_path / "part.pth")
     with pytest.raises(
         ValueError, match=r"those of convnext_atto, got .*part.pth without .*stages_0.* and \d+ more"
     ):
-        start_from(model, other, tmp_path / "part.pth")
+        load_detector_weights(model, other, tmp_path / "part.pth")
 
 
 @pytest.mark.parametrize(
