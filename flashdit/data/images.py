@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
@@ -137,6 +138,19 @@ def decode_image(path: Path, background: tuple[int, int, int] = WHITE) -> Decode
 def read_image(path: Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Returns the picture of `decode_image`."""
     return decode_image(path, background).picture
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """Returns the numbers that an image file stores, (H, W) or (H, W, C) integers: what a label image holds.
+
+    Of a palette they are its places and not its colours, of one bit 0 and 1; nothing is turned or scaled.
+
+    Raises:
+        ValueError: As `decode_image` does.
+    """
+    with _opened(path) as file:
+        numbers = np.array(file)
+    return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
 
 
 def image_sides(path: Path) -> tuple[int, int]:

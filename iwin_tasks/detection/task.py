@@ -43,8 +43,8 @@ from iwin_tasks.detection.model import (
     DetectorSpec,
     backbone_blocks,
     detector_config,
-    make_detector,
     load_detector_weights,
+    make_detector,
 )
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ class SceneOptions:
     digits: tuple[int, int] = (1, 9)
     """Least and most digits that are placed; one that fits nowhere is left out."""
     digit_size: tuple[int, int] = (18, 36)
-    """Least and largest side of a digit's square in pixels; strokes fill about 0.7 of its width."""
+    """Least and largest side of a digit's square in pixels, of which it fills up to four fifths."""
     train_images: int = 20_000
     """Scenes of an epoch."""
     held_out_images: int = 200

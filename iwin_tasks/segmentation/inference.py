@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flashdit.shared.registry import check_finite
 from iwin_core.windows import Window, per_axis
 from iwin_tasks.segmentation.heads import resized
 
 Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(kw_only=True)
+class InferenceOptions:
+    """Options of how a model is tested; the defaults see each image whole, once."""
+
+    window: list[int] | None = None
+    """Height and width in pixels of what is seen at once; None means the whole image."""
+    stride: list[int] | None = None
+    """Steps down and to the right from one window to the next; None means two thirds of the window."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Factors of the image's size, over which probabilities are averaged."""
+    flip: bool = False
+    """Whether each is also seen mirrored left to right."""
+
+    def __post_init__(self):
+        check_finite(self, "inference.")
+        check_scales(self.scales)
+        window_and_step(self.window, self.stride)
 
 
 @torch.inference_mode()
@@ -41,19 +62,9 @@ def predict_probabilities(
 
     Source: mmsegmentation's whole and slide inference and its test-time augmentation.
     """
-    if not scales or not all(scale > 0 for scale in scales):
-        raise ValueError(f"scales must be positive numbers, at least one, got {list(scales)}")
-    if window is None:
-        if stride is not None:
-            raise ValueError(f"stride needs a window, got {stride} without")
-        see = model
-    else:
-        sides = per_axis(window, 2, "window")
-        default = [max(1, 2 * side // 3) for side in sides]
-        steps = per_axis(default if stride is None else stride, 2, "stride")
-        if any(step > side for step, side in zip(steps, sides, strict=True)):
-            raise ValueError(f"stride must be at most the window, got {stride} for {window}")
-        see = partial(slide, model, window=sides, stride=steps)
+    check_scales(scales)
+    slid = window_and_step(window, stride)
+    see = model if slid is None else partial(slide, model, window=slid[0], stride=slid[1])
     height, width = images.shape[-2:]
     size = (height, width) if size is None else size
     total, seen = None, 0
@@ -67,6 +78,28 @@ def predict_probabilities(
             seen += 1
     assert total is not None
     return total / seen
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raises ValueError unless there is a scale and all are positive."""
+    if not scales or not all(scale > 0 for scale in scales):
+        raise ValueError(f"scales must be positive numbers, at least one, got {list(scales)}")
+
+
+def window_and_step(
+    window: Window | None, stride: Window | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns a window's height and width and how far it moves down and to the right; None without one."""
+    if window is None:
+        if stride is not None:
+            raise ValueError(f"stride needs a window, got {stride} without")
+        return None
+    sides = per_axis(window, 2, "window")
+    default = [max(1, 2 * side // 3) for side in sides]
+    steps = per_axis(default if stride is None else stride, 2, "stride")
+    if any(step > side for step, side in zip(steps, sides, strict=True)):
+        raise ValueError(f"stride must be at most the window, got {stride} for {window}")
+    return sides, steps
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:

@@ -22,6 +22,11 @@ class LabelFormat:
         if self.ignore < 0 or self.offset < 0:
             raise ValueError(f"ignore and offset must be at least 0, got {self.ignore} and {self.offset}")
 
+    def check(self, num_classes: int) -> None:
+        """Raises ValueError if the ignored value is one of so many classes."""
+        if self.ignore < num_classes:
+            raise ValueError(f"ignore must be no class, got {self.ignore} for {num_classes} classes")
+
     def classes(self, values: np.ndarray, num_classes: int, name: str) -> Tensor:
         """Returns the classes (H, W) int64 of a label image, 0 to K − 1 or `ignore`; on the CPU.
 
@@ -33,8 +38,7 @@ class LabelFormat:
         Raises:
             ValueError: If a value is of no class, or the image has channels or fractions.
         """
-        if self.ignore < num_classes:
-            raise ValueError(f"ignore must be no class, got {self.ignore} for {num_classes} classes")
+        self.check(num_classes)
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"labels must be integers (H, W), got {values.dtype} {values.shape} in {name}")
         found = torch.from_numpy(values.astype(np.int64))

@@ -43,16 +43,23 @@ class Segmenter(nn.Module):
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, ignore: int = 255) -> Any:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        ignore: int = 255,
+        class_weights: Tensor | None = None,
+    ) -> Any:
         """Returns the logits (B, K, H, W), or with labels what `losses` returns.
 
         Args:
             images: (B, 3, H, W), normalised.
             labels: Classes (B, H, W) int64; None gives logits.
             ignore: The label of pixels that do not count.
+            class_weights: As `losses` takes them.
         """
         if labels is not None:
-            return self.losses(images, labels, ignore)
+            return self.losses(images, labels, ignore, class_weights)
         return resized(self.decode(images), images.shape[-2:])
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -63,7 +70,9 @@ class Segmenter(nn.Module):
         """Returns the logits (B, K, h, w) at the sides of the first map."""
         return self.decode_head(self.maps(images))
 
-    def losses(self, images: Tensor, labels: Tensor, ignore: int = 255) -> dict[str, Tensor]:
+    def losses(
+        self, images: Tensor, labels: Tensor, ignore: int = 255, class_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Returns the losses and, in percent, the shares of right pixels, by mmsegmentation's names.
 
         What is trained is `decode.loss_seg` plus, with an auxiliary head, `aux.loss_seg`, which is 0.4 times
@@ -73,6 +82,7 @@ class Segmenter(nn.Module):
             images: (B, 3, H, W), normalised.
             labels: Classes (B, H, W) int64.
             ignore: The label of pixels that do not count.
+            class_weights: Of each class's pixels in the losses, (K,) float32; None means 1.
         """
         maps = list(self.backbone(images))
         heads = {"decode": (self.decode_head(self.neck(maps)), 1.0)}
@@ -81,7 +91,7 @@ class Segmenter(nn.Module):
         found = {}
         for name, (logits, weight) in heads.items():
             full = resized(logits.float(), labels.shape[-2:])
-            found[f"{name}.loss_seg"] = weight * pixel_loss(full, labels, ignore)
+            found[f"{name}.loss_seg"] = weight * pixel_loss(full, labels, ignore, class_weights)
             found[f"{name}.acc_seg"] = 100 * (full.argmax(1) == labels).float().mean()
         return found
 
@@ -92,7 +102,7 @@ class Segmenter(nn.Module):
         return {name: value for name, value in given.items() if name not in left_out}, left_out
 
 
-def pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+def pixel_loss(logits: Tensor, labels: Tensor, ignore: int, class_weights: Tensor | None = None) -> Tensor:
     """Returns the cross-entropy summed over the pixels that count, divided by the number of all pixels.
 
     Differs from the mean over those that count: an image that is mostly ignored weighs less.
@@ -101,8 +111,10 @@ def pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
         logits: (B, K, H, W).
         labels: (B, H, W) int64.
         ignore: The label of pixels that do not count.
+        class_weights: Of each class's pixels, (K,) float32; None means 1.
     """
-    return F.cross_entropy(logits, labels, ignore_index=ignore, reduction="none").mean()
+    losses = F.cross_entropy(logits, labels, class_weights, ignore_index=ignore, reduction="none")
+    return losses.mean()
 
 
 def build_segmenter(

@@ -8,8 +8,8 @@ from iwin_tasks.detection.model import (
     backbone_blocks,
     check_detector,
     detector_config,
-    make_detector,
     load_detector_weights,
+    make_detector,
 )
 
 SMALL = {"window_size": 4, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
