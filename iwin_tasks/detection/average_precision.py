@@ -17,7 +17,7 @@ from torch import Tensor
 from iwin_tasks.detection.coco import Categories
 from iwin_tasks.scenes.folders import run_lengths
 
-BOXES, MASKS = "bbox", "segm"
+BY_BOX, BY_MASK = "bbox", "segm"
 """What pycocotools calls the two ways to score."""
 AT = {"ap50": 0.5, "ap75": 0.75}
 AREAS = ("small", "medium", "large")
@@ -95,7 +95,7 @@ def average_precision(
     found = []
     for number, one in enumerate(results, start=1):
         mask = one["segmentation"]
-        area = one["bbox"][2] * one["bbox"][3] if kind == BOXES else float(rle.area(mask))
+        area = one["bbox"][2] * one["bbox"][3] if kind == BY_BOX else float(rle.area(mask))
         found.append({**one, "id": number, "iscrowd": 0, "area": area})
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_indexed(truth, objects), _indexed(truth, found), cast(Any, kind))

@@ -14,8 +14,8 @@ from torch import Tensor
 from flashdit.shared.progress import progress_bar
 from flashdit.shared.readers import read_batches
 from iwin_tasks.detection.average_precision import (
-    BOXES,
-    MASKS,
+    BY_BOX,
+    BY_MASK,
     AveragePrecision,
     average_precision,
     results_of,
@@ -152,7 +152,7 @@ def evaluate_detector(
     scores: list[DetectionScores | None] = [None]
     if rank == 0:
         truth = images.truth()
-        box, mask = (average_precision(truth, results, kind) for kind in (BOXES, MASKS))
+        box, mask = (average_precision(truth, results, kind) for kind in (BY_BOX, BY_MASK))
         elapsed_s = time.perf_counter() - started
         scores = [
             DetectionScores(box=box, mask=mask, num_images=len(images), images_per_s=len(images) / elapsed_s)
