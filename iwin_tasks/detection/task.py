@@ -141,8 +141,7 @@ class DetectionTask(Task[ObjectBatch]):
         self.copy.load_state_dict(average)
         training = self.config.training
         share = share_of_batch(training, self.accelerator.num_processes)
-        with torch.random.fork_rng(devices=[]):
-            found = evaluate_detector(self.copy, self.held_out, share, self.accelerator, training.workers)
+        found = evaluate_detector(self.copy, self.held_out, share, self.accelerator, training.workers)
         self.found = found.scores
         if self.accelerator.is_main_process:
             self._draw(step)
