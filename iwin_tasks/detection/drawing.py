@@ -41,7 +41,7 @@ def draw_objects(image: Tensor, found: Mapping[str, Tensor], names: Sequence[str
     colours: list[Any] = [label_colour(label) for label in labels]
     masks = F.interpolate(found["masks"][None].float(), scale_factor=scale)[0] > 0
     image = draw_segmentation_masks(image, masks, MASK_ALPHA, colours)
-    texts: list[str] = [names[label] for label in labels]
+    texts = [names[int(label)] for label in labels]
     if "scores" in found:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"].tolist(), strict=True)]
     boxes = found["boxes"] * scale

@@ -28,6 +28,7 @@ from flashdit.training.resume import check_same_task, settle
 from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_tasks.detection.augmentation import ObjectAugmentation
 from iwin_tasks.detection.config import DetectionConfig
+from iwin_tasks.detection.costs import detector_flops
 from iwin_tasks.detection.data import (
     DETECTION_DATASETS,
     CocoImages,
@@ -46,9 +47,11 @@ from iwin_tasks.detection.model import (
     load_detector_weights,
     make_detector,
 )
+from iwin_tasks.detection.proposals import CANVAS_MULTIPLE
 
 logger = logging.getLogger(__name__)
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 8, 4
+FLOPS_EXAMPLES = 4
 PREVIEW_SCORE = 0.5
 """From which on a detection is drawn."""
 
@@ -129,6 +132,14 @@ class DetectionTask(Task[ObjectBatch]):
                 f"training.gradient_checkpointing requires an Iwin backbone, got {self.config.model.backbone}"
             )
         switch(True)
+
+    def forward_flops(self) -> float:
+        """Returns the FLOPs of one image's forward pass, the mean of the first few examples' canvases."""
+        few = [self.examples[position]["image"].shape[-2:] for position in range(FLOPS_EXAMPLES)]
+        boxes = self.config.model.sampled_boxes
+        sizes = [[-(-side // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in size] for size in few]
+        counts = [detector_flops(self.model, *size, boxes=boxes, masks=-(-boxes // 4)) for size in sizes]
+        return sum(counts) / len(counts)
 
     @cached_property
     def copy(self) -> Detector:

@@ -21,7 +21,7 @@ AUXILIARY = "auxiliary_head."
 
 
 class Segmenter(nn.Module):
-    """(B, 3, H, W) → logits (B, K, H, W) of any H × W; with labels the training losses.
+    """(B, 3, H, W) → logits (B, K, H, W) of any H × W, with labels the training losses; both float32.
 
     Args:
         backbone: (B, 3, H, W) → four NCHW maps, the finest first.
@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
         """
         if labels is not None:
             return self.losses(images, labels, ignore, class_weights)
-        return resized(self.decode(images), images.shape[-2:])
+        return resized(self.decode(images).float(), images.shape[-2:])
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Returns the four maps that the decode head takes, NCHW."""
