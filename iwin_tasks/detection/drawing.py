@@ -44,6 +44,15 @@ def draw_objects(image: Tensor, found: Mapping[str, Tensor], names: Sequence[str
     texts = [names[int(label)] for label in labels]
     if "scores" in found:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"].tolist(), strict=True)]
-    boxes = found["boxes"] * scale
-    font = str(label_font().path)
-    return to_pil(draw_bounding_boxes(image, boxes, texts, colours, width=2, font=font, font_size=FONT_SIZE))
+    drawn = draw_bounding_boxes(
+        image,
+        found["boxes"] * scale,
+        texts,
+        colours,
+        width=2,
+        font=str(label_font().path),
+        font_size=FONT_SIZE,
+        label_colors="black",
+        fill_labels=True,
+    )
+    return to_pil(drawn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -49,7 +48,6 @@ from iwin_tasks.detection.model import (
 )
 from iwin_tasks.detection.proposals import CANVAS_MULTIPLE
 
-logger = logging.getLogger(__name__)
 PREVIEW_IMAGES, PREVIEW_COLUMNS = 8, 4
 FLOPS_EXAMPLES = 4
 PREVIEW_SCORE = 0.5
