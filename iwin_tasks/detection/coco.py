@@ -55,9 +55,13 @@ class Categories:
         """The label of each id."""
         return {category: label for label, category in enumerate(self.ids)}
 
+    def pairs(self) -> list[tuple[int, str]]:
+        """Returns the id and the name of each."""
+        return list(zip(self.ids, self.names, strict=True))
+
     def listed(self) -> list[dict[str, Any]]:
         """Returns them as a COCO json has them."""
-        return [{"id": i, "name": name} for i, name in zip(self.ids, self.names, strict=True)]
+        return [{"id": number, "name": name} for number, name in self.pairs()]
 
 
 @dataclass(kw_only=True)
@@ -289,8 +293,7 @@ def _remarks(
         lines.append(f"{called}: left out of training, {line}")
     if len(left_out) > OBJECTS_NAMED:
         lines.append(f"{called}: left out of training, {len(left_out) - OBJECTS_NAMED:,} objects more")
-    ids, names = found.categories.ids, found.categories.names
-    empty = [printable(name) for i, name in zip(ids, names, strict=True) if not counts[i]]
+    empty = [printable(name) for number, name in found.categories.pairs() if not counts[number]]
     if empty:
         more = f" and {len(empty) - CATEGORIES_NAMED} more" if len(empty) > CATEGORIES_NAMED else ""
         lines.append(f"{called}: categories without an image: {', '.join(empty[:CATEGORIES_NAMED])}{more}")

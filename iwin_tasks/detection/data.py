@@ -259,7 +259,7 @@ def open_objects(spec: Mapping[str, Any], split: str) -> ObjectImages:
 
 def check_same_categories(train: ObjectImages, held_out: ObjectImages) -> None:
     """Raises ValueError unless two splits have the same categories."""
-    one, other = (dict(zip(s.categories.ids, s.categories.names, strict=True)) for s in (train, held_out))
+    one, other = (dict(images.categories.pairs()) for images in (train, held_out))
     different = sorted(i for i in one.keys() | other.keys() if one.get(i) != other.get(i))
     if different:
         shown = [one.get(different[0]), other.get(different[0])]

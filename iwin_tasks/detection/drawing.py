@@ -56,3 +56,12 @@ def draw_objects(image: Tensor, found: Mapping[str, Tensor], names: Sequence[str
         fill_labels=True,
     )
     return to_pil(drawn)
+
+
+def on_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Returns pictures on white ground of the largest width and height among them, each at the top left."""
+    size = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    grounds = [Image.new("RGB", size, "white") for _ in pictures]
+    for ground, picture in zip(grounds, pictures, strict=True):
+        ground.paste(picture)
+    return grounds

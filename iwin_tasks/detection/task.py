@@ -37,7 +37,7 @@ from iwin_tasks.detection.data import (
     open_objects,
 )
 from iwin_tasks.detection.detector import Detector
-from iwin_tasks.detection.drawing import draw_objects
+from iwin_tasks.detection.drawing import draw_objects, on_one_size
 from iwin_tasks.detection.evaluate import Detections, DetectionScores, evaluate_detector, find_objects
 from iwin_tasks.detection.model import (
     DetectorSpec,
@@ -165,9 +165,9 @@ class DetectionTask(Task[ObjectBatch]):
             (one,) = find_objects(self.copy, [image.float() / 255], self.accelerator)
             kept = {name: value[one["scores"] >= PREVIEW_SCORE].cpu() for name, value in one.items()}
             drawn.append(draw_objects(image, kept, self.categories.names))
-        rows = [
-            ("", drawn[start : start + PREVIEW_COLUMNS]) for start in range(0, len(drawn), PREVIEW_COLUMNS)
-        ]
+        cells = on_one_size(drawn)
+        starts = range(0, len(cells), PREVIEW_COLUMNS)
+        rows = [("", cells[start : start + PREVIEW_COLUMNS]) for start in starts]
         assert self.found is not None
         grid = panel_grid(rows, title=f"step {step}, EMA, box AP50 {self.found.box.ap50:.1%}")
         path = Path(self.config.run.dir) / PREVIEWS / f"step_{step:08d}.png"
@@ -230,7 +230,7 @@ def check_same_ids(run_dir: Path, images: ObjectImages) -> None:
     ids, names = newest_readable(run_dir, of) or (None, None)
     if ids is None or names is None:
         return
-    before, now = (list(zip(*pair, strict=True)) for pair in ((ids, names), vars_of(images)))
+    before, now = list(zip(ids, names, strict=True)), images.categories.pairs()
     if len(before) != len(now):
         raise ValueError(
             f"{run_dir} holds a run on {len(before)} classes, got data of {len(now)}: give another run.dir"
@@ -242,11 +242,6 @@ def check_same_ids(run_dir: Path, images: ObjectImages) -> None:
             f"{run_dir} holds a run whose category {old_id} is {old_name}, got {new_name} with {new_id} "
             "in its place: give another run.dir"
         )
-
-
-def vars_of(images: ObjectImages) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns the ids and the names of a split's categories."""
-    return images.categories.ids, images.categories.names
 
 
 def DetectionTrainer(config: DetectionConfig) -> TrainingLoop[DetectionTask]:

@@ -1,7 +1,8 @@
 import numpy as np
 import torch
+from PIL import Image
 
-from iwin_tasks.detection.drawing import draw_objects, label_colour
+from iwin_tasks.detection.drawing import draw_objects, label_colour, on_one_size
 
 
 def picture(found, size=(40, 60)):
@@ -34,3 +35,9 @@ def test_box_and_mask_have_the_label_s_colour_at_their_place():
 def test_labels_near_each_other_have_colours_apart():
     colours = torch.tensor([label_colour(label) for label in range(10)]).float()
     assert torch.pdist(colours).min() > 40
+
+
+def test_pictures_of_several_sizes_are_put_on_one():
+    wide, high = on_one_size([Image.new("RGB", (30, 10), "red"), Image.new("RGB", (20, 40), "blue")])
+    assert wide.size == high.size == (30, 40)
+    assert (wide.getpixel((29, 9)), wide.getpixel((0, 10))) == ((255, 0, 0), (255, 255, 255))

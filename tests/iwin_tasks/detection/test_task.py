@@ -200,9 +200,13 @@ def test_images_without_any_object_train(tmp_path):
     changed = content()
     changed["images"] = changed["images"][::-1]
     data = write_folder(tmp_path / "data", changed)
-    trainer = DetectionTrainer(coco_config(tmp_path / "run", data, "training.steps=3"))
+    trainer = DetectionTrainer(
+        coco_config(tmp_path / "run", data, "training.steps=3", "training.preview_every=3")
+    )
     trainer.fit()
     assert trainer.step == 3
+    with Image.open(tmp_path / "run" / "samples" / "step_00000003.png") as picture:
+        assert picture.width > 3 * 420, "three images side by side, whatever their sizes"
     assert all(record["loss"] > 0 for record in records(tmp_path / "run"))
 
 
