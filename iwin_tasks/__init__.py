@@ -1,1 +1,1 @@
-"""The paper's other systems on Iwin backbones: classification, segmentation."""
+"""The paper's other systems on Iwin backbones: classification, detection, segmentation."""

@@ -8,6 +8,7 @@ from flashdit.shared.command import Command, run_command
 
 COMMANDS = {
     "classify": Command("iwin_tasks.commands.classify", "train or evaluate a classifier"),
+    "detect": Command("iwin_tasks.commands.detect", "train or score a detector, or draw what it finds"),
     "segment": Command("iwin_tasks.commands.segment", "train, evaluate or use a segmenter"),
     "reach": Command("iwin_tasks.commands.reach", "which tokens a token reaches in n blocks, Iwin and Swin"),
     "visualise": Command("iwin_tasks.commands.visualise", "receptive fields and Grad-CAM of a timm model"),

@@ -24,6 +24,7 @@ from flashdit.flow.samplers import SAMPLERS
 from flashdit.shared.settings import describe
 from iwin_core import IwinConfig
 from iwin_tasks.classification.config import ClassifierConfig, load_classifier_config
+from iwin_tasks.detection.config import DetectionConfig, load_detection_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,6 +40,12 @@ SCRIPTS = {
     "eval_fid.py": "flashdit eval",
     "encode_latents.py": "flashdit encode",
     "train_classifier.py": "iwin classify",
+}
+LOADERS = {  # of the configuration of a command
+    "train": config.load,
+    "estimate": config.load,
+    "classify": load_classifier_config,
+    "detect": load_detection_config,
 }
 FOLDERS = ("flashdit", "iwin_core", "iwin_tasks", "configs", "docs", "tests", "tools", "benchmarks")
 GROUPS = ("flashdit.samplers", "flashdit.metrics", "flashdit.data", "flashdit.extractors")
@@ -119,18 +126,18 @@ def invalid_configurations(path):
     """Returns what is wrong with `--config NAME` and `key=value` of shell lines."""
     found = []
     for words in command_lines(path):
-        if words[1] not in ("train", "estimate", "classify"):
+        if words[1] not in LOADERS:
             continue
         keys = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
         if "data.name=discs" in keys:  # of the package of docs/extending.md, whose test runs the line
             continue
         named = words[words.index("--config") + 1] if "--config" in words else None
         shipped = None if named in ("my.yaml", "latents.yaml") else named  # which flashdit new writes
-        embedded = shipped is None or "digits" in shipped or "glyphs" in shipped
+        embedded = shipped is None or any(name in shipped for name in ("digits", "glyphs", "scenes"))
         if not embedded and not any(key.startswith("data.path=") for key in keys):
             keys.append("data.path=not-read")
         try:
-            (load_classifier_config if words[1] == "classify" else config.load)(shipped, keys)
+            LOADERS[words[1]](shipped, keys)
         except ValueError as error:
             found.append(str(error))
     return found
@@ -204,6 +211,7 @@ def test_every_configuration_key_says_what_it_means():
     keys = [
         *config.configuration_keys(),
         *describe(ClassifierConfig),
+        *describe(DetectionConfig),
         *describe(IwinConfig),
     ]
     assert sorted({key.name for key in keys if not key.doc}) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from iwin_core.backbone.config import BACKBONE_SIZES, IwinConfig
 from iwin_core.backbone.features import IwinFeatures
 from iwin_core.backbone.timm_models import variants
+from iwin_core.backbone.weights import listed
 
 MAPS = 4
 PROBE = 64
 """Side of the zero image that shows what maps a backbone gives, in pixels."""
+_LONGEST_REASON = 200  # characters of what timm says
 
 
 class ChannelsFirst(nn.Module):
@@ -112,3 +115,31 @@ def check_maps(count: int) -> None:
 def listing(names: Any) -> str:
     """Returns names in order with commas between."""
     return ", ".join(sorted(names))
+
+
+def pretrained_backbone(
+    backbone: str, options: Mapping[str, Any], file: Path | str | None
+) -> dict[str, Tensor]:
+    """Returns the tensors of a timm backbone other than Iwin, with the weights that timm reads or downloads.
+
+    timm passes over tensors that a file lacks; two backbones then differ in them.
+
+    Args:
+        backbone: A timm name.
+        options: As `make_dense_backbone` takes them.
+        file: A file of weights under the model's own names; None means what timm downloads.
+
+    Raises:
+        ValueError: If the weights cannot be read or are another model's.
+    """
+    overlay = {} if file is None else {"file": str(file)}
+    given = {**options, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        first, second = (make_dense_backbone(backbone, given)[0].state_dict() for _ in range(2))
+    except (RuntimeError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise ValueError(f"weights must be those of {backbone}, got {file or 'timm'}: {reason}") from error
+    lacks = [name for name, value in first.items() if not value.equal(second[name])]
+    if lacks:
+        raise ValueError(f"weights must be those of {backbone}, got {file or 'timm'} without {listed(lacks)}")
+    return first

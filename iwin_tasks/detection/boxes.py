@@ -19,18 +19,19 @@ IGNORED = -2
 
 
 class StrideAnchors(AnchorGenerator):
-    """Anchors of 8 strides at every point of every map, in pixels of the canvas.
+    """Anchors of `scale` strides at every point of every map, in pixels of the canvas.
 
     Differs from torchvision: base anchors are not rounded, and strides are those given, not the canvas by the
     map, which is less where the side of the last map was rounded up.
 
     Args:
         strides: Of each map, in pixels.
+        scale: Side of a square anchor by the stride of its map.
     """
 
-    def __init__(self, strides: Sequence[int]):
+    def __init__(self, strides: Sequence[int], scale: float = ANCHOR_SCALE):
         self.strides = tuple(strides)
-        sizes = tuple((ANCHOR_SCALE * stride,) for stride in strides)
+        sizes = tuple((scale * stride,) for stride in strides)
         super().__init__(sizes, (ANCHOR_RATIOS,) * len(sizes))
 
     def generate_anchors(

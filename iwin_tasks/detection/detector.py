@@ -13,8 +13,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from iwin_tasks.detection.mmdet_names import from_mmdet
-from iwin_tasks.detection.proposals import CANVAS_MULTIPLE
+from iwin_tasks.detection.proposals import CANVAS_MULTIPLE, ProposalNetwork
+from iwin_tasks.detection.pyramid import PyramidBackbone
 from iwin_tasks.detection.regions import paste_masks
+from iwin_tasks.detection.roi_heads import CascadeRoIHeads
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
 MEAN = [123.675 / 255, 116.28 / 255, 103.53 / 255]
@@ -81,6 +83,9 @@ class Detector(GeneralizedRCNN):
     """
 
     transform: CanvasTransform
+    backbone: PyramidBackbone
+    rpn: ProposalNetwork
+    roi_heads: CascadeRoIHeads
 
     def __init__(
         self, name: str, num_classes: int, backbone: nn.Module, rpn: nn.Module, roi_heads: nn.Module

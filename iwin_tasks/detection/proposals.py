@@ -52,6 +52,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n={"training": kept, "testing": KEPT_AT_TEST},
             nms_thresh=0.7,
         )
+        self.strides = tuple(strides)
         self.box_coder = OffsetCoder((1.0, 1.0, 1.0, 1.0))
         self.beta = beta
         self.inside = inside
@@ -72,6 +73,10 @@ class ProposalNetwork(RegionProposalNetwork):
         boxes, losses = super().forward(images, features, targets)
         names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_bbox"}
         return boxes, {names[name]: loss for name, loss in losses.items()}
+
+    def limit_boxes(self, most: int) -> None:
+        """Hands on at most so many boxes of an image, and as many of each map before overlaps are removed."""
+        self._pre_nms_top_n = self._post_nms_top_n = {"training": most, "testing": most}
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]

@@ -37,7 +37,8 @@ def write_coco(folder: Path, options: SceneOptions, split: str) -> Path:
     Raises:
         ValueError: If the split is unknown.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     name = COCO_SPLITS.get(split, split)
     for index, scene in _scenes(options, split):
         file = f"{index:012d}.png"
@@ -45,23 +46,34 @@ def write_coco(folder: Path, options: SceneOptions, split: str) -> Path:
         save_png(scene.image, folder / name / file)
         height, width = scene.label_map.shape
         images.append({"id": index, "file_name": file, "height": height, "width": width})
-        for box, label, mask in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks, strict=True):
-            x1, y1, x2, y2 = box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
-                    "category_id": label + FIRST_CATEGORY,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": int(mask.sum()),
-                    "segmentation": run_lengths(mask),
-                    "iscrowd": 0,
-                }
-            )
+        annotations += scene_annotations(scene, index, len(annotations) + 1)
     categories = [{"id": i, "name": name} for i, name in enumerate(DIGIT_NAMES, start=FIRST_CATEGORY)]
     path = _make(folder / "annotations") / f"instances_{name}.json"
     write_json(path, {"images": images, "annotations": annotations, "categories": categories})
     return path
+
+
+def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """Returns a scene's digits as COCO's annotations.
+
+    Args:
+        scene: The scene.
+        image_id: Of its image.
+        first_id: Of the first digit; the others follow.
+    """
+    found = zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks, strict=True)
+    return [
+        {
+            "id": first_id + place,
+            "image_id": image_id,
+            "category_id": label + FIRST_CATEGORY,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": int(mask.sum()),
+            "segmentation": run_lengths(mask),
+            "iscrowd": 0,
+        }
+        for place, ((x1, y1, x2, y2), label, mask) in enumerate(found)
+    ]
 
 
 def write_ade20k(folder: Path, options: SceneOptions, split: str) -> None:
