@@ -25,7 +25,7 @@ def test_exported_programs_take_any_batch(kind):
         torch.testing.assert_close(program(x), model(x))
 
 
-@pytest.mark.parametrize("kind", ["upernet", "semantic_fpn"])
+@pytest.mark.parametrize("kind", ["upernet", pytest.param("semantic_fpn", marks=pytest.mark.slow)])
 def test_onnx_runtime_gives_the_same_logits_at_any_batch(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
