@@ -66,6 +66,10 @@ class OffsetCoder(BoxCoder):
     most, and boxes keep their precision where the offsets have less (in bfloat16, 1001 px would become 1000).
     """
 
+    def decode(self, rel_codes: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Returns the moved boxes (n, k, 4) for offsets (n, 4k) of the boxes of all images."""
+        return self.decode_single(rel_codes, torch.cat(list(boxes))).unflatten(1, (-1, 4))
+
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Returns the moved boxes (n, 4k) for offsets (n, 4k) of boxes (n, 4)."""
         offsets = rel_codes.float().unflatten(1, (-1, 4))

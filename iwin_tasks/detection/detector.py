@@ -48,6 +48,12 @@ class CanvasTransform(GeneralizedRCNNTransform):
         size = [int(side * scale + 0.5) for side in image.shape[-2:]]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], target
 
+    def pad(self, images: Sequence[Tensor]) -> ImageList:
+        """Returns the canvas of images (3, H, W) in 0 to 1 at the size that they have."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        normalised = [self.normalize(image) for image in images]
+        return ImageList(self.batch_images(normalised, self.size_divisible), sizes)
+
     def postprocess(
         self,
         result: list[dict[str, Tensor]],

@@ -16,10 +16,7 @@ MASK_THRESHOLD = 0.5
 
 def indexed_boxes(boxes: Sequence[Tensor]) -> Tensor:
     """Returns the boxes of all images (n, 5), each after the number of its image."""
-    counts = torch.tensor([len(b) for b in boxes], device=boxes[0].device)
-    images = torch.arange(len(boxes), device=counts.device).repeat_interleave(counts)
-    joined = torch.cat(list(boxes)).float()
-    return torch.cat([images[:, None].to(joined), joined], dim=1)
+    return torch.cat([F.pad(b.float(), (1, 0), value=image) for image, b in enumerate(boxes)])
 
 
 def pyramid_level(boxes: Tensor, levels: int) -> Tensor:
@@ -52,7 +49,7 @@ class AlignedPooler(nn.Module):
         rois = indexed_boxes(boxes)
         maps = list(features.values())[: len(self.strides)]
         levels = pyramid_level(rois[:, 1:], len(maps))
-        pooled = rois.new_zeros(len(rois), maps[0].shape[1], self.side, self.side)
+        pooled = rois.new_zeros(rois.shape[0], maps[0].shape[1], self.side, self.side)
         for level, (m, stride) in enumerate(zip(maps, self.strides, strict=True)):
             own = (levels == level).nonzero()[:, 0]
             pooled[own] = roi_align(m.float(), rois[own], self.side, 1 / stride, aligned=True)

@@ -216,9 +216,9 @@ class CascadeRoIHeads(RoIHeads):
         """
         best = logits[:, 1:].argmax(dim=1) + 1
         label = best if labels is None else torch.where(labels > 0, labels, best)
-        chosen = offsets[torch.arange(len(offsets), device=offsets.device), label - 1]
+        chosen = offsets[torch.arange(offsets.shape[0], device=offsets.device), label - 1]
         moved = self.coders[stage].decode_single(chosen.detach(), torch.cat(boxes))
-        parts = moved.split([len(b) for b in boxes])
+        parts = moved.split([b.shape[0] for b in boxes])
         return [clip_boxes_to_image(part, size) for part, size in zip(parts, sizes, strict=True)]
 
     def forward_masks(
@@ -230,12 +230,12 @@ class CascadeRoIHeads(RoIHeads):
         total = torch.stack(
             [self.draw(stage, pooled, label).sigmoid() for stage in range(len(self.coders))]
         ).mean(dim=0)
-        return total.split([len(b) for b in boxes])
+        return total.split([b.shape[0] for b in boxes])
 
     def draw(self, stage: int, pooled: Tensor, labels: Tensor) -> Tensor:
         """Returns a stage's mask logits (n, 28, 28) at the labels (n,) from 1, float32."""
         logits = self.mask_predictor[stage](self.mask_head[stage](pooled)).float()
-        return logits[torch.arange(len(logits), device=logits.device), labels - 1]
+        return logits[torch.arange(logits.shape[0], device=logits.device), labels - 1]
 
     def sample(self, stage: int, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Sample]:
         """Returns the boxes of each image that a stage is trained on.

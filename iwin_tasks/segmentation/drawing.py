@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flashdit.shared.pictures import panel_grid, to_pil
+from flashdit.shared.pictures import MIN_CELL, panel_grid, to_pil
 
 OPACITY = 0.6
 IGNORED_COLOUR = 255  # white
@@ -42,15 +42,23 @@ def over_picture(image: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 def side_by_side(
     rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, title: str = ""
 ) -> Image.Image:
-    """Returns rows of an image, its truth and what was predicted.
+    """Returns rows of an image, its truth and what was predicted; small images are enlarged.
 
     Args:
         rows: (image uint8 (3, H, W), labels (H, W), predicted classes (H, W)) for each row, all of one size.
         num_classes: K.
         title: The line at the top.
     """
+    height, width = rows[0][0].shape[1:]
+    scale = max(1, -(-MIN_CELL // max(height, width)))
     panels = [
-        ("", [to_pil(x) for x in (image, *(over_picture(image, c, num_classes) for c in both))])
+        (
+            "",
+            [
+                to_pil(x).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+                for x in (image, *(over_picture(image, c, num_classes) for c in both))
+            ],
+        )
         for image, *both in rows
     ]
     return panel_grid(panels, ("image", "truth", "prediction"), title=title)

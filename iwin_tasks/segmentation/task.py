@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 from flashdit.shared.command import resolve_device
 from flashdit.shared.files import write_atomically
@@ -29,6 +28,7 @@ from flashdit.training.task import PeriodicAction, Task, Tensors
 from iwin_core import IwinFeatures
 from iwin_tasks.segmentation.augmentation import PixelAugmentation, held_out_image
 from iwin_tasks.segmentation.config import SegmentationConfig
+from iwin_tasks.segmentation.costs import segmenter_flops
 from iwin_tasks.segmentation.data import (
     SEGMENTATION_DATASETS,
     HeldOutPixels,
@@ -77,7 +77,8 @@ class SegmentationTask(Task[Tensors]):
         self.examples = PixelExamples(self.images, config.augmentation, config.seed)
         self.images_per_epoch = self.examples.size
         make = partial(make_segmenter, config.model)
-        self.image_size = tuple(self.examples[0]["image"].shape[1:])
+        height, width = self.examples[0]["label"].shape
+        self.image_size = height, width
         share = share_of_batch(config.training, accelerator.num_processes)
         shares_norms = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
         if config.model.kind == "upernet" and share < 2 and not shares_norms:
@@ -130,12 +131,8 @@ class SegmentationTask(Task[Tensors]):
         switch(True)
 
     def forward_flops(self) -> float:
-        """Returns the FLOPs of one image's forward pass with all heads, counted on a model without memory."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model, size = make_segmenter(self.config.model, device="meta").eval(), self.image_size
-            labels = torch.zeros(1, *size, dtype=torch.int64, device="meta")
-            model(torch.zeros(1, 3, *size, device="meta"), labels, self.images.ignore)
-        return counter.get_total_flops()
+        """Returns the FLOPs of one training image's logits; the auxiliary head is not counted."""
+        return segmenter_flops(self.model, *self.image_size)
 
     @cached_property
     def copy(self) -> Segmenter:

@@ -26,6 +26,9 @@ from iwin_tasks.segmentation.evaluate import predict_classes
 from iwin_tasks.segmentation.start import load_start, make_segmenter
 from iwin_tasks.segmentation.task import SegmentationTask
 
+WRITTEN_FOLDERS = ("pictures", "labels")
+"""In the folder that is made: what is shown, and the maps themselves."""
+
 
 @torch.inference_mode()
 def segment_folder(run: Path, folder: Path, out: Path, overrides: Sequence[str] = ()) -> int:
@@ -62,13 +65,12 @@ def segment_folder(run: Path, folder: Path, out: Path, overrides: Sequence[str] 
         seen = held_out_image(image, config.augmentation.scale)[None].to(accelerator.device)
         classes = predict_classes(model, seen, config.inference, image.shape[-2:], accelerator)[0].cpu()
         shown = over_picture(image, classes, config.model.num_classes)
-        picture, labels = ((out / kind / stem).with_name(f"{Path(stem).name}.png") for kind in KINDS)
+        picture, labels = (
+            (out / kind / stem).with_name(f"{Path(stem).name}.png") for kind in WRITTEN_FOLDERS
+        )
         for file in (picture, labels):
             file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(picture, lambda temporary, shown=shown: save_png(shown, temporary))
         written = label_image(classes, config.model.num_classes)
         write_atomically(labels, lambda temporary, written=written: written.save(temporary, format="png"))
     return len(paths)
-
-
-KINDS = ("pictures", "labels")

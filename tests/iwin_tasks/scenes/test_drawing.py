@@ -39,6 +39,8 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
         for index in (0, 1)
     }
     assert len(set(scenes.values())) == 8
+    drawn = [next(drawing._numbers(0, split, 1)) for split in drawing.REGIONS]
+    assert drawn[0] != drawn[1], "two splits share no random number"
     code = (
         "import hashlib; from iwin_tasks.scenes import *; "
         "s = draw_scene(SceneOptions(seed=1), 'held-out', 1); "
@@ -48,7 +50,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
     assert found.stdout.strip() == scenes[1, "held-out", 1]
 
 
-def test_every_digit_stays_visible_and_is_drawn_where_its_mask_is(monkeypatch):
+def test_every_digit_stays_visible(monkeypatch):
     crowded = SceneOptions(image_size=(48, 64), digits=(12, 12), digit_size=(20, 30))
     wholes = []
     check = drawing._leaves_others_visible
@@ -60,17 +62,23 @@ def test_every_digit_stays_visible_and_is_drawn_where_its_mask_is(monkeypatch):
     monkeypatch.setattr(drawing, "_leaves_others_visible", spied)
     counts = []
     for index in range(4):
-        image, _, labels, masks, _ = draw_scene(crowded, "train", index)
+        _, _, labels, masks, _ = draw_scene(crowded, "train", index)
         counts.append(len(labels))
         drawn = wholes[-1]
         shares = [mask.sum() / whole.sum() for mask, whole in zip(masks, drawn, strict=True)]
         assert min(shares) >= drawing.LEAST_VISIBLE
-        ground = draw_scene(
-            SceneOptions(image_size=(48, 64), digits=(0, 0), digit_size=(20, 30)), "train", index
-        )
-        changed = (image.int() - ground.image.int()).abs().amax(0)
-        assert changed[masks.any(0)].float().mean() > 4 * changed[~masks.any(0)].float().mean()
     assert 0 < min(counts) < 12  # those without room are left out
+
+
+def test_a_digit_is_drawn_where_its_mask_is():
+    one, none = (SceneOptions(digits=(n, n), digit_size=(32, 40)) for n in (1, 0))
+    for index in range(8):
+        scene, ground = draw_scene(one, "train", index), draw_scene(none, "train", index)
+        changed = (scene.image.int() - ground.image.int()).abs().sum(0).float()
+        x1, y1, x2, y2 = scene.boxes[0].int().tolist()
+        beside = ~scene.masks[0]
+        beside[:y1], beside[y2:], beside[:, :x1], beside[:, x2:] = (False,) * 4
+        assert changed[scene.masks[0]].mean() > 2.4 * changed[beside].mean()
 
 
 def test_a_scene_may_be_empty():

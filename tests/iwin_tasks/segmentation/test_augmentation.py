@@ -58,7 +58,7 @@ def test_a_recipe_that_changes_nothing_only_normalises():
     torch.testing.assert_close(found, (image / 255 - mean) / std)
 
 
-@pytest.mark.parametrize("options", [{"crop": (12, 18)}, {"hflip": 1.0}, {"crop": (24, 18), "hflip": 0.5}])
+@pytest.mark.parametrize("options", [{"crop": (12, 18)}, {"hflip": 1.0}, {"crop": (24, 34), "hflip": 0.5}])
 def test_image_and_labels_stay_registered(options):
     image, labels = pixels()
     moved = 0
@@ -67,8 +67,10 @@ def test_image_and_labels_stay_registered(options):
         counted = classes != 255
         assert red(found)[counted].equal(20 * classes[counted])
         moved += classes.shape != labels.shape or not classes.equal(labels)
-        assert counted.sum() == min(20, options.get("crop", (20, 30))[0]) * options.get("crop", (20, 30))[1]
-        assert not found[:, ~counted].any()  # filled up with what is 0 once normalised
+        height, width = options.get("crop", (20, 30))
+        assert counted.sum() == min(20, height) * min(30, width)
+        assert counted[:20, :30].all()  # filled up at the right and below, with what is 0 once normalised
+        assert not found[:, ~counted].any()
     assert moved == 8
 
 
@@ -100,6 +102,21 @@ def test_a_crop_with_too_much_of_one_class_is_drawn_again():
     free, held = ([largest_share(limit, item) for item in range(40)] for limit in (1.0, 0.75))
     assert sum(share < 0.75 for share in held) > 36
     assert sum(share < 0.75 for share in free) < 28
+
+
+def test_ignored_pixels_are_no_class_of_a_crop():
+    labels = torch.full((40, 40), 255)
+    labels[:, 20:32], labels[:, 32:] = 0, 1
+    image, options = torch.zeros(3, 40, 40, dtype=torch.uint8), still(crop=(20, 20))
+    found = [train_pair(image, labels, options, 255, generator_for(0, "a", item))[1] for item in range(40)]
+    assert sum(bool((classes == 1).any()) for classes in found) > 30
+
+
+def test_an_image_is_resized_bilinearly_to_whole_levels():
+    image, _ = pixels()
+    found = held_out_image(image, (60, 31))
+    expected = torch.nn.functional.interpolate(image[None].float(), (31, 47), mode="bilinear").round()[0]
+    torch.testing.assert_close(found, normalised(expected / 255))
 
 
 def test_what_is_drawn_depends_on_the_generator_alone():

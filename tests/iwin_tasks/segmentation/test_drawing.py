@@ -33,6 +33,8 @@ def test_a_row_shows_image_truth_and_prediction():
     painted = (picture == colour).all(-1)
     assert painted.sum() == 2 * 20 * 300
     assert painted[:, : picture.shape[1] // 2].sum() == 0, "predictions are on the right"
+    small = side_by_side([(image[:, :, :30], truth[:, :30], found[:, :30])], 2)
+    assert small.width > 3 * 90, "a side of 30 is shown as 90"
 
 
 def test_a_written_map_holds_the_classes(tmp_path):

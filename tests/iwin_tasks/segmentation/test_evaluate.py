@@ -16,9 +16,10 @@ class Process:
 
     def __init__(self, rank, ranks):
         self.process_index, self.num_processes = rank, ranks
-        self.autocast = Accelerator(cpu=True).autocast
+        self.autocast, self.reduced = Accelerator(cpu=True).autocast, 0
 
     def reduce(self, values, reduction):
+        self.reduced += 1
         return values
 
 
@@ -26,7 +27,8 @@ class Process:
 def model():
     """Returns an untrained network of 11 classes."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 11, 3, stride=2, padding=1), nn.Upsample(scale_factor=2)).eval()
+    convolution = nn.Conv2d(3, 11, 3, stride=2, padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(11), nn.Upsample(scale_factor=2)).eval()
 
 
 @pytest.fixture
@@ -74,15 +76,18 @@ def test_processes_share_the_images_and_count_each_once(model, data, monkeypatch
         evaluate.ConfusionMatrix, "scores", lambda self: counts.append(self.counts.clone()) or scores(self)
     )
     evaluated(model, data)
-    for rank in (0, 1):
-        evaluated(model, data, Process(rank, 2))
+    for process in (Process(0, 2), Process(1, 2)):
+        evaluated(model, data, process)
+        assert process.reduced == 1
     assert counts[0].equal(counts[1] + counts[2])
     assert counts[0].sum() == 2 * 40 * 56 + 36 * 48
 
 
 def test_the_mode_and_the_random_state_stay(model, data):
     state = torch.get_rng_state()
-    evaluated(model.train(), data)
-    assert model.training
-    model.eval()
+    statistics = model[1].running_mean.clone()
+    for training in (True, False):
+        evaluated(model.train(training), data)
+        assert model.training == training
+    assert statistics.equal(model[1].running_mean)
     assert state.equal(torch.get_rng_state())
