@@ -22,8 +22,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--config",
         type=path_text,
         metavar="YAML|NAME",
-        help="a file or a shipped configuration (default: iwin/detect_scenes; with data.path or the authors' "
-        "--weights iwin/mask_rcnn_tiny_1x, with the detector and the backbone of the file)",
+        help="a file or a shipped one; with data.path or the authors' --weights the paper's Mask R-CNN, with "
+        "detector and backbone of the file (default: iwin/detect_scenes)",
     )
     add("--eval-only", action="store_true", help="print box and mask AP, train nothing")
     add(

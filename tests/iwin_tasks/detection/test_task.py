@@ -17,6 +17,7 @@ from iwin_core import load_official_checkpoint
 from iwin_tasks.commands import detect
 from iwin_tasks.detection.average_precision import average_precision
 from iwin_tasks.detection.config import load_detection_config
+from iwin_tasks.detection.costs import detector_flops
 from iwin_tasks.detection.data import open_objects
 from iwin_tasks.detection.evaluate import evaluate_detector, find_objects
 from iwin_tasks.detection.model import make_detector, read_detector
@@ -42,6 +43,7 @@ TINY = [
     "data.digits=[0,4]",
     "data.held_out_images=5",
     "training.steps=6",
+    "training.workers=0",
     "training.global_batch_size=4",
     "training.save_every=2",
     "training.log_every=1",
@@ -118,6 +120,12 @@ def test_losses_are_logged_by_name_and_their_sum_is_the_loss(run):
     first = records(run)[0]
     names = ["loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"]
     assert first["loss"] == pytest.approx(sum(first[name] for name in names), rel=1e-5)
+
+
+def test_flops_are_those_of_a_forward_and_backward_pass_at_the_run_s_boxes(tmp_path):
+    overrides = [*TINY, f"run.dir={tmp_path / 'run'}"]
+    trainer = DetectionTrainer(load_detection_config("iwin/detect_scenes", overrides))
+    assert trainer.flops_per_image == 3 * detector_flops(trainer.model, 64, 96, boxes=16, masks=4)
 
 
 def test_scores_are_logged_and_a_picture_is_drawn(run):
