@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flashdit.shared.runs import find_average
 from flashdit.shared.weights import read_tensors
 from iwin_core import IwinFeatures, load_official_checkpoint
-from iwin_core.backbone.weights import listed, read_file, unwrap_checkpoint
+from iwin_core.backbone.dense import pretrained_backbone
+from iwin_core.backbone.weights import read_file, unwrap_checkpoint
 from iwin_tasks.segmentation.model import DROPOUT, Segmenter, build_segmenter
 
 BODY = "backbone."
 TIMM = "timm"
 """Of `weights`: what timm itself has."""
-LONGEST_REASON = 200
 
 
 @dataclass(kw_only=True)
@@ -42,15 +40,12 @@ class SegmenterOptions:
     """Fields of IwinConfig, or what another timm model takes."""
 
 
-def make_segmenter(
-    options: SegmenterOptions, device: str = "cpu", pretrained: Mapping[str, Any] | None = None
-) -> Segmenter:
+def make_segmenter(options: SegmenterOptions, device: str = "cpu") -> Segmenter:
     """Returns the segmenter of its options, freshly initialised.
 
     Args:
         options: Of the segmenter.
         device: Where its tensors are; `meta` has none.
-        pretrained: What timm loads the backbone's weights by; None loads none.
 
     Raises:
         ValueError: If an option is invalid.
@@ -60,7 +55,6 @@ def make_segmenter(
             f"model.backbone_options must load no weights, which `weights` names, got {', '.join(strange)}"
         )
     given = asdict(options)
-    given["backbone_options"] |= pretrained or {}
     with torch.device(device):
         return build_segmenter(given.pop("kind"), given.pop("backbone"), given.pop("num_classes"), **given)
 
@@ -80,7 +74,7 @@ def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) 
     """
     is_iwin = isinstance(model.backbone, IwinFeatures)
     if source == TIMM and not is_iwin:
-        model.backbone.load_state_dict(timm_backbone(options, {}))
+        model.backbone.load_state_dict(pretrained_backbone(options.backbone, options.backbone_options, None))
         return
     path = Path(source)
     if not path.exists():
@@ -92,29 +86,5 @@ def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) 
     elif is_iwin:
         load_official_checkpoint(model.backbone, tensors)
     else:
-        model.backbone.load_state_dict(timm_backbone(options, {"file": str(path)}))
-
-
-def timm_backbone(options: SegmenterOptions, source: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors of a backbone other than Iwin with the weights that timm loads.
-
-    timm passes over tensors that a file lacks; two backbones then differ in them.
-
-    Args:
-        options: Of the segmenter.
-        source: `{"file": PATH}`, or empty for what timm downloads.
-
-    Raises:
-        ValueError: If the weights cannot be read or are another model's.
-    """
-    given = {"pretrained": True, "pretrained_cfg_overlay": dict(source)}
-    called = source.get("file", TIMM)
-    try:
-        first, second = (make_segmenter(options, pretrained=given).backbone.state_dict() for _ in range(2))
-    except (RuntimeError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
-        raise ValueError(f"weights must be those of {options.backbone}, got {called}: {reason}") from error
-    lacks = [name for name, value in first.items() if not value.equal(second[name])]
-    if lacks:
-        raise ValueError(f"weights must be those of {options.backbone}, got {called} without {listed(lacks)}")
-    return first
+        state = pretrained_backbone(options.backbone, options.backbone_options, path)
+        model.backbone.load_state_dict(state)
