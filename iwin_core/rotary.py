@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,41 @@ def rope_tables(grid: Sequence[int], head_dim: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Returns x (…, n, d) turned by position: each pair (x0, x1) becomes (x0, x1)·cos + (−x1, x0)·sin."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # A product of complex numbers, two to four times as fast; compilers and exports know real ones alone.
+        # Two to four times as fast; compilers and exports know real numbers alone.
+        turned: Any = _ComplexTurn.apply(x, cos, sin)
+        return turned
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class _ComplexTurn(torch.autograd.Function):
+    """Turns pairs as complex numbers. Only the tables are kept, which the model holds anyway."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Returns x turned by the angles of the tables."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         turns = torch.complex(cos[..., ::2].to(dtype), sin[..., ::2].to(dtype))
         turned = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))) * turns
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    x0, x1 = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps the tables."""
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the gradient of x: the upstream one turned back."""
+        cos, sin = ctx.saved_tensors
+        return _ComplexTurn.apply(upstream, cos, -sin), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the change of the output: the tangent turned, as the function is linear."""
+        return _ComplexTurn.apply(tangent, *ctx.saved_tensors)
 
 
 class Rotary(nn.Module):

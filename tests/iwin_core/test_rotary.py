@@ -58,3 +58,10 @@ def test_gradients_both_ways():
     tangent = draw(torch.float64).flip(0)
     _, derivative = func.jvp(lambda x: rotate(x, cos, sin), (x.detach(),), (tangent,))
     torch.testing.assert_close(derivative, rotate(tangent, cos, sin))
+
+
+def test_nothing_but_the_tables_is_kept():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        rotate(draw(torch.bfloat16).requires_grad_(), COS, SIN)
+    assert kept == [COS.data_ptr(), SIN.data_ptr()]
