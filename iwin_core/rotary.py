@@ -62,7 +62,10 @@ class _ComplexTurn(torch.autograd.Function):
         """Returns x turned by the angles of the tables."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         turns = torch.complex(cos[..., ::2].to(dtype), sin[..., ::2].to(dtype))
-        turned = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2))) * turns
+        wide = x.to(dtype)
+        if wide.stride(-1) != 1 or any(n % 2 for n in (*wide.stride()[:-1], wide.storage_offset())):
+            wide = wide.clone(memory_format=torch.contiguous_format)  # pairs must lie as complex numbers do
+        turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turns
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
     @staticmethod

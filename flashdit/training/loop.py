@@ -316,7 +316,13 @@ class TrainingLoop(Generic[AnyTask]):
         snapshot = self.step % self.config.ema.snapshot_every == 0
         average = self.ema.state() if actions else {}
         with busy_with(bar, "previews and scores") if actions else nullcontext():
-            numbers, ended = self._act(actions, average, stop, ended)
+            try:
+                numbers, ended = self._act(actions, average, stop, ended)
+            except (ValueError, OSError):
+                if self.accelerator.num_processes == 1:  # else the others wait within the action
+                    save_checkpoint(self, average, self.ema.tracks_state())
+                    logger.info("saved at step %d, whose previews and scores failed", self.step)
+                raise
         save = ended or self._due(training.save_every)
         average = self.ema.state() if save and not actions else average
         tracks = self.ema.tracks_state() if save or snapshot else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ NUMBER_KEYS = ("id", "image_id", "category_id", "height", "width")
 LEAST_SIDE = 1.0
 """Of a box within its image, in pixels; a smaller one is left out of training, as mmdetection does."""
 LEAST_POINTS = 3  # of a polygon
+FARTHEST = 10**6  # of a coordinate from 0, in pixels
+FIRST_CODE, CODE_BITS, CODE_SIGN, CODE_MORE = 48, 5, 16, 32  # of the characters of run lengths
 OBJECTS_NAMED = 10  # objects left out that are named one by one
 CATEGORIES_NAMED = 5
 
@@ -152,6 +153,12 @@ def _checked_lists(path: Path, called: str) -> dict[str, list[dict[str, Any]]]:
                 "an image must have a name, and height and width of at least 1, "
                 f"got {_short(image)} in {called}"
             )
+    names = [category["name"] for category in content["categories"]]
+    strange = [name for name in names if not isinstance(name, str) or not name or names.count(name) > 1]
+    if strange:
+        raise ValueError(
+            f"categories must each have a name of their own, got {_short(strange[0])} in {called}"
+        )
     for name in ("images", "categories"):
         if not content[name]:
             raise ValueError(f"a COCO json must have {name}, {called} has none")
@@ -171,10 +178,13 @@ def _fault(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> 
         ValueError: If its box is none, or its mask is of another size than the image.
     """
     box = annotation["bbox"]
-    if not (
-        isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and all(map(math.isfinite, box))
-    ):
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_place, box))):
         raise ValueError(f"bbox must be four finite numbers, got {_short(box)} of {where}")
+    area = annotation.get("area", 0)
+    if not is_number(area) or not 0 <= area <= FARTHEST**2:
+        raise ValueError(f"area must be a number of pixels, got {_short(area)} of {where}")
+    if annotation.get("iscrowd", 0) not in (0, 1) or not isinstance(annotation.get("iscrowd", 0), int):
+        raise ValueError(f"iscrowd must be 0 or 1, got {_short(annotation['iscrowd'])} of {where}")
     polygons = usable_polygons(annotation, size, where)
     if min(box[2:]) <= 0:
         return f"its box has no {'width' if box[2] <= 0 else 'height'}"
@@ -199,10 +209,9 @@ def usable_polygons(annotation: Mapping[str, Any], size: tuple[int, int], where:
     """
     mask = annotation.get("segmentation")
     if isinstance(mask, Mapping):
-        counts = mask.get("counts")
+        counts = _run_lengths(mask.get("counts"))
         given = mask.get("size")
-        covered = sum(counts) if isinstance(counts, list) else size[0] * size[1]
-        if not isinstance(counts, str | list) or given != list(size) or covered != size[0] * size[1]:
+        if counts is None or given != list(size) or sum(counts) != size[0] * size[1]:
             raise ValueError(
                 f"a mask must be of its image's height and width, {list(size)}, got {given} of {where}"
                 if given != list(size)
@@ -211,9 +220,42 @@ def usable_polygons(annotation: Mapping[str, Any], size: tuple[int, int], where:
         return mask
     polygons = mask if isinstance(mask, list) else []
     for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(is_number, polygon)):
-            raise ValueError(f"a polygon must be x and y of its points, got {_short(polygon)} of {where}")
+        if not isinstance(polygon, list) or len(polygon) % 2 or not all(map(_is_place, polygon)):
+            raise ValueError(
+                f"a polygon must be x and y of its points, finite numbers, got {_short(polygon)} of {where}"
+            )
     return [polygon for polygon in polygons if len(polygon) >= 2 * LEAST_POINTS]
+
+
+def _is_place(value: Any) -> bool:
+    """Returns whether a value is a coordinate or a length in pixels."""
+    return is_number(value) and abs(value) <= FARTHEST  # so is no NaN
+
+
+def _run_lengths(counts: Any) -> list[int] | None:
+    """Returns run lengths as numbers; None where they are none, or end in the midst of one.
+
+    Args:
+        counts: A list of them, or COCO's text: of each the difference to the one two before, from the fourth
+            on, five bits a character, the lowest first.
+    """
+    if isinstance(counts, str):
+        found: list[int] = []
+        value = bits = 0
+        for character in counts:
+            code = ord(character) - FIRST_CODE
+            if not 0 <= code < 2 * CODE_MORE:
+                return None
+            value |= (code % CODE_MORE) << bits
+            bits += CODE_BITS
+            if code < CODE_MORE:
+                value -= (1 << bits) if code & CODE_SIGN else 0
+                found.append(value + (found[-2] if len(found) > 2 else 0))
+                value = bits = 0
+        counts = found if not bits else None
+    if not isinstance(counts, list) or any(not isinstance(n, int) or isinstance(n, bool) for n in counts):
+        return None
+    return counts if all(0 <= n <= FARTHEST**2 for n in counts) else None
 
 
 def box_within(box: Sequence[float], size: tuple[int, int]) -> list[float]:

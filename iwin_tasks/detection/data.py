@@ -133,7 +133,7 @@ class CocoImages:
             name = image["file_name"]
             try:
                 sizes[name] = (self.folder / name).stat().st_size
-            except OSError:
+            except (OSError, ValueError):
                 missing.append(name)
         if missing:
             named = ", ".join(map(printable, missing[:FILES_NAMED]))

@@ -45,7 +45,7 @@ class CanvasTransform(GeneralizedRCNNTransform):
             return image, target
         short, long = sorted(image.shape[-2:])
         scale = min(self.max_size / long, self.min_size[-1] / short)
-        size = [int(side * scale + 0.5) for side in image.shape[-2:]]
+        size = [max(1, int(side * scale + 0.5)) for side in image.shape[-2:]]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], target
 
     def pad(self, images: Sequence[Tensor]) -> ImageList:

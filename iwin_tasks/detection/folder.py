@@ -31,15 +31,26 @@ def check_results(path: Path | str) -> None:
     """Raises ValueError unless results can be written at a path, where nothing of another kind lies."""
     path = Path(path)
     check_writable(path.parent, "--results")
-    if path.is_file() and path.read_bytes().strip() == b"[]":
-        return
+    if path.is_file():
+        text = path.read_bytes().strip()
+        if text == b"[]":
+            return
+        if not text.startswith(b"["):  # annotations have the mark as well
+            raise ValueError(
+                f"--results must be a new file or an earlier list of results, got {printable(path)}"
+            )
     check_replaceable(path, RESULTS_MARK, "--results")
 
 
 def write_results(path: Path | str, results: Sequence[Mapping[str, Any]]) -> None:
     """Writes results as COCO's server takes them: one list of detections."""
-    text = json.dumps(list(results), allow_nan=False)
-    write_atomically(Path(path), lambda temporary: temporary.write_text(text + "\n"))
+    _write(Path(path), list(results))
+
+
+def _write(path: Path, content: Any) -> None:
+    """Writes a json, whole or not at all."""
+    text = json.dumps(content, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 @torch.inference_mode()
@@ -70,6 +81,13 @@ def detect_folder(run: Path | str, images: Path | str, out: Path | str, threshol
     model.to(accelerator.device)
     listed: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    content = {
+        "info": {"found_by": "iwin detect", "checkpoint": str(run)},
+        "images": listed,
+        "annotations": annotations,
+        "categories": categories.listed(),
+    }
+    _write(target / DETECTIONS, content)  # at once: after a kill the folder is known to be this function's
     unreadable = dict(found.unreadable)
     for path in progress_bar(found.paths, desc="detect", unit="image"):
         name = path.relative_to(root).as_posix()
@@ -92,12 +110,5 @@ def detect_folder(run: Path | str, images: Path | str, out: Path | str, threshol
         raise ValueError(f"--images must have an image that can be read, {printable(root)} has none")
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
-    content = {
-        "info": {"found_by": "iwin detect", "checkpoint": str(run)},
-        "images": listed,
-        "annotations": annotations,
-        "categories": categories.listed(),
-    }
-    text = json.dumps(content, allow_nan=False)
-    write_atomically(target / DETECTIONS, lambda temporary: temporary.write_text(text + "\n"))
+    _write(target / DETECTIONS, content)
     return f"{counted(len(annotations), 'object')} on {counted(len(listed), 'image')}: {target}"

@@ -136,7 +136,9 @@ def backbone_blocks(model: Detector) -> list[nn.Module]:
     )
 
 
-def load_detector_weights(model: Detector, spec: DetectorSpec, source: Path | str) -> None:
+def load_detector_weights(
+    model: Detector, spec: DetectorSpec, source: Path | str, *, whole: bool = False
+) -> None:
     """Loads the weights that training starts from, or that are scored.
 
     Args:
@@ -145,13 +147,14 @@ def load_detector_weights(model: Detector, spec: DetectorSpec, source: Path | st
         spec: That it was built from.
         source: A file, the authors' or one's own; a run of `iwin classify` or `iwin detect`, whose average is
             meant; of a backbone that is not Iwin a file that timm reads, or `timm` for what timm downloads.
+        whole: Whether they must be a whole detector's.
 
     Raises:
         ValueError: If there are none, or they are of another detector, backbone or number of classes.
     """
     path = Path(source)
     is_iwin = spec.backbone in variants()
-    if source == FROM_TIMM and not is_iwin:
+    if source == FROM_TIMM and not is_iwin and not whole:
         model.backbone.body.load_state_dict(pretrained_backbone(spec.backbone, spec.backbone_options, None))
         return
     if not path.exists():
@@ -160,6 +163,8 @@ def load_detector_weights(model: Detector, spec: DetectorSpec, source: Path | st
         tensors = read_tensors(find_average(path, "weights"))
     else:
         tensors = unwrap_checkpoint(read_file(path))
+    if whole and not is_detector(tensors):
+        raise ValueError(f"--eval-only needs the weights of a whole detector, got others in {path}")
     if not is_detector(tensors) and is_iwin:
         load_official_checkpoint(model.backbone.body, tensors)
         return

@@ -282,7 +282,7 @@ def score_only(config: DetectionConfig, weights_first: bool = False) -> tuple[st
         check_same_task(checkpoint, stored_config(checkpoint), asdict(config))
         check_same_ids(run_dir, held_out)
     model = make_detector(config.model, len(held_out.categories))
-    load_detector_weights(model, config.model, source)
+    load_detector_weights(model, config.model, source, whole=True)
     batch_size = max(1, config.training.global_batch_size // accelerator.num_processes)
     with float32_products(tf32=config.training.tf32):
         model = model.to(accelerator.device)

@@ -59,7 +59,9 @@ def make_segmenter(options: SegmenterOptions, device: str = "cpu") -> Segmenter:
         return build_segmenter(given.pop("kind"), given.pop("backbone"), given.pop("num_classes"), **given)
 
 
-def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) -> None:
+def load_start(
+    model: Segmenter, options: SegmenterOptions, source: Path | str, *, whole: bool = False
+) -> None:
     """Loads what training starts from, or what is tested.
 
     Args:
@@ -68,12 +70,13 @@ def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) 
         source: `timm` for what timm downloads for the backbone; a run or a checkpoint of `iwin segment` or
             `iwin classify`, whose average is meant; a file of a whole segmenter, the authors' or one's own;
             or a classifier's file, for the backbone.
+        whole: Whether they must be a whole segmenter's.
 
     Raises:
         ValueError: If there are none, or they are not this model's.
     """
     is_iwin = isinstance(model.backbone, IwinFeatures)
-    if source == TIMM and not is_iwin:
+    if source == TIMM and not is_iwin and not whole:
         model.backbone.load_state_dict(pretrained_backbone(options.backbone, options.backbone_options, None))
         return
     path = Path(source)
@@ -83,6 +86,8 @@ def load_start(model: Segmenter, options: SegmenterOptions, source: Path | str) 
     tensors = read_tensors(find_average(path, "weights")) if is_run else unwrap_checkpoint(read_file(path))
     if any(name.startswith(BODY) for name in tensors):
         load_official_checkpoint(model, tensors)
+    elif whole:
+        raise ValueError(f"--eval-only needs the weights of a whole segmenter, got others in {path}")
     elif is_iwin:
         load_official_checkpoint(model.backbone, tensors)
     else:

@@ -248,7 +248,7 @@ def evaluate_run(config: SegmentationConfig, weights: Path | None = None) -> tup
         raise ValueError(f"{rule}, got {run_dir} without")
     accelerator = Accelerator(mixed_precision=precision_name(config.training.precision))
     held_out, model = open_held_out_pixels(config), make_segmenter(config.model)
-    load_start(model, config.model, source)
+    load_start(model, config.model, source, whole=True)
     batch_size = max(1, config.training.global_batch_size // accelerator.num_processes)
     with float32_products(tf32=config.training.tf32):
         result = evaluate_segmenter(

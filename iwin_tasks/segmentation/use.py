@@ -56,12 +56,16 @@ def segment_folder(run: Path, folder: Path, out: Path, overrides: Sequence[str] 
     paths = {stem: path for stem, (path, _) in by_stem(found).items()}
     model = make_segmenter(config.model)
     load_start(model, config.model, checkpoint)
-    report_images(found.describe(), found.unreadable)
+    unreadable = dict(found.unreadable)
     settle(config, SegmentationTask, resolve_device(None))
     accelerator = Accelerator(mixed_precision=precision_name(config.training.precision))
     model = model.eval().to(accelerator.device)
     for stem, path in progress_bar(paths.items(), total=len(paths), desc="segment", unit="picture"):
-        image = pil_to_tensor(read_image(path))
+        try:
+            image = pil_to_tensor(read_image(path))
+        except ValueError as error:
+            unreadable[path.relative_to(folder).as_posix()] = str(error.__cause__ or error)
+            continue
         seen = held_out_image(image, config.augmentation.scale)[None].to(accelerator.device)
         classes = predict_classes(model, seen, config.inference, image.shape[-2:], accelerator)[0].cpu()
         shown = over_picture(image, classes, config.model.num_classes)
@@ -73,4 +77,5 @@ def segment_folder(run: Path, folder: Path, out: Path, overrides: Sequence[str] 
         write_atomically(picture, lambda temporary, shown=shown: save_png(shown, temporary))
         written = label_image(classes, config.model.num_classes)
         write_atomically(labels, lambda temporary, written=written: written.save(temporary, format="png"))
-    return len(paths)
+    report_images(found.describe(len(unreadable)), unreadable)
+    return len(found.paths) + len(found.unreadable) - len(unreadable)

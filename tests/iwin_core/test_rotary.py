@@ -65,3 +65,10 @@ def test_nothing_but_the_tables_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
         rotate(draw(torch.bfloat16).requires_grad_(), COS, SIN)
     assert kept == [COS.data_ptr(), SIN.data_ptr()]
+
+
+def test_any_strides_are_taken():
+    plain = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    shifted, wide = torch.empty(769)[1:].view(2, 24, 16), torch.empty(2, 24, 17)[..., :16]
+    for other in (shifted, wide, torch.empty(2, 16, 24).mT, torch.empty(2, 24, 32)[..., ::2]):
+        assert torch.equal(rotate(other.copy_(plain), COS, SIN), rotate(plain, COS, SIN))

@@ -107,6 +107,14 @@ def test_the_authors_weights_are_scored_from_the_file_to_the_results(coco, tmp_p
     assert "  kind 77: box " in printed
 
 
+def test_results_take_no_annotations_place(coco, exit_message):
+    truth = coco / "annotations" / "instances_val2017.json"
+    before = truth.read_bytes()
+    message = exit_message(detect, "--eval-only", "--results", truth, f"data.path={coco}", *GOLDEN)
+    assert "--results must be a new file or an earlier list of results, got " in message
+    assert truth.read_bytes() == before
+
+
 def test_a_file_of_another_detector_than_the_configuration_s_is_refused(coco, tmp_path, exit_message):
     path = tmp_path / "cascade.pth"
     torch.save(golden_detector("cascade")[1], path)

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 from iwin_tasks.detection.coco import read_coco
 from iwin_tasks.detection.data import check_same_categories, open_objects
 from iwin_tasks.scenes import SceneOptions
-from iwin_tasks.scenes.folders import write_coco
+from iwin_tasks.scenes.folders import run_lengths, write_coco
 from tests.iwin_tasks.detection.coco_folder import content, write_folder
 
 
@@ -157,7 +157,37 @@ INVALID = {
         changed_by("annotations", 1, segmentation={"size": [40, 60], "counts": [10, 10]}),
         "run lengths that cover its image, got others of annotation 502",
     ),
-    "odd polygon": (changed_by("annotations", segmentation=[[1, 2, 3]]), "x and y of its points, got .*501"),
+    **{
+        f"text {counts!r}": (
+            changed_by("annotations", 1, segmentation={"size": [40, 60], "counts": counts}),
+            "run lengths that cover its image, got others of annotation 502",
+        )
+        for counts in ("", "0", "zzzz~~~~", "P", "é", [-5, 2405], [0.5, 2399.5], ["a"], [10**20])
+    },
+    **{
+        f"point {point}": (
+            changed_by("annotations", segmentation=[[point, 1, 5, 5, 9, 1]]),
+            "finite numbers, got .* of annotation 501",
+        )
+        for point in (float("nan"), float("inf"), 1e9, 10**400)
+    },
+    "far box": (changed_by("annotations", bbox=[10**400, 1, 2, 3]), "four finite numbers, got .*501"),
+    "text area": (
+        changed_by("annotations", area="big"),
+        "area must be a number of pixels, got 'big' of .*501",
+    ),
+    "negative area": (changed_by("annotations", area=-1), "area must be a number of pixels, got -1 of .*501"),
+    "nan area": (changed_by("annotations", area=float("nan")), "area must be .*, got nan of annotation 501"),
+    "text crowd": (
+        changed_by("annotations", iscrowd="0"),
+        "iscrowd must be 0 or 1, got '0' of annotation 501",
+    ),
+    "same name": (changed_by("categories", name="dog"), "a name of their own, got 'dog'"),
+    "null name": (changed_by("categories", name=None), "a name of their own, got None"),
+    "odd polygon": (
+        changed_by("annotations", segmentation=[[1, 2, 3]]),
+        "x and y of its points, .*, got .*501",
+    ),
     "no size": (changed_by("images", 1, height=0), "height and width of at least 1, got"),
 }
 
@@ -234,3 +264,20 @@ def test_scenes_are_what_their_coco_folder_gives(tmp_path):
     )
     assert len(drawn.truth()["annotations"]) == len(read.truth()["annotations"])
     assert [one["bbox"] for one in json.loads(ours)] == [one["bbox"] for one in json.loads(theirs)]
+
+
+def test_text_of_run_lengths_is_read_as_pycocotools_writes_it(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    for threshold in (0.0, 0.02, 0.5, 0.98, 1.0):
+        mask = torch.rand(40, 60, generator=draws) < threshold
+        changed = changed_by("annotations", 1, segmentation=run_lengths(mask))
+        folder = write_folder(tmp_path / str(threshold), changed)
+        assert opened(folder).objects(0).masks[1].bool().equal(mask)
+
+
+def test_a_name_that_no_file_can_have_is_missing(tmp_path):
+    folder = write_folder(tmp_path)
+    changed = changed_by("images", file_name="a\0b.png")
+    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="1 of 3 do not: "):
+        opened(folder)

@@ -233,6 +233,10 @@ def test_weights_of_a_classifier_start_the_backbone(tmp_path):
     body = trainer.model.backbone.body.state_dict()
     assert all((body[name] == 0.25).all() for name in classifier if name in body)
     assert (body["norm3.weight"] == 1).all()
+    with pytest.raises(
+        ValueError, match=r"needs the weights of a whole detector, got others in .*classifier"
+    ):
+        score_only(load_detection_config("iwin/detect_scenes", overrides), weights_first=True)
 
 
 def test_weights_of_the_command_line_come_before_the_run_s_own(run, tmp_path):
@@ -346,3 +350,18 @@ def test_two_processes_train_and_score_one_model(tmp_path):
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, exit_message, arguments, message):
     assert message in exit_message(detect, *arguments, f"run.dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_scoring_fails_is_saved_first(tmp_path):
+    data = write_folder(tmp_path / "data")
+    for path in (data / "val2017").rglob("*.*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="val2017"):
+        DetectionTrainer(coco_config(tmp_path / "run", data, "training.preview_every=1")).fit()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_an_image_may_be_very_long(run):
+    model, _ = read_detector(run)
+    (found,) = model([torch.zeros(3, 1, 500)])
+    assert found["masks"].shape[1:] == (1, 500)

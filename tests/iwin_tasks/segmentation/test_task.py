@@ -245,6 +245,10 @@ def test_a_run_starts_from_a_classifier_a_segmenter_or_the_authors_file(run, tmp
     model = make_segmenter(options)
     load_start(model, options, tmp_path / "classifier.pth")
     assert model.backbone.layers[2].blocks[0].attn.qkv.weight.equal(body.layers[2].blocks[0].attn.qkv.weight)
+    with pytest.raises(
+        ValueError, match=r"needs the weights of a whole segmenter, got others in .*classifier"
+    ):
+        load_start(model, options, tmp_path / "classifier.pth", whole=True)
     load_start(model, options, run)
     average, state = weights(run), model.state_dict()
     assert [name for name in average if not average[name].equal(state[name])] == []
@@ -364,7 +368,7 @@ def test_images_of_several_sizes_need_a_crop(folder, tmp_path):
     assert folder_run(tmp_path / "run", folder, *more, "model.kind=semantic_fpn").step == 1
 
 
-def test_a_folder_of_pictures_is_segmented(run, folder, tmp_path, capsys, exit_message):
+def test_a_folder_of_pictures_is_segmented(run, folder, tmp_path, capsys, caplog, exit_message):
     images, out = folder / "images" / "validation", tmp_path / "out"
     given = ["--checkpoint", str(run), "--images", str(images), "--out", str(out)]
     segment.main(given)
@@ -384,6 +388,10 @@ def test_a_folder_of_pictures_is_segmented(run, folder, tmp_path, capsys, exit_m
             assert shown.size == (56, 40)
             assert shown.mode == "RGB"
     assert "--out must be a new folder or an empty one" in exit_message(segment, *given)
+    (images / "z.png").write_bytes((images / "00000000.png").read_bytes()[:100])
+    segment.main([*given[:-1], str(tmp_path / "rest")])
+    assert "3 pictures segmented" in capsys.readouterr().out
+    assert "skipped z.png, which cannot be read" in caplog.text
     inside = exit_message(segment, *given[:-1], images / "out")
     assert "--out" in inside
     assert not (images / "out").exists()
