@@ -130,9 +130,11 @@ class OptimizerOptions:
         if self.schedule == STEP and self.decay_steps is not None:
             rule = "optimizer.decay_steps must be null with optimizer.schedule=step, which has milestones"
             raise ValueError(f"{rule}, got {self.decay_steps}")
-        if self.schedule == POLY and not self.decay_steps:
+        if self.schedule == POLY and self.decay_steps is None:
             rule = "optimizer.schedule=poly requires optimizer.decay_steps of at least 1"
             raise ValueError(f"{rule}, got {self.decay_steps}")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"optimizer.decay_steps must be at least 1, got {self.decay_steps}")
 
 
 def learning_rate(step: int, options: OptimizerOptions) -> float:

@@ -106,6 +106,7 @@ def test_a_run_may_not_pass_the_end_of_poly_but_its_last_milestone(tmp_path):
             {"schedule": "step", "milestones": [5], "decay_steps": 9},
             r"decay_steps must be null with .*=step, which has milestones, got 9",
         ),
+        ({"decay_steps": -5, "min_lr": 1e-3}, r"decay_steps must be at least 1, got -5"),
         ({"schedule": "poly"}, r"schedule=poly requires optimizer\.decay_steps of at least 1, got None"),
         ({"milestone_factor": 1.0}, r"milestone_factor must be above 0 and below 1, got 1\.0"),
         ({"decay_power": 0.0}, r"optimizer\.decay_power must be positive, got 0\.0"),
