@@ -120,6 +120,7 @@ def changed_by(entry, place=0, **values):
     return changed
 
 
+EMPTY_MASK = run_lengths(torch.zeros(40, 60, dtype=torch.bool))["counts"]
 CROWD = {"annotations": [one | {"iscrowd": 1} for one in content()["annotations"]]}
 INVALID = {
     "empty file": ("", "annotations must be a COCO json, .*instances_train2017.json is not: "),
@@ -162,7 +163,7 @@ INVALID = {
             changed_by("annotations", 1, segmentation={"size": [40, 60], "counts": counts}),
             "run lengths that cover its image, got others of annotation 502",
         )
-        for counts in ("", "0", "zzzz~~~~", "P", "é", [-5, 2405], [0.5, 2399.5], ["a"], [10**20])
+        for counts in ("", "0", "zzzz~~~~", EMPTY_MASK + "P", "é", [-5, 2405], [0.5, 2399.5], ["a"], [10**20])
     },
     **{
         f"point {point}": (
